@@ -1,0 +1,1 @@
+"""Typed configuration: schema of every YAML, loading, presets, overrides. Never imports torch."""

@@ -1,0 +1,172 @@
+"""Reading YAML: presets by `include:`, `key=value` overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from var_scale.config.schema import Config
+from var_scale.errors import UserError
+from var_scale.files import canonical_hash
+
+
+def config_root() -> Path:
+    """The folder of presets: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package.parent / "configs", package / "_configs"):
+        if root.is_dir():
+            return root
+    raise UserError(f"{package}: the folder of presets (configs/) is missing; install var-scale again")
+
+
+def find_config(name: str, beside: Path | None = None) -> Path:
+    """A YAML file by path, or by preset name such as `study/tiny` or `engine/zero1`."""
+    names = [name, f"{name}.yaml"]
+    roots = [*([beside] if beside else []), Path(), config_root()]
+    for root in roots:
+        for candidate in names:
+            if (root / candidate).is_file():
+                return root / candidate
+    known = sorted(str(p.relative_to(config_root()).with_suffix("")) for p in config_root().rglob("*.yaml"))
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), known, 1, 0.5)
+    raise UserError(f"{name}: no such config file or preset" + (f"; did you mean {near[0]}?" if near else f"; presets: {', '.join(known)}"))
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: sections key by key, anything else replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file with its includes merged below it, unchecked."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: includes itself; remove the circle of include: lines")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold `key: value` lines, not {type(tree).__name__}")
+    includes = tree.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        merged = merge(merged, read_tree(find_config(str(name), path.parent), (*seen, path.resolve())))
+    return merge(merged, tree)
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """nested("a.b", 1) = {"a": {"b": 1}}."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`train.batch_size=64`, or `engine=fsdp` which takes the preset configs/engine/fsdp.yaml."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text}: an override is key=value, such as train.batch_size=64")
+    field = Config.model_fields.get(key)
+    if field is not None and (config_root() / key).is_dir():
+        return read_tree(find_config(f"{key}/{value}"))
+    try:
+        return nested(key, yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise UserError(f"{text}: the value is not valid YAML") from None
+
+
+def _near_key(location: tuple[Any, ...]) -> str:
+    """The nearest valid key to the one at `location`."""
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return ""
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    if model is None:
+        return ""
+    near = difflib.get_close_matches(str(location[-1]), model.model_fields, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(model.model_fields)}"
+
+
+def check(tree: Mapping[str, Any], source: str) -> Config:
+    """The typed config, or a UserError that names the first wrong key."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: unknown key {where}{_near_key(first['loc'])}") from None
+        given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+        text = first["msg"].removeprefix("Value error, ")
+        if isinstance(first["input"], dict):
+            given = ""
+        raise UserError(f"{source}: {where or 'config'}: {text}{given}") from None
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a config by path or preset name, apply overrides in order, check it."""
+    tree = read_tree(find_config(name))
+    for text in overrides:
+        change = parse_override(text)
+        key = text.partition("=")[0]
+        if isinstance(change.get(key), dict):
+            tree.pop(key, None)  # `engine=fsdp` takes the whole preset, nothing of the old section stays
+        tree = merge(tree, change)
+    return check(tree, name)
+
+
+def run_config(config: Config, depth: int, seed: int) -> Config:
+    """The config of one run of a study: the size's preset, its overrides, its depth and seed; no study section."""
+    assert config.study is not None
+    tree = dump(config)
+    tree.pop("study")
+    if config.study.preset:
+        tree = merge(tree, read_tree(find_config(config.study.preset.format(depth=depth))))
+    tree = merge(tree, nested("model.depth", depth))
+    for dotted, value in config.study.overrides.get(depth, {}).items():
+        tree = merge(tree, nested(dotted, value))
+    tree = merge(tree, {"name": run_name(depth, seed), "train": {"seed": seed}})
+    return check(tree, f"study {config.name}, depth {depth}")
+
+
+def run_name(depth: int, seed: int) -> str:
+    """d06-s0."""
+    return f"d{depth:02d}-s{seed}"
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Plain values, without keys that are None (so that defaults can still be filled in)."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def config_hash(config: Config) -> str:
+    """Identity of a run: the hash of everything that can change its result (not logging, not checkpoints, not the engine)."""
+    tree = dump(config)
+    for section in ("log", "engine", "study"):
+        tree.pop(section, None)
+    for key in ("checkpoint_seconds", "keep_checkpoints", "eval_batch"):
+        tree["train"].pop(key, None)
+    return canonical_hash(tree)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Save the resolved config."""
+    from var_scale.files import write_text
+
+    write_text(path, yaml.safe_dump(dump(config), sort_keys=False))

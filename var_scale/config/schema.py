@@ -1,0 +1,216 @@
+"""Every key of every YAML file, with its type, default and meaning. A wrong key or value stops the program (load.py)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced silently between kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LeavesConfig(Section):
+    """The embedded image set: class-conditional dead leaves with a Zipf dictionary of species."""
+
+    size: Positive = Field(32, description="image side in pixels")
+    num_classes: Positive = Field(10, description="classes")
+    species: Positive = Field(512, description="entries of the species dictionary")
+    leaves: Positive = Field(16, description="leaves drawn in an image")
+    zipf: float = Field(1.1, gt=0, description="exponent of the species frequencies")
+    seed: int = Field(0, description="seed of the generator")
+    train_images: Positive = Field(65536, description="training images to generate")
+    val_images: Positive = Field(8192, description="validation images to generate")
+
+
+class DataConfig(Section):
+    """Where the images or tokens are. Give `tokens_*` (token shards), or `images_*` (image shards), or `leaves` (made here)."""
+
+    leaves: LeavesConfig | None = Field(None, description="generate the embedded image set")
+    images_train: str | None = Field(None, description="folder of image shards (manifest.json) for training")
+    images_val: str | None = Field(None, description="folder of image shards for validation")
+    tokens_train: str | None = Field(None, description="folder of token shards for training")
+    tokens_val: str | None = Field(None, description="folder of token shards for validation")
+    num_classes: Positive = Field(1000, description="classes; must match the shards")
+    train_samples: Positive = Field(1281167, description="training samples, used for planning before the shards exist")
+    samples_per_shard: Positive = Field(4096, description="samples in a shard written here")
+
+
+class TokenizerTrainConfig(Section):
+    """Training of the small tokenizer (arch: patch). A larger one is read from `weights`."""
+
+    steps: Positive = Field(1500, description="optimiser steps")
+    batch_size: Positive = Field(64, description="images a step")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, cosine to 5 %)")
+    warmup_steps: Positive = Field(50, description="linear warm-up")
+    plain_fraction: Fraction = Field(0.15, description="share of the steps trained without quantisation first")
+    codebook_decay: Fraction = Field(0.97, description="EMA decay of the codebook")
+    dead_count: float = Field(0.3, gt=0, description="codes with a smaller EMA count are re-seeded from residuals of the batch")
+    seed: int = Field(0, description="seed of weights and order")
+
+
+class TokenizerConfig(Section):
+    """The multi-scale VQVAE."""
+
+    arch: Literal["cnn", "patch"] = Field("cnn", description="cnn: the official network; patch: a small one for small images")
+    weights: str | None = Field(None, description="trained weights (.pth or .safetensors); none: trained by the study")
+    patch_nums: tuple[Positive, ...] = Field(PATCH_NUMS_256, description="side of the token grid at each scale")
+    vocab_size: Positive = Field(4096, description="codebook entries V")
+    latent_channels: Positive = Field(32, description="channels of a code vector, Cvae")
+    share_quant_resi: int = Field(4, ge=0, description="number of shared phi convolutions; 0: one a scale, 1: one for all")
+    quant_resi: float = Field(0.5, description="weight of the phi convolution")
+    beta: float = Field(0.25, description="commitment weight")
+    ch: Positive = Field(160, description="base channels of the cnn")
+    patch: Positive = Field(8, description="pixels a side of one latent cell (arch: patch)")
+    hidden: Positive = Field(128, description="channels of arch: patch")
+    train: TokenizerTrainConfig = Field(default_factory=TokenizerTrainConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        if list(self.patch_nums) != sorted(set(self.patch_nums)):
+            raise ValueError("patch_nums must rise strictly")
+        if self.vocab_size > 65536:
+            raise ValueError("vocab_size must be at most 65536 (tokens are stored as uint16)")
+        return self
+
+
+class ModelConfig(Section):
+    """The VAR transformer. Width and heads follow depth unless they are given."""
+
+    depth: Positive = Field(16, description="blocks d")
+    width: Positive | None = Field(None, description="channels C; default width_per_depth x depth")
+    width_per_depth: Positive = Field(64, description="C / d of the ladder; 64 is the paper's")
+    heads: Positive | None = Field(None, description="attention heads; default depth")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP / C")
+    shared_aln: bool = Field(False, description="one AdaLN linear shared by all blocks")
+    attn_l2_norm: bool = Field(True, description="L2-normalised queries and keys with a learned scale")
+    cond_drop_rate: Fraction = Field(0.1, description="label dropout for classifier-free guidance")
+    drop_path_rate: Fraction | None = Field(None, description="largest drop-path rate; default 0.1 d / 24")
+    init_adaln: float = Field(0.5, description="scale of the AdaLN weights at the start")
+    init_adaln_gamma: float = Field(1e-5, description="scale of the gate weights at the start")
+    init_head: float = Field(0.02, description="scale of the head weights at the start")
+    init_std: float = Field(-1.0, description="standard deviation at the start; negative: sqrt(1 / 3C)")
+    attention: Literal["auto", "sdpa"] = Field("auto", description="attention back-end")
+
+    @property
+    def channels(self) -> int:
+        """Width C."""
+        return self.width or self.width_per_depth * self.depth
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads H."""
+        return self.heads or self.depth
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.channels % self.num_heads:
+            raise ValueError(f"width {self.channels} does not divide into {self.num_heads} heads; change width, heads or depth")
+        return self
+
+
+class TrainConfig(Section):
+    """The recipe. Names in brackets are the official trainer's flags."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data (ep); give epochs or steps")
+    steps: Positive | None = Field(None, description="optimiser steps; give epochs or steps")
+    batch_size: Positive = Field(768, description="samples an optimiser step over all ranks (bs)")
+    accumulate: Positive = Field(1, description="micro-batches a step on each rank (ac)")
+    base_lr: float = Field(1e-4, gt=0, description="learning rate at batch 256 (tblr); the peak is base_lr x batch_size / 256")
+    lr_schedule: str = Field("lin0", pattern=r"^(lin0|lin00|lin|cos|exp|lin0?\.\d+)$", description="shape of the decay (sche)")
+    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up (wp); default a fiftieth of the run")
+    lr_start: float = Field(0.005, ge=0, description="first learning rate / peak (wp0)")
+    lr_end: float = Field(0.01, ge=0, description="last learning rate / peak (wpe)")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay at the start (twd)")
+    weight_decay_end: float | None = Field(None, ge=0, description="weight decay at the end (twde); default the same")
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    clip: float = Field(2.0, ge=0, description="largest gradient norm (tclip); 0: no clipping")
+    label_smoothing: Fraction = Field(0.0, description="label smoothing (ls)")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="matrix products; auto: bf16 where the processor has it fast")
+    tf32: bool = Field(True, description="TF32 for float32 products on NVIDIA GPUs")
+    seed: int = Field(0, description="seed of weights, order, dropout")
+    eval_batch: Positive = Field(512, description="samples an evaluation step on each rank")
+    eval_label_dropout: bool = Field(False, description="drop labels while evaluating as the reference code does")
+    evals: Positive = Field(1, description="evaluations in a run, evenly spaced, the last at the end")
+    checkpoint_seconds: float = Field(600.0, gt=0, description="time between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        return self
+
+
+class EngineConfig(Section):
+    """What carries out the training step on how many processes."""
+
+    name: Literal["single", "ddp", "fsdp", "deepspeed"] = Field("single", description="engine")
+    processes: int = Field(0, ge=0, description="processes on this machine; 0: one a GPU, without a GPU 2 (single: always 1)")
+    threads: Positive = Field(1, description="CPU threads a process, without a GPU")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed's own configuration, passed through")
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+class LogConfig(Section):
+    """Mirrors of metrics.jsonl; they may fail without harm."""
+
+    every: Positive = Field(10, description="steps between rows of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write TensorBoard files to log/")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="wandb mode")
+    wandb_project: str = Field("var-scale", description="wandb project")
+
+
+class StudySpec(Section):
+    """The ladder and what is made of it."""
+
+    depths: tuple[Positive, ...] = Field((), description="sizes of the ladder")
+    seeds: tuple[int, ...] = Field((0,), description="seeds of every size")
+    preset: str | None = Field(None, description="a preset a size, such as model/d{depth}: model and recipe of that depth")
+    overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
+    device: str = Field("auto", description="device for the expected time: auto (measured here) or a name of the peak table")
+    devices: Positive = Field(1, description="devices a run, for the expected time on a named device")
+    mfu: float = Field(0.4, gt=0, le=1, description="assumed share of the device's peak")
+    sample_classes: Positive = Field(10, description="classes in the sample grid")
+    samples_per_class: Positive = Field(6, description="images a class in the sample grid")
+    cfg: float = Field(1.5, ge=0, description="guidance of the sample grid")
+    top_k: int = Field(0, ge=0, description="top-k of the sample grid")
+    top_p: Fraction = Field(0.0, description="top-p of the sample grid")
+
+
+class Config(Section):
+    """One file names everything."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the study or run: its folder in runs/")
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    study: StudySpec | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: of the embedded set when it is used, else of `data`."""
+        return self.data.leaves.num_classes if self.data.leaves else self.data.num_classes
+
+    @property
+    def train_samples(self) -> int:
+        """Training samples an epoch, for planning."""
+        return self.data.leaves.train_images if self.data.leaves else self.data.train_samples
