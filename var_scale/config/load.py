@@ -156,12 +156,15 @@ def dump(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """Identity of a run: the hash of everything that can change its result (not logging, not checkpoints, not the engine)."""
+    """Identity of a run: the hash of everything that can change its result (not logging, engine, or where files lie)."""
     tree = dump(config)
     for section in ("log", "engine", "study"):
         tree.pop(section, None)
     for key in ("checkpoint_seconds", "keep_checkpoints", "eval_batch"):
         tree["train"].pop(key, None)
+    for key in ("images_train", "images_val", "tokens_train", "tokens_val"):
+        tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest
+    tree["tokenizer"].pop("weights", None)
     return canonical_hash(tree)
 
 

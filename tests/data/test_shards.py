@@ -1,0 +1,246 @@
+"""Shards: written whole or not at all, damaged ones refused, readable by the webdataset library."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from var_scale.data.embedded import png_bytes
+from var_scale.data.manifest import load_manifest
+from var_scale.data.shards import ShardSetWriter, describe_folder, index_folder, index_tar, read_index, verify_folder
+from var_scale.errors import UserError
+from var_scale.files import read_json, sha256_file, write_json
+
+PATCH_NUMS = [1, 2, 3]
+TOKENS = {"dtype": "<u2", "views": 2, "length": 14, "patch_nums": PATCH_NUMS, "vocab_size": 300, "tokenizer_hash": "abc"}
+
+
+def image(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def write_images(folder: Path, count: int = 20, per_shard: int = 8) -> None:
+    with ShardSetWriter(folder, "image", "train", 5, per_shard, {"name": "test", "count": count}) as writer:
+        for index in range(writer.completed_samples(), count):
+            writer.add_image(png_bytes(image(index)), index % 5)
+        writer.finish()
+
+
+def write_tokens(folder: Path, count: int = 20, per_shard: int = 8) -> np.ndarray:
+    tokens = np.random.default_rng(0).integers(0, 300, (count, 2, 14))
+    with ShardSetWriter(folder, "tokens", "train", 5, per_shard, {"name": "test"}, TOKENS) as writer:
+        for index in range(writer.completed_samples(), count):
+            writer.add_tokens(tokens[index], index % 5)
+        writer.finish()
+    return tokens
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_round_trip_and_names(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    manifest = load_manifest(tmp_path)
+    assert [shard.samples for shard in manifest.shards] == [8, 8, 4] and manifest.num_samples == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["manifest.json"] + [f"train-{i:06d}.{ext}" for i in range(3) for ext in ("tar", "idx")])
+    records = read_index(tmp_path, manifest.shards[1])
+    assert records["label"].tolist() == [index % 5 for index in range(8, 16)]
+    payload = (tmp_path / "train-000001.tar").read_bytes()[records["offset"][3]:][:records["size"][3]]
+    assert payload == png_bytes(image(11))
+    assert verify_folder(tmp_path) == []
+    info = describe_folder(tmp_path)
+    assert (info["samples"], info["classes"], info["samples_per_class_min"], info["samples_per_class_max"]) == (20, 5, 4, 4)
+
+
+def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    import webdataset
+
+    write_images(tmp_path / "images")
+    tokens = write_tokens(tmp_path / "tokens")
+    urls = sorted(str(path) for path in (tmp_path / "images").glob("*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [sample["cls"] for sample in samples] == [index % 5 for index in range(20)]
+    np.testing.assert_array_equal(samples[13]["png"], image(13))
+    urls = sorted(str(path) for path in (tmp_path / "tokens").glob("*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert samples[7]["tok.npy"].dtype == np.uint16
+    np.testing.assert_array_equal(np.stack([sample["tok.npy"] for sample in samples]), tokens)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 4, 4)
+    path = tmp_path / "a" / "train-000000.tar"
+    whole = path.read_bytes()
+    records = index_tar(path)
+    end = len(whole.rstrip(b"\0"))  # the last byte that is not zero lies in the last member
+    needed = -(-end // 512) * 512 + 1024
+    cut = tmp_path / "cut.tar"
+    for size in [*range(1, needed, 37), *range(512, needed, 512), needed - 1]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut\.tar"):
+            index_tar(cut)
+    cut.write_bytes(whole[:needed])
+    np.testing.assert_array_equal(index_tar(cut), records)
+
+
+def test_bad_checksum_half_sample_html_empty(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 4, 4)
+    whole = bytearray((tmp_path / "a" / "train-000000.tar").read_bytes())
+    bad = tmp_path / "bad.tar"
+    headers = [at for at in range(0, len(whole), 512) if whole[at + 257:at + 262] == b"ustar"]
+    for at in headers:
+        broken = bytearray(whole)
+        broken[at + 2] ^= 1
+        bad.write_bytes(broken)
+        with pytest.raises(UserError, match="not a whole tar"):
+            index_tar(bad)
+    bad.write_bytes(whole[:headers[2]] + whole[headers[3]:])  # one member is gone, all the rest is a sound tar
+    with pytest.raises(UserError, match="half a sample: 000000001"):
+        index_tar(bad)
+    bad.write_bytes(b"<html><body>404 not found</body></html>" * 100)
+    with pytest.raises(UserError, match="not a whole tar"):
+        index_tar(bad)
+    for content in (b"", bytes(10240)):
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.tar"):
+            index_tar(bad)
+    bad.write_bytes(whole + whole)
+    with pytest.raises(UserError, match="after the end-of-archive"):
+        index_tar(bad)
+    with pytest.raises(UserError, match="does not exist"):
+        index_tar(tmp_path / "none.tar")
+
+
+@pytest.mark.parametrize("tar_format", ["USTAR_FORMAT", "GNU_FORMAT", "PAX_FORMAT"])
+def test_adopting_foreign_tars(tmp_path: Path, tar_format: str) -> None:
+    import io
+    import tarfile
+
+    long = "folder/" + "x" * (80 if tar_format == "USTAR_FORMAT" else 180)
+    with tarfile.open(tmp_path / "some.tar", "w", format=getattr(tarfile, tar_format)) as tar:
+        for index in range(3):
+            for extension, data in (("json", b"{}"), ("png", png_bytes(image(index))), ("cls", str(index * 3).encode())):
+                info = tarfile.TarInfo(f"{long}{index}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    manifest = index_folder(tmp_path, "image", "val")
+    assert (manifest.num_samples, manifest.num_classes, manifest.split) == (3, 7, "val")
+    assert verify_folder(tmp_path) == []
+    with pytest.raises(UserError, match="class 6"):
+        index_folder(tmp_path, "image", "val", num_classes=4)
+
+
+def test_indexing_our_own_shards_gives_the_same_shard_list(tmp_path: Path) -> None:
+    write_tokens(tmp_path)
+    before = load_manifest(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    assert index_folder(tmp_path, "tokens", tokens=TOKENS).shards == before.shards
+    with pytest.raises(UserError, match="the manifest says"):
+        index_folder(tmp_path, "tokens", tokens={**TOKENS, "views": 1})
+    with pytest.raises(UserError, match="tokenizer_hash"):
+        index_folder(tmp_path, "tokens")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.data.test_shards import *
+import var_scale.data.shards as shards
+folder, limit, stage = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if stage == "record":  # die after the tar and the index, before the record that makes the shard count
+    original = shards.write_json
+    shards.write_json = lambda path, value: os._exit(9) if path.name == "000001.json" else original(path, value)
+with ShardSetWriter(folder, "image", "train", 5, 8, {"name": "test", "count": 20}) as writer:
+    for index in range(writer.completed_samples(), 20):
+        if index == limit:
+            os._exit(9)
+        writer.add_image(png_bytes(image(index)), index % 5)
+"""
+
+
+@pytest.mark.parametrize(("limit", "stage", "left"), [(19, "samples", 16), (20, "record", 8)])
+def test_killed_writer_resumes_to_identical_bytes(tmp_path: Path, limit: int, stage: str, left: int) -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(limit), stage], cwd=root, check=False,
+                             env={**os.environ, "PYTHONPATH": str(root)})
+    assert process.returncode == 9
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        load_manifest(tmp_path / "killed")
+    writer = ShardSetWriter(tmp_path / "killed", "image", "train", 5, 8, {"name": "test", "count": 20})
+    assert writer.completed_samples() == left
+    write_images(tmp_path / "killed")
+    write_images(tmp_path / "whole")
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    with pytest.raises(UserError, match=r"source\.count: 20 there, 21 here"):
+        write_images(tmp_path, 21)
+    with ShardSetWriter(tmp_path / "part", "image", "train", 5, 2, {"name": "a"}) as writer:
+        writer.add_image(b"x", 0)
+    with pytest.raises(UserError, match="samples_per_shard: 2 there, 3 here"):
+        ShardSetWriter(tmp_path / "part", "image", "train", 5, 3, {"name": "a"})
+
+
+def test_label_outside_classes(tmp_path: Path) -> None:
+    with ShardSetWriter(tmp_path, "image", "train", 5, 8, {}) as writer, pytest.raises(UserError, match="class 5"):
+        writer.add_image(b"x", 5)
+
+
+def test_full_disk_is_one_line_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 4:  # settings; tar, index and record of shard 0; then the disk is full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="disk is full") as caught:
+        write_images(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [".progress", "train-000000.idx", "train-000000.tar"]
+    monkeypatch.setattr(os, "fsync", real)
+    write_images(tmp_path / "a")
+    write_images(tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_manifest_mismatches(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    path = tmp_path / "manifest.json"
+    good = read_json(path)
+    for change, message in (({"format": "other"}, "not a manifest"), ({"version": 2}, "version 2"), ({"num_classes": 6}, "digest"),
+                            ({"num_samples": 19}, "digest"), ({"kind": "sound"}, "kind 'sound'"), ({"shards": [{}]}, "field is missing")):
+        write_json(path, {**good, **change})
+        with pytest.raises(UserError, match=message):
+            load_manifest(tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_manifest(tmp_path)
+    write_json(path, good)
+    load_manifest(tmp_path)
+
+
+def test_missing_and_cut_shards_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    tar = tmp_path / "train-000001.tar"
+    content = tar.read_bytes()
+    tar.write_bytes(content[:-512])
+    with pytest.raises(UserError, match=r"train-000001\.tar.*bytes on disk"):
+        load_manifest(tmp_path)
+    tar.write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
+    load_manifest(tmp_path)
+    assert len(verify_folder(tmp_path)) == 1 and "sha256" in verify_folder(tmp_path)[0]
+    tar.unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar.*missing"):
+        load_manifest(tmp_path)

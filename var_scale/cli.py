@@ -1,0 +1,278 @@
+"""The `var-scale` command: one thin function a subcommand; heavy imports inside the functions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from var_scale.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def _config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    if default:
+        parser.add_argument("config", nargs="?", default=default, help=f"config file or preset (default {default})")
+    else:
+        parser.add_argument("config", help="config file or preset, such as study/tiny")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.batch_size=64 or engine=fsdp")
+
+
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all studies (default runs)")
+
+
+def _load(args: argparse.Namespace):  # noqa: ANN202
+    from var_scale.config.load import load
+
+    return load(args.config, args.overrides)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """What this machine has, and what each missing piece costs."""
+    from var_scale.cluster.doctor import doctor
+
+    doctor()
+
+
+def data_synth(args: argparse.Namespace) -> None:
+    """Generate the embedded image set of a config as WebDataset shards."""
+    from var_scale.cluster.pipeline import Study, make_leaves
+
+    config = _load(args)
+    if config.data.leaves is None:
+        raise UserError(f"{args.config}: has no data.leaves section; use a config that includes data/leaves32")
+    make_leaves(config if config.data.images_train else Study(config, args.runs).with_files())
+
+
+def data_index(args: argparse.Namespace) -> None:
+    """Adopt WebDataset tars made by others: check every member, write the index and manifest.json."""
+    from var_scale.data.shards import index_folder
+    from var_scale.progress import say
+
+    manifest = index_folder(args.folder, kind="image", split=args.split, num_classes=args.num_classes)
+    say(f"{args.folder}: {manifest.num_samples:,} samples in {len(manifest.shards)} shards indexed")
+
+
+def data_verify(args: argparse.Namespace) -> None:
+    """Check sizes, checksums and every sample of the shards against manifest.json."""
+    from var_scale.data.shards import verify_folder
+    from var_scale.progress import say
+
+    problems = verify_folder(args.folder)
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise UserError(f"{args.folder}: {len(problems)} problem(s); make the named shards again, or index the folder without them")
+    say(f"{args.folder}: all shards are whole")
+
+
+def data_info(args: argparse.Namespace) -> None:
+    """Counts, classes, sizes, provenance."""
+    from var_scale.data.shards import describe_folder
+    from var_scale.progress import say
+
+    for key, value in describe_folder(args.folder).items():
+        say(f"{key:24} {value}")
+
+
+def data_tokenize(args: argparse.Namespace) -> None:
+    """Image shards to token shards with the config's tokenizer."""
+    from var_scale.cluster.pipeline import Study, tokenize_stage
+
+    config = _load(args)
+    tokenize_stage(Study(config, args.runs).with_files() if config.study else config)
+
+
+def tokenizer_train(args: argparse.Namespace) -> None:
+    """Train the config's small tokenizer on its image shards."""
+    from var_scale.cluster.pipeline import Study, make_leaves, train_tokenizer_stage
+
+    config = _load(args)
+    study = Study(config, args.runs)
+    config = study.with_files()
+    if config.data.leaves:
+        make_leaves(config)
+    train_tokenizer_stage(config, study.folder / "tokenizer")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train one model in a run folder, or continue it."""
+    from var_scale.cluster.local import train_here
+    from var_scale.cluster.pipeline import Study
+    from var_scale.progress import say
+    from var_scale.run_folder import RunFolder
+    from var_scale.train.loop import create_run
+
+    config = _load(args)
+    if config.study:  # a size of a study, with the study's data and tokenizer
+        from var_scale.config.load import run_config
+
+        study = Study(config, args.runs)
+        config = run_config(study.with_files(), args.depth or config.model.depth, config.train.seed)
+        folder = args.folder or study.folder / config.name
+    else:
+        folder = args.folder or args.runs / "single" / config.name
+    run = create_run(config, folder)
+    if run.status()["state"] == "complete":
+        say(f"{folder}: this run is complete, nothing to do")
+        return
+    train_here(config, RunFolder(folder), f"train {config.name}")
+
+
+def study_plan(args: argparse.Namespace) -> None:
+    """Print the runs of a study with parameters, exact FLOPs, memory and expected time; nothing is written."""
+    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.plan import plan_table
+
+    plan_table(Study(_load(args), args.runs))
+
+
+def study_run(args: argparse.Namespace) -> None:
+    """Run a study on this machine from images to report; run again to continue."""
+    from var_scale.cluster.pipeline import run_study
+
+    run_study(_load(args), args.runs)
+
+
+def study_status(args: argparse.Namespace) -> None:
+    """One table: state, step, loss, time, restarts and reason of every run."""
+    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.status import status_table
+
+    status_table(Study(_load(args), args.runs))
+
+
+def study_report(args: argparse.Namespace) -> None:
+    """Gate, fit and write the report again from the run folders."""
+    from var_scale.cluster.pipeline import Study, make_report
+    from var_scale.progress import say
+
+    study = Study(_load(args), args.runs)
+    make_report(study)
+    say(f"report: {study.report / 'report.html'}")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Sample images from a trained run into one grid picture."""
+    import torch
+
+    from var_scale.evaluate.samples import load_run, sample_images, write_grid
+    from var_scale.progress import say
+
+    var, num_classes = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, num_classes)))
+    if wrong := [c for c in classes if not 0 <= c < num_classes]:
+        raise UserError(f"--classes {wrong[0]}: this model has classes 0 to {num_classes - 1}")
+    images = sample_images(var, classes, args.per_class, seed=args.seed, cfg=args.cfg, top_k=args.top_k, top_p=args.top_p,
+                           more_smooth=args.more_smooth)  # fmt: skip
+    write_grid(images, args.out, zoom=args.zoom)
+    say(f"{len(classes)} classes x {args.per_class} images: {args.out}")
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Fit a law to a table: columns by name, one row a run."""
+    from var_scale.cluster.fit import fit_table
+
+    fit_table(args.table, args.x, args.y, args.form, args.floor)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands."""
+    parser = argparse.ArgumentParser(prog="var-scale", description="Scaling studies of VAR image models.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(group: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip()
+        sub = group.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(function=function)
+        return sub
+
+    def family(name: str, text: str) -> argparse._SubParsersAction:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=lambda args: sub.print_help())
+        return sub.add_subparsers(metavar="COMMAND")
+
+    command(commands, "doctor", doctor)
+
+    data = family("data", "image and token shards: synth, index, verify, info, tokenize")
+    for name, function in (("synth", data_synth), ("tokenize", data_tokenize)):
+        sub = command(data, name, function)
+        _config(sub)
+        _runs(sub)
+    for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
+        sub = command(data, name, function)
+        sub.add_argument("folder", type=Path, help="folder of the shards")
+        if name == "index":
+            sub.add_argument("--split", default="train", help="name of the split")
+            sub.add_argument("--num-classes", type=int, default=None, help="classes; default one more than the largest label")
+
+    sub = command(family("tokenizer", "the multi-scale VQVAE: train"), "train", tokenizer_train)
+    _config(sub)
+    _runs(sub)
+
+    sub = command(commands, "train", train)
+    _config(sub)
+    _runs(sub)
+    sub.add_argument("--folder", type=Path, default=None, help="run folder; default RUNS/STUDY/RUN")
+    sub.add_argument("--depth", type=int, default=None, help="size of a study to train; default model.depth")
+
+    study = family("study", "a ladder of models and its laws: plan, run, status, report")
+    for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("report", study_report)):
+        sub = command(study, name, function)
+        _config(sub)
+        _runs(sub)
+
+    sub = command(commands, "sample", sample)
+    sub.add_argument("run", type=Path, help="run folder")
+    sub.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    sub.add_argument("--classes", default="", help="class numbers, such as 0,3,7; default the first ten")
+    sub.add_argument("--per-class", type=int, default=6, help="images a class")
+    sub.add_argument("--seed", type=int, default=0, help="seed")
+    sub.add_argument("--cfg", type=float, default=1.5, help="classifier-free guidance")
+    sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
+    sub.add_argument("--top-p", type=float, default=0.0, help="keep the likeliest tokens of this mass; 0: all")
+    sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
+    sub.add_argument("--zoom", type=int, default=1, help="enlarge the picture")
+
+    sub = command(commands, "fit", fit)
+    sub.add_argument("table", type=Path, help="CSV file, or a study folder (its report/runs.csv)")
+    sub.add_argument("--x", default="params_paper", help="column of the size")
+    sub.add_argument("--y", default="loss_avg", help="column of the loss")
+    sub.add_argument("--form", choices=("power", "power_floor"), default="power", help="law to fit")
+    sub.add_argument("--floor", type=float, default=0.0, help="fixed floor of form power")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one line and exit code 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from var_scale import __version__
+
+        print(__version__)
+        return
+    if not hasattr(args, "function"):
+        parser.print_help()
+        return
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Start one run on this machine with its engine's launcher, and follow it to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from var_scale.config.schema import Config, EngineConfig
+from var_scale.errors import UserError
+from var_scale.progress import Progress, progress, say
+from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.train.stopping import PARENT_ENV, process_identity
+
+STOP_PATIENCE_SECONDS = 120.0
+POLL_SECONDS = 0.3
+
+
+def process_count(engine: EngineConfig) -> int:
+    """Processes of a run here: as configured, else one a GPU, else 2."""
+    if engine.name == "single":
+        return 1
+    if engine.processes:
+        return engine.processes
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def launch_command(config: Config, folder: Path) -> list[str]:
+    """The command line: python, torchrun, or the `deepspeed` launcher."""
+    worker, count = "var_scale.train.worker", str(process_count(config.engine))
+    if config.engine.name == "single":
+        return [sys.executable, "-m", worker, str(folder)]
+    port = str(free_port())
+    if config.engine.name == "deepspeed":
+        options = ["--num_nodes", "1", "--num_gpus", count, "--master_addr", "127.0.0.1", "--master_port", port, "--no_local_rank"]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", worker, str(folder)]
+    options = ["--nnodes", "1", "--nproc-per-node", count, "--master-addr", "127.0.0.1", "--master-port", port]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", worker, str(folder)]
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """The run's environment: who started it, threads, and DeepSpeed's accelerator where there is no GPU."""
+    env = {**os.environ, PARENT_ENV: process_identity(os.getpid()) or "", "PYTHONUNBUFFERED": "1"}
+    package_root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (package_root, env.get("PYTHONPATH")) if p)
+    if not Path("/dev/nvidiactl").exists():
+        env.setdefault("OMP_NUM_THREADS", str(config.engine.threads))
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    return env
+
+
+def run_local(config: Config, run: RunFolder, label: str) -> int:
+    """Run to its end, showing progress; returns the exit code. Ctrl-C or SIGTERM: the run saves first, then KeyboardInterrupt."""
+    folder = run.path.resolve()
+    (folder / "STOP").unlink(missing_ok=True)
+    run.log.mkdir(parents=True, exist_ok=True)
+    with open(run.log / "launch.log", "ab") as log:
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
+        log.flush()
+        child = subprocess.Popen(
+            launch_command(config, folder), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=_environment(config), start_new_session=True,
+        )  # fmt: skip
+    try:
+        return _follow(child, run, label)
+    except (KeyboardInterrupt, SystemExit):
+        _stop(child, folder)
+        raise
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _follow(child: subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
+    """Show the run's own records until it ends."""
+    while child.poll() is None and not (run.status().get("total_steps") and run.status()["state"] == "running"):
+        time.sleep(POLL_SECONDS)
+    status = run.status()
+    with progress(label, status.get("total_steps", 0), "steps", status.get("step", 0)) as bar:
+        while child.poll() is None:
+            _show(bar, run)
+            time.sleep(POLL_SECONDS)
+        _show(bar, run)
+    return _exit_code(child, run)
+
+
+def _show(bar: Progress, run: RunFolder) -> None:
+    """One look at the newest row."""
+    row = _last_row(run.metrics)
+    if row and row.get("kind") == "train":
+        bar.update(row["step"], f"loss {row['loss']:.4f}  {row['images_per_second']:,.0f} images/s")
+
+
+def _last_row(path: Path) -> dict[str, object] | None:
+    """The last complete row of metrics.jsonl, read from the end."""
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    try:
+        return dict(json.loads(lines[-1])) if lines else None
+    except ValueError:
+        return None
+
+
+def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
+    """The run's own verdict where the launcher hides it: launchers turn 85 into 1."""
+    code, state = child.returncode, run.status()["state"]
+    if state == "complete":
+        return 0
+    if state == "preempted":
+        return EXIT_REQUEUE
+    if state == "running":  # the processes are gone and could not say why
+        run.set_status("failed", f"the processes ended without a word (exit code {code}); see {run.log / 'launch.log'}")
+    return code or 1
+
+
+def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
+    """Ask for a stop and wait until the run has saved."""
+    say("stopping: the run saves its state first (press Ctrl-C again to kill it)")
+    (folder / "STOP").touch()
+    deadline = time.monotonic() + STOP_PATIENCE_SECONDS
+    try:
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        say("killed; the run continues from its last checkpoint")
+
+
+def train_here(config: Config, run: RunFolder, label: str) -> None:
+    """Run and turn a bad end into one clear line."""
+    code = run_local(config, run, label)
+    if code == 0:
+        return
+    status = run.status()
+    if code == EXIT_REQUEUE:
+        raise KeyboardInterrupt
+    raise UserError(f"{run.path}: the run {status['state']}: {status['reason'] or 'see ' + str(run.log / 'launch.log')}")

@@ -1,0 +1,176 @@
+"""A study from images to a report on this machine. Every stage sees for itself whether it is done, so a study can be stopped
+anywhere and run again: it continues, and when nothing is left it says so."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from var_scale.config.load import config_hash, dump, merge, run_config, run_name, write_config
+from var_scale.config.schema import Config
+from var_scale.errors import UserError
+from var_scale.files import canonical_hash, read_json, write_json
+from var_scale.progress import say
+from var_scale.run_folder import RunFolder, take_lock
+
+
+class Study:
+    """Paths and configs of one study: runs/NAME/{images,tokenizer,tokens,d02-s0,...,report}."""
+
+    def __init__(self, config: Config, runs: Path):
+        if config.study is None or not config.study.depths:
+            raise UserError(f"study {config.name}: no runs; list the sizes in study.depths, such as [2, 3, 4, 5, 6]")
+        self.config, self.spec = config, config.study
+        self.folder = (runs / config.name).resolve()
+        self.report = self.folder / "report"
+
+    def with_files(self) -> Config:
+        """The config with this study's own data and tokenizer filled in where none are given."""
+        c, changes = self.config, {}
+        if c.data.leaves:
+            changes["data"] = {f"images_{s}": str(self.folder / "images" / s) for s in ("train", "val")}
+        if not c.data.tokens_train:
+            changes.setdefault("data", {}).update({f"tokens_{s}": str(self.folder / "tokens" / s) for s in ("train", "val")})
+        if not c.tokenizer.weights:
+            changes["tokenizer"] = {"weights": str(self.folder / "tokenizer" / "tokenizer.safetensors")}
+        return Config.model_validate(merge(dump(c), changes))
+
+    def runs(self) -> list[tuple[Config, RunFolder]]:
+        """Every run, smallest first."""
+        base = self.with_files()
+        pairs = [(d, s) for d in sorted(self.spec.depths) for s in self.spec.seeds]
+        return [(run_config(base, d, s), RunFolder(self.folder / run_name(d, s))) for d, s in pairs]
+
+    def identity(self) -> str:
+        """What the finished report depends on: the runs' configs and how they are shown."""
+        return canonical_hash([*(config_hash(c) for c, _ in self.runs()), self.spec.model_dump(mode="json")])
+
+    def complete(self) -> bool:
+        """Whether report and runs are there for this very study."""
+        stamp = self.report / "complete.json"
+        return (
+            stamp.exists()
+            and read_json(stamp).get("identity") == self.identity()
+            and all(r.status()["state"] == "complete" for _, r in self.runs())
+        )
+
+
+def run_study(config: Config, runs: Path) -> Path:
+    """Run what is missing; returns the report folder. Ctrl-C and SIGTERM save first and raise KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    study = Study(config, runs)
+    if study.complete():
+        say(f"study {config.name} is complete, nothing to do. Report: {study.report / 'report.html'}")
+        return study.report
+    lock = take_lock(study.folder / ".lock")
+    if lock is None:
+        raise UserError(f"{study.folder}: another process is running this study; wait for it or stop it")
+    check_runs(study)
+    write_config(config, study.folder / "study.yaml")
+    prepare_data(study)
+    show_plan(study)
+    train_all(study)
+    make_report(study)
+    write_json(study.report / "complete.json", {"identity": study.identity()})
+    say(f"done. Report: {study.report / 'report.html'}")
+    return study.report
+
+
+def check_runs(study: Study) -> None:
+    """Refuse folders of other runs before anything is spent."""
+    from var_scale.config.load import load
+
+    for config, run in study.runs():
+        if run.config.exists() and config_hash(load(str(run.config))) != config_hash(config):
+            raise UserError(f"{run.path}: holds a run with another config; give the study another name or remove {study.folder}")
+
+
+def prepare_data(study: Study) -> None:
+    """Stages 1 to 3: images, tokenizer, tokens. Each returns at once when it is done."""
+    config = study.with_files()
+    if study.config.data.leaves:
+        make_leaves(config)
+    if not study.config.tokenizer.weights:
+        if not config.data.images_train or not config.data.images_val:
+            raise UserError(f"study {config.name}: give tokenizer.weights, or data.leaves or data.images_* to train a tokenizer on")
+        train_tokenizer_stage(config, Path(str(config.tokenizer.weights)).parent)
+    if not study.config.data.tokens_train:
+        tokenize_stage(config)
+
+
+def make_leaves(config: Config) -> None:
+    """Generate the embedded image set as WebDataset shards."""
+    from var_scale.data.embedded import LeavesSettings, write_leaves
+
+    leaves = config.data.leaves
+    assert leaves is not None
+    settings = LeavesSettings(**leaves.model_dump(exclude={"train_images", "val_images"}))
+    for split, count in (("train", leaves.train_images), ("val", leaves.val_images)):
+        folder = Path(str(getattr(config.data, f"images_{split}")))
+        manifest = write_leaves(folder, split, count, settings, config.data.samples_per_shard)
+        say(f"images {split}: {manifest.num_samples:,} in {len(manifest.shards)} shards ({folder})")
+
+
+def train_tokenizer_stage(config: Config, folder: Path) -> None:
+    """Train the small tokenizer on the image shards."""
+    from var_scale.data.loader import ImageData
+    from var_scale.train.tokenizer import train_tokenizer
+
+    train, val = (ImageData(Path(str(p))) for p in (config.data.images_train, config.data.images_val))
+    train_tokenizer(config, train, val, folder)
+
+
+def tokenize_stage(config: Config) -> None:
+    """Image shards to token shards, both splits."""
+    import torch
+
+    from var_scale.data.tokenize import tokenize_folder
+    from var_scale.data.transforms import to_minus1_1
+    from var_scale.model.load import load_tokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae, identity = load_tokenizer(config.tokenizer, device)
+
+    def encode(images: Any) -> Any:
+        return torch.cat(vae.img_to_idxBl(to_minus1_1(images).to(device)), dim=1).cpu().numpy()
+
+    for split in ("train", "val"):
+        source, target = getattr(config.data, f"images_{split}"), getattr(config.data, f"tokens_{split}")
+        if not source or not target:
+            raise UserError(f"data.images_{split} and data.tokens_{split} are needed to tokenise; set both")
+        with torch.inference_mode():
+            manifest = tokenize_folder(
+                Path(source), Path(target), encode, identity, config.tokenizer.patch_nums, config.tokenizer.vocab_size,
+                samples_per_shard=config.data.samples_per_shard,
+            )  # fmt: skip
+        say(f"tokens {split}: {manifest.num_samples:,} x {sum(p * p for p in config.tokenizer.patch_nums)} ({target})")
+
+
+def show_plan(study: Study) -> None:
+    """Stage 4: the table of runs with cost and expected time; the largest size is held out."""
+    from var_scale.cluster.plan import plan_table
+
+    plan_table(study)
+
+
+def train_all(study: Study) -> None:
+    """Stage 5: every run that is not complete, smallest first. A diverged run does not stop the others."""
+    from var_scale.cluster.local import train_here
+    from var_scale.train.loop import create_run
+
+    pending = study.runs()
+    for number, (config, run) in enumerate(pending, 1):
+        state = run.status()["state"]
+        if state in ("complete", "diverged"):
+            say(f"run {config.name}: {state} ({number}/{len(pending)})")
+            continue
+        create_run(config, run.path)
+        train_here(config, run, f"train {config.name} ({number}/{len(pending)})")
+
+
+def make_report(study: Study) -> None:
+    """Stages 6 and 7: gate, fit, hold-out test, report, samples of the largest model."""
+    from var_scale.cluster.report import build_report
+
+    build_report(study)

@@ -1,0 +1,29 @@
+"""The state of every run of a study as one table."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from var_scale.cluster.pipeline import Study
+from var_scale.progress import duration
+
+
+def status_table(study: Study) -> None:
+    """State, step, loss, speed, time and reason of every run."""
+    table = Table(title=f"study {study.config.name} ({study.folder})")
+    for column in ("run", "state", "step", "loss", "images/s", "time", "restarts", "since", "reason"):
+        table.add_column(column, justify="left" if column in ("run", "state", "reason") else "right")
+    for config, run in study.runs():
+        status = run.status()
+        rows = [row for row in run.read_metrics() if row["kind"] == "train"]
+        last = rows[-1] if rows else None
+        since = duration(time.time() - status["time"]) if "time" in status else ""
+        table.add_row(
+            config.name, status["state"], f"{status.get('step', 0)}/{status.get('total_steps', '?')}",
+            f"{last['loss']:.4f}" if last else "", f"{last['images_per_second']:,.0f}" if last else "",
+            duration(last["seconds"]) if last else "", str(status.get("restarts", 0)), since, status.get("reason", ""),
+        )  # fmt: skip
+    Console().print(table)

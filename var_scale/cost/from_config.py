@@ -1,0 +1,16 @@
+"""The shape that a config describes."""
+
+from __future__ import annotations
+
+from var_scale.config.schema import Config
+from var_scale.cost.shape import ModelShape
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The model's shape: transformer from `model`, token grid from `tokenizer`, classes from `data`."""
+    m, t = config.model, config.tokenizer
+    return ModelShape(
+        depth=m.depth, width=m.channels, heads=m.num_heads, mlp_hidden=round(m.channels * m.mlp_ratio), patch_nums=t.patch_nums,
+        vocab_size=t.vocab_size, latent_channels=t.latent_channels, num_classes=config.classes, shared_aln=m.shared_aln,
+        attn_l2_norm=m.attn_l2_norm,
+    )  # fmt: skip

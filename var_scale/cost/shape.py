@@ -1,0 +1,66 @@
+"""The numbers that fix the cost of a VAR transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from var_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of one VAR transformer. Symbols: depth d, width C, heads H, patch_nums s_1..s_S, vocab_size V, latent_channels Z."""
+
+    depth: int
+    width: int
+    heads: int
+    mlp_hidden: int
+    patch_nums: tuple[int, ...]
+    vocab_size: int = 4096
+    latent_channels: int = 32
+    num_classes: int = 1000
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_nums", tuple(int(side) for side in self.patch_nums))
+        for name in ("depth", "width", "heads", "mlp_hidden", "vocab_size", "latent_channels", "num_classes"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model shape: {name} is {getattr(self, name)}; it must be positive")
+        if not self.patch_nums or min(self.patch_nums) <= 0:
+            raise UserError(f"model shape: patch_nums {self.patch_nums} must be a list of positive grid sides")
+        if self.width % self.heads:
+            raise UserError(f"model shape: width {self.width} does not divide into {self.heads} heads; change one of them")
+
+    @classmethod
+    def official(cls, depth: int, patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), **changes: Any) -> ModelShape:
+        """The paper's ladder: C = 64 d, H = d, MLP 4C; `changes` replaces any field."""
+        values: dict[str, Any] = {"depth": depth, "width": 64 * depth, "heads": depth, "mlp_hidden": 256 * depth, "patch_nums": patch_nums}
+        return cls(**(values | changes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "model shape") -> ModelShape:
+        """A shape from JSON; a missing or unknown field is an error that names it and `where` it came from."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"{where}: unknown shape field {unknown[0]}; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"{where}: the shape is incomplete ({error})") from None
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image, L = sum s_k^2."""
+        return sum(side * side for side in self.patch_nums)
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query, key) pairs that block-causal attention computes: a token sees its own scale and all earlier ones."""
+        seen, pairs = 0, 0
+        for side in self.patch_nums:
+            seen += side * side
+            pairs += side * side * seen
+        return pairs

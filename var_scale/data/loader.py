@@ -1,0 +1,203 @@
+"""Reading shards by index: token batches for training, images for tokenizer training and tokenisation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from var_scale.data.manifest import Manifest, ShardInfo, load_manifest
+from var_scale.data.order import epoch_views, eval_slices, global_batch_indices, rank_slice, uniform
+from var_scale.data.shards import read_index
+from var_scale.data.tar_index import npy_header
+from var_scale.data.transforms import eval_transform, train_transform
+from var_scale.errors import UserError
+
+__all__ = ["Batch", "ImageData", "TokenData", "TokenLoader", "eval_slices"]
+
+IMAGE_CACHE_BYTES = 1 << 29  # decoded images are kept when the whole set is at most this large
+
+
+class _Shards:
+    """The samples of a folder: shard, offset, size and label of each, and the mapped tars."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder = Path(folder)
+        self.manifest: Manifest = load_manifest(self.folder)
+        if self.manifest.kind != kind:
+            raise UserError(f"{self.folder}: holds {self.manifest.kind} shards, {kind} shards are needed here; give another folder")
+        self.num_samples, self.num_classes, self.digest = self.manifest.num_samples, self.manifest.num_classes, self.manifest.digest
+        index = np.concatenate([read_index(self.folder, shard) for shard in self.manifest.shards])
+        sizes = [shard.samples for shard in self.manifest.shards]
+        self.offsets, self.sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
+        self.labels = index["label"].astype(np.int64)
+        self.shard_of = np.repeat(np.arange(len(sizes)), sizes)
+        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            raise UserError(f"{self.folder}: an index holds a class outside 0..{self.num_classes - 1}; run `var-scale data verify`")
+        self._maps: dict[int, np.ndarray] = {}
+
+    def shard(self, number: int) -> ShardInfo:
+        return self.manifest.shards[number]
+
+    def mapped(self, number: int) -> np.ndarray:
+        """The bytes of a shard, mapped at first use: uint8 (bytes,)."""
+        if number not in self._maps:
+            # np.asarray: a plain view of the map, several times faster to index than np.memmap itself.
+            self._maps[number] = np.asarray(np.memmap(self.folder / self.shard(number).name, dtype=np.uint8, mode="r"))
+        return self._maps[number]
+
+    def by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, positions in `indices` that lie in it), shard by shard."""
+        shards = self.shard_of[indices]
+        order = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        return zip(numbers.tolist(), np.split(order, starts[1:]), strict=False)
+
+    def checked(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.num_samples):
+            raise IndexError(f"{self.folder}: sample {indices.min()}..{indices.max()} asked of {self.num_samples}")
+        return indices
+
+
+class TokenData:
+    """Token shards with random access.
+
+    UserError: not token shards, made by another tokenizer than `expect_tokenizer_hash` or for other `expect_patch_nums`.
+    """
+
+    def __init__(self, folder: Path, expect_tokenizer_hash: str | None = None, expect_patch_nums: Sequence[int] | None = None):
+        self._shards = _Shards(folder, "tokens")
+        tokens = self._shards.manifest.tokens
+        assert tokens is not None
+        self.manifest, self.folder = self._shards.manifest, self._shards.folder
+        self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
+        self.views, self.length, self.vocab_size = int(tokens["views"]), int(tokens["length"]), int(tokens["vocab_size"])
+        self.patch_nums, self.tokenizer_hash = tuple(tokens["patch_nums"]), str(tokens["tokenizer_hash"])
+        if expect_tokenizer_hash is not None and expect_tokenizer_hash != self.tokenizer_hash:
+            raise UserError(f"tokens in {folder} were made by tokenizer {self.tokenizer_hash[:12]}, this run uses "
+                            f"{expect_tokenizer_hash[:12]}; tokenise again with `var-scale data tokenize` into another folder")
+        if expect_patch_nums is not None and tuple(expect_patch_nums) != self.patch_nums:
+            raise UserError(f"tokens in {folder} have patch_nums {self.patch_nums}, this run uses {tuple(expect_patch_nums)}; "
+                            "tokenise again with `var-scale data tokenize` into another folder, or change tokenizer.patch_nums")
+        self._first_token = self._locate()
+
+    def _locate(self) -> np.ndarray:
+        """Position of each sample's first token in its shard, counted in uint16: int64 (N,)."""
+        shards, body = self._shards, 2 * self.views * self.length
+        _, starts = np.unique(shards.shard_of, return_index=True)
+        for number, start in enumerate(starts.tolist()):
+            path = self.folder / shards.shard(number).name
+            header, shape, dtype = npy_header(path, int(shards.offsets[start]))
+            if shape != (self.views, self.length) or dtype != np.dtype("<u2") or header + body != shards.sizes[start]:
+                raise UserError(f"{path}: holds {dtype} {shape}, the manifest says uint16 {(self.views, self.length)}; make it again")
+        if (shards.sizes != shards.sizes[0]).any():
+            raise UserError(f"{self.folder}: samples of different sizes; make the tokens again")
+        return (shards.offsets + shards.sizes - body) // 2  # tar and npy headers are whole multiples of 64 bytes
+
+    def gather(self, indices: np.ndarray, views: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 (B, L) and labels int64 (B,) of samples `indices` (B,); `views` (B,) or one for all."""
+        indices = self._shards.checked(indices)
+        first = self._first_token[indices] + np.asarray(views, dtype=np.int64) * self.length
+        within = np.arange(self.length)
+        tokens_BL = np.empty((len(indices), self.length), dtype=np.int64)
+        for number, positions in self._shards.by_shard(indices):
+            tokens_BL[positions] = self._shards.mapped(number).view("<u2")[first[positions, None] + within]
+        return tokens_BL, self._shards.labels[indices]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens int64 (B, L), labels int64 (B,), and the positions (B,) of the samples in the endless stream."""
+
+    tokens_BL: np.ndarray
+    labels_B: np.ndarray
+    sample_positions_B: np.ndarray
+
+
+class TokenLoader:
+    """The batch of (step, micro-step) for one data-parallel rank: a pure function of (data, seed, step). No state."""
+
+    def __init__(self, data: TokenData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1):
+        rank_slice(global_batch, world, rank, accumulate, 0)
+        self.data, self.seed, self.global_batch = data, seed, global_batch
+        self.world, self.rank, self.accumulate = world, rank, accumulate
+
+    def slice(self, micro_index: int = 0) -> slice:
+        """This rank's part of the global batch in micro-step `micro_index`."""
+        return rank_slice(self.global_batch, self.world, self.rank, self.accumulate, micro_index)
+
+    def batch(self, step: int, micro_index: int = 0) -> Batch:
+        """The samples of this rank in micro-step `micro_index` of optimiser step `step` (from 0)."""
+        part, data = self.slice(micro_index), self.data
+        indices, epochs = (array[part] for array in global_batch_indices(data.num_samples, self.seed, step, self.global_batch))
+        views = np.zeros(len(indices), dtype=np.int64)
+        if data.views > 1:
+            for epoch in np.unique(epochs).tolist():
+                mask = epochs == epoch
+                views[mask] = epoch_views(data.num_samples, self.seed, epoch, data.views)[indices[mask]]
+        tokens_BL, labels_B = data.gather(indices, views)
+        return Batch(tokens_BL, labels_B, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch)
+
+    def uniform(self, stream: str, step: int, micro_index: int = 0) -> np.ndarray:
+        """A number in [0, 1) for each sample of `batch(step, micro_index)`, the same at any world size: float64 (B,)."""
+        return uniform(self.seed, stream, step, self.global_batch)[self.slice(micro_index)]
+
+
+class ImageData:
+    """Image shards with random access to decoded images.
+
+    `size` None: the images must all have one size and come as they are. `size` N: the official resize and crop to N.
+    Decoded images are kept in memory when the whole set is small.
+    """
+
+    def __init__(self, folder: Path, size: int | None = None):
+        self._shards = _Shards(folder, "image")
+        self.manifest, self.folder = self._shards.manifest, self._shards.folder
+        self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
+        self.labels = self._shards.labels
+        self._size = size
+        self.shape = (size, size, 3) if size else (*reversed(self.decode(0).size), 3)
+        nbytes = self.num_samples * int(np.prod(self.shape))
+        self._cache = np.empty((self.num_samples, *self.shape), np.uint8) if nbytes <= IMAGE_CACHE_BYTES else None
+        self._cached = np.zeros(self.num_samples, dtype=bool)
+
+    def decode(self, index: int) -> Image.Image:
+        """Sample `index` as an RGB PIL image. UserError, naming shard and sample, if it cannot be decoded."""
+        shards = self._shards
+        number, offset, size = int(shards.shard_of[index]), int(shards.offsets[index]), int(shards.sizes[index])
+        try:
+            return Image.open(io.BytesIO(shards.mapped(number)[offset:offset + size].tobytes())).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            path = self.folder / shards.shard(number).name
+            raise UserError(f"{path}: sample {index} (byte {offset}) is not a readable image ({error}); mend or remove it") from None
+
+    def _still(self, index: int) -> np.ndarray:
+        image = self.decode(index)
+        if self._size:
+            return eval_transform(image, self._size)
+        if (*reversed(image.size), 3) != self.shape:
+            raise UserError(f"{self.folder}: sample {index} is {image.size[0]}x{image.size[1]} pixels, the first is "
+                            f"{self.shape[1]}x{self.shape[0]}; give the image size so that they are resized and cropped")
+        return np.asarray(image, dtype=np.uint8)
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Samples `indices` (B,), centre-cropped where `size` was given: uint8 (B, H, W, 3)."""
+        indices = self._shards.checked(indices)
+        if self._cache is None:
+            return np.stack([self._still(index) for index in indices.tolist()])
+        for index in indices[~self._cached[indices]].tolist():
+            self._cache[index] = self._still(index)
+            self._cached[index] = True
+        return self._cache[indices]
+
+    def random_crops(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Samples `indices` with the official random crop, keyed by (seed, epoch, sample): uint8 (B, size, size, 3)."""
+        if not self._size:
+            return self.images(indices)
+        indices = self._shards.checked(indices)
+        return np.stack([train_transform(self.decode(index), self._size, seed, epoch, index) for index in indices.tolist()])

@@ -1,0 +1,265 @@
+"""The multi-scale residual quantiser: a feature map as a pyramid of tokens, every scale coding what the coarser ones left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from var_scale.errors import UserError
+
+PatchNum = int | tuple[int, int]
+
+
+class Phi(nn.Conv2d):
+    """h <- (1 - r) h + r conv3x3(h), the smoothing after a scale's codes are enlarged."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = abs(ratio)
+
+    def forward(self, h_BChw: Tensor) -> Tensor:
+        """Same shape in and out."""
+        return h_BChw * (1 - self.ratio) + super().forward(h_BChw) * self.ratio
+
+
+def phi_index(position: float, count: int) -> int:
+    """Which of `count` phis serves the scale at `position` in [0, 1].
+
+    The official rule, floating-point ties included (spec 1.9): numpy's linspace decides scales 2 and 7 of ten.
+    """
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    return int(np.argmin(np.abs(np.linspace(margin, 1 - margin, count) - position)))
+
+
+def scale_position(scale: int, scales: int) -> float:
+    """si / (S - 1); 0 for a single scale."""
+    return scale / (scales - 1) if scales > 1 else 0.0
+
+
+class PhiBank(nn.Module):
+    """The phis of all scales. `share` 0: one a scale; 1: one for all; K: K of them, each serving neighbouring scales."""
+
+    def __init__(self, channels: int, ratio: float, share: int, scales: int) -> None:
+        super().__init__()
+        self.share = share
+        self.count = scales if share == 0 else share
+
+        def make() -> nn.Module:
+            return Phi(channels, ratio) if abs(ratio) > 1e-6 else nn.Identity()
+
+        # The three official layouts of names: quant_resi.K, quant_resi.qresi, quant_resi.qresi_ls.K
+        if share == 1:
+            self.qresi = make()
+        elif share == 0:
+            for k in range(self.count):
+                self.add_module(str(k), make())
+        else:
+            self.qresi_ls = nn.ModuleList(make() for _ in range(share))
+
+    def __getitem__(self, position: float) -> nn.Module:
+        """The phi of the scale at `position` in [0, 1]."""
+        if self.share == 1:
+            return self.qresi
+        index = phi_index(position, self.count)
+        return self.get_submodule(str(index)) if self.share == 0 else self.qresi_ls[index]
+
+
+class ScaleCode(NamedTuple):
+    """What one scale contributed: the vectors looked up, their codes, and the full-size map added to f_hat."""
+
+    z_NC: Tensor
+    idx_N: Tensor
+    h_BChw: Tensor
+    size: tuple[int, int]
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Official `VectorQuantizer2`: nearest-code lookup of area-resized residuals, bicubic enlargement, phi, accumulation."""
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        Cvae: int,
+        using_znorm: bool = False,
+        beta: float = 0.25,
+        default_qresi_counts: int = 0,
+        v_patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 4,
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
+        self.v_patch_nums = tuple(v_patch_nums)
+        self.quant_resi_ratio = quant_resi
+        self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums))
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.record_hit = 0
+        self.embedding = nn.Embedding(vocab_size, Cvae)
+        self.prog_si = -1  # progressive training: last scale in use, -1 for all
+
+    def eini(self, eini: float) -> None:
+        """Re-initialise the codebook: > 0 truncated normal of that deviation, < 0 uniform within |eini| / V."""
+        if eini > 0:
+            nn.init.trunc_normal_(self.embedding.weight.data, std=eini)
+        elif eini < 0:
+            bound = abs(eini) / self.vocab_size
+            self.embedding.weight.data.uniform_(-bound, bound)
+
+    def extra_repr(self) -> str:
+        """One line for print(model)."""
+        return f"{self.v_patch_nums}, znorm={self.using_znorm}, beta={self.beta}, quant_resi={self.quant_resi_ratio}"
+
+    # ---------------------------------------------------------------- encoding
+
+    @torch.no_grad()
+    def nearest(self, z_NC: Tensor) -> Tensor:
+        """Codes (N,) of the vectors (N, C): smallest squared distance, or largest cosine with znorm."""
+        weight_VC = self.embedding.weight
+        if self.using_znorm:
+            return torch.argmax(F.normalize(z_NC, dim=-1) @ F.normalize(weight_VC.T, dim=0), dim=1)
+        d_NV = z_NC.square().sum(1, keepdim=True) + weight_VC.square().sum(1)
+        return torch.argmin(d_NV.addmm_(z_NC, weight_VC.T, alpha=-2, beta=1), dim=1)
+
+    def _enlarge(self, h_Bchw: Tensor, si: int, scales: int, size: tuple[int, int]) -> Tensor:
+        """phi of the codes of scale `si`, brought to `size` first unless it is the last scale."""
+        if si != scales - 1:
+            h_Bchw = F.interpolate(h_Bchw, size=size, mode="bicubic")
+        return self.quant_resi[scale_position(si, scales)](h_Bchw)
+
+    def _codes(self, f_BChw: Tensor, sizes: Sequence[tuple[int, int]], codebook_VC: Tensor) -> Iterator[ScaleCode]:
+        """Quantise scale after scale. `f_BChw` is not differentiated; the maps are, with respect to `codebook_VC` and phi."""
+        B, C, H, W = f_BChw.shape
+        rest_BChw = f_BChw.detach().clone()
+        for si, (h, w) in enumerate(sizes):
+            small_Bchw = rest_BChw if si == len(sizes) - 1 else F.interpolate(rest_BChw, size=(h, w), mode="area")
+            z_NC = small_Bchw.permute(0, 2, 3, 1).reshape(-1, C)
+            idx_N = self.nearest(z_NC)
+            code_Bchw = F.embedding(idx_N.view(B, h, w), codebook_VC).permute(0, 3, 1, 2).contiguous()
+            h_BChw = self._enlarge(code_Bchw, si, len(sizes), (H, W))
+            yield ScaleCode(z_NC, idx_N, h_BChw, (h, w))
+            rest_BChw = rest_BChw - h_BChw.detach()
+
+    def _sizes(self, f_BChw: Tensor, v_patch_nums: Sequence[PatchNum] | None) -> list[tuple[int, int]]:
+        """Scale sizes as (h, w); the last must be the size of the map."""
+        sizes = [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in (v_patch_nums or self.v_patch_nums)]
+        if sizes[-1] != tuple(f_BChw.shape[-2:]):
+            raise UserError(
+                f"the encoder made a {f_BChw.shape[-2]}x{f_BChw.shape[-1]} map but the last scale of patch_nums is "
+                f"{sizes[-1][0]}x{sizes[-1][1]}; give images of another size or other patch_nums"
+            )
+        return sizes
+
+    def f_to_idxBl_or_fhat(self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[PatchNum] | None = None) -> list[Tensor]:
+        """(B, C, H, W) -> per scale the tokens (B, h*w), or with `to_fhat` the accumulated maps (B, C, H, W)."""
+        B = f_BChw.shape[0]
+        out: list[Tensor] = []
+        f_hat_BChw = torch.zeros_like(f_BChw)
+        with torch.no_grad():
+            for si, code in enumerate(self._codes(f_BChw, self._sizes(f_BChw, v_patch_nums), self.embedding.weight)):
+                f_hat_BChw = f_hat_BChw + code.h_BChw
+                out.append(f_hat_BChw if to_fhat else code.idx_N.view(B, -1))
+                if si == self.prog_si:
+                    break
+        return out
+
+    # ---------------------------------------------------------------- training of the tokenizer
+
+    def forward(self, f_BChw: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
+        """Quantise with gradients: (straight-through f_hat (B, C, H, W), usage % per scale or None, VQ loss)."""
+        f_BChw = f_BChw.float()
+        with torch.autocast(f_BChw.device.type, enabled=False):
+            f_hat_BChw, loss, codes = self._quantize(f_BChw, self.embedding.weight)
+        if self.training:
+            for si, code in enumerate(codes):
+                self._record_usage(si, code.idx_N)
+        usages = None
+        if ret_usages:
+            world = dist.get_world_size() if dist.is_initialized() else 1
+            margin = world * (f_BChw.numel() / f_BChw.shape[1]) / self.vocab_size * 0.08
+            usages = (self.ema_vocab_hit_SV >= margin).float().mean(1).mul(100).tolist()
+        return f_hat_BChw, usages, loss
+
+    def encode_for_training(self, f_BChw: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """For a codebook that the trainer moves by EMA: no gradient reaches the codebook, it does reach the encoder and phi.
+
+        Returns (straight-through f_hat (B, C, H, W), VQ loss, idx_list, residual_list): idx_list[s] is (B*pn*pn,), residual_list[s]
+        is (B*pn*pn, C), the vectors that were looked up, detached.
+        """
+        f_BChw = f_BChw.float()
+        with torch.autocast(f_BChw.device.type, enabled=False):
+            f_hat_BChw, loss, codes = self._quantize(f_BChw, self.embedding.weight.detach())
+        return f_hat_BChw, loss, [c.idx_N for c in codes], [c.z_NC for c in codes]
+
+    def _quantize(self, f_BChw: Tensor, codebook_VC: Tensor) -> tuple[Tensor, Tensor, list[ScaleCode]]:
+        """loss = mean over scales of beta MSE(sg(f_hat), f) + MSE(f_hat, sg(f)); straight-through on the last f_hat."""
+        fixed_BChw = f_BChw.detach()
+        f_hat_BChw = torch.zeros_like(fixed_BChw)
+        loss = torch.zeros((), device=f_BChw.device)
+        codes = []
+        for code in self._codes(f_BChw, self._sizes(f_BChw, None), codebook_VC):
+            f_hat_BChw = f_hat_BChw + code.h_BChw
+            loss = loss + self.beta * F.mse_loss(f_hat_BChw.detach(), f_BChw) + F.mse_loss(f_hat_BChw, fixed_BChw)
+            codes.append(code)
+        return (f_hat_BChw.detach() - fixed_BChw) + f_BChw, loss / len(self.v_patch_nums), codes
+
+    @torch.no_grad()
+    def _record_usage(self, si: int, idx_N: Tensor) -> None:
+        """Moving average of the hits of every code over all ranks. As in the reference, the counter runs per scale, not per step."""
+        hit_V = idx_N.bincount(minlength=self.vocab_size).float()
+        if dist.is_initialized():
+            dist.all_reduce(hit_V)
+        decay = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
+        self.ema_vocab_hit_SV[si].mul_(decay).add_(hit_V, alpha=1 - decay)
+        self.record_hit += 1
+
+    # ---------------------------------------------------------------- decoding
+
+    def embed_to_fhat(self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False) -> list[Tensor] | Tensor:
+        """Codes as vectors, (B, C, pn, pn) a scale -> the accumulated maps after every scale, or the last one alone.
+
+        `all_to_max_scale=False` accumulates at each scale's own size instead of the full size (experimental in the reference).
+        """
+        sizes = [(p, p) for p in self.v_patch_nums]
+        first_size = sizes[-1] if all_to_max_scale else sizes[0]
+        f_hat_BChw = ms_h_BChw[0].new_zeros(ms_h_BChw[0].shape[0], self.Cvae, *first_size, dtype=torch.float32)
+        out = []
+        for si, (h_Bchw, size) in enumerate(zip(ms_h_BChw, sizes, strict=False)):
+            if all_to_max_scale:
+                f_hat_BChw = f_hat_BChw + self._enlarge(h_Bchw, si, len(sizes), sizes[-1])
+            else:
+                f_hat_BChw = F.interpolate(f_hat_BChw, size=size, mode="bicubic")
+                f_hat_BChw = f_hat_BChw + self.quant_resi[scale_position(si, len(sizes))](h_Bchw)
+            out.append(f_hat_BChw)
+        return out[-1] if last_one else out
+
+    @torch.no_grad()
+    def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
+        """Tokens (B, pn*pn) a scale -> the transformer's teacher-forced input (B, L - first, C) float32; None when there is none."""
+        scales, last = len(self.v_patch_nums), self.v_patch_nums[-1]
+        B = gt_ms_idx_Bl[0].shape[0]
+        f_hat_BChw = self.embedding.weight.new_zeros(B, self.Cvae, last, last, dtype=torch.float32)
+        steps = scales - 1 if self.prog_si < 0 else min(self.prog_si, scales - 1)
+        inputs_BlC = []
+        for si in range(steps):
+            pn = self.v_patch_nums[si]
+            h_Bchw = self.embedding(gt_ms_idx_Bl[si]).transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+            f_hat_BChw, next_Bchw = self.get_next_autoregressive_input(si, scales, f_hat_BChw, h_Bchw)
+            inputs_BlC.append(next_Bchw.flatten(2).transpose(1, 2))
+        return torch.cat(inputs_BlC, dim=1) if inputs_BlC else None
+
+    def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the codes (B, C, pn, pn) of scale `si` to `f_hat` in place; return it and the next scale's input (B, C, pn', pn')."""
+        last = self.v_patch_nums[-1]
+        f_hat.add_(self._enlarge(h_BChw, si, SN, (last, last)))
+        if si == SN - 1:
+            return f_hat, f_hat
+        pn = self.v_patch_nums[si + 1]
+        return f_hat, F.interpolate(f_hat, size=(pn, pn), mode="area")

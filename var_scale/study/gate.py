@@ -1,0 +1,90 @@
+"""The health gate: which runs may enter a fit. Every exclusion has a code and a sentence, and is printed in the report."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from var_scale.study.record import METRICS, RunRecord
+
+Code = Literal[
+    "incomplete", "diverged", "failed", "non_finite", "not_annealed", "missing_evaluation", "worse_than_smaller", "data_differs"
+]  # fmt: skip
+MAX_FINAL_LR = 0.1
+WORSE_TOLERANCE = 0.01
+CODES: dict[Code, str] = {
+    "incomplete": "the run has not reached its last step",
+    "diverged": "the loss became non-finite or exploded and the run was stopped",
+    "failed": "the run ended with an error",
+    "missing_evaluation": "no evaluation at the last step",
+    "non_finite": "a measured value is not a positive finite number",
+    "not_annealed": f"the last learning rate is above {MAX_FINAL_LR:g} of the peak",
+    "data_differs": "trained on other data than the majority of the runs",
+    "worse_than_smaller": f"average loss more than {100 * WORSE_TOLERANCE:g} % above a smaller model's: a sign of a bad recipe",
+}
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A run that does not enter the fits, and why."""
+
+    record: RunRecord
+    code: Code
+    text: str
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Runs kept for fitting, smallest first, and runs excluded."""
+
+    kept: tuple[RunRecord, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def check_run(record: RunRecord) -> tuple[Code, str] | None:
+    """The first thing wrong with a run by itself; None for a healthy run."""
+    because = f": {record.reason}" if record.reason else ""
+    if record.state == "diverged":
+        return "diverged", f"diverged{because}"
+    if record.state == "failed":
+        return "failed", f"failed{because}"
+    if record.state != "complete":
+        return "incomplete", f"state is {record.state}{because}"
+    values = [record.metric(name) for name in METRICS]
+    if record.eval_samples <= 0 or all(math.isnan(value) for value in values):
+        return "missing_evaluation", "there is no evaluation at the last step"
+    for name, value in zip(METRICS, values, strict=True):
+        if not math.isfinite(value) or value <= 0:
+            return "non_finite", f"{name} is {value:g}"
+    if not record.final_lr_fraction <= MAX_FINAL_LR:
+        return "not_annealed", f"the learning rate ended at {record.final_lr_fraction:g} of its peak; at most {MAX_FINAL_LR:g} is comparable"
+    return None
+
+
+def gate(records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE) -> GateResult:
+    """Keep healthy, comparable runs. Order of checks: each run by itself, the data of the majority, worse than a smaller one."""
+    excluded: list[Exclusion] = []
+    healthy: list[RunRecord] = []
+    for record in sorted(records, key=lambda run: (run.params_paper, run.seed, run.name)):
+        if problem := check_run(record):
+            excluded.append(Exclusion(record, *problem))
+        else:
+            healthy.append(record)
+    if healthy:
+        common = Counter(record.data_hash for record in healthy).most_common(1)[0][0]
+        for record in [run for run in healthy if run.data_hash != common]:
+            excluded.append(Exclusion(record, "data_differs", f"data {record.data_hash[:12]}, most runs have {common[:12]}"))
+        healthy = [run for run in healthy if run.data_hash == common]
+    kept: list[RunRecord] = []
+    for record in healthy:
+        smaller = [run for run in kept if run.params_paper < record.params_paper]
+        best = min(smaller, key=lambda run: run.loss_avg, default=None)
+        if best and record.loss_avg > best.loss_avg * (1 + worse_tolerance):
+            text = f"loss_avg {record.loss_avg:.4f} is above {best.loss_avg:.4f} of the smaller {best.name}"
+            excluded.append(Exclusion(record, "worse_than_smaller", text))
+        else:
+            kept.append(record)
+    return GateResult(tuple(kept), tuple(excluded))

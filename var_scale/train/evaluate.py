@@ -1,0 +1,54 @@
+"""Validation: the whole split, cross-entropy and error rate for every scale, in float32."""
+
+from __future__ import annotations
+
+import torch
+
+from var_scale.data.loader import TokenData
+from var_scale.train.engine.base import Engine
+from var_scale.train.world import World
+
+
+def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[str, float | int | list[float]]:
+    """Loss in nats and error as a fraction: per scale, at the last scale, and over all tokens; plus the number of samples.
+
+    Rank r takes samples r, r + world, ...; all ranks make the same number of forward passes (FSDP and ZeRO-3 exchange
+    parameters in each), a rank that has run out repeats a sample with weight 0. One exchange at the end.
+    """
+    step_module = engine.train_step_module()
+    patch_nums = step_module.patch_nums
+    bounds = [0]
+    for pn in patch_nums:
+        bounds.append(bounds[-1] + pn * pn)
+    mine = torch.arange(world.rank, data.num_samples, world.size)
+    rounds = -(-(-(-data.num_samples // world.size)) // batch)
+    sums = torch.zeros(2, len(patch_nums), dtype=torch.float64, device=world.device)
+    engine.module.eval()
+    with torch.no_grad():
+        for i in range(rounds):
+            index = mine[i * batch : (i + 1) * batch]
+            weight = 1.0 if len(index) else 0.0
+            if not len(index):
+                index = torch.zeros(1, dtype=torch.long)
+            tokens, labels = data.gather(index.numpy())
+            tokens_BL = torch.as_tensor(tokens, device=world.device).long()
+            label_B = torch.as_tensor(labels, device=world.device).long()
+            _, ce_BL, correct_BL = engine.module(tokens_BL, label_B)
+            for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                sums[0, s] += weight * ce_BL[:, start:end].double().sum()
+                sums[1, s] += weight * (~correct_BL[:, start:end]).double().sum()
+    engine.module.train()
+    world.reduce(sums)
+    counts = torch.tensor([pn * pn for pn in patch_nums], dtype=torch.float64) * data.num_samples
+    sums = sums.cpu()
+    loss_S, error_S = (sums / counts).tolist()
+    loss, error = (sums.sum(dim=1) / counts.sum()).tolist()
+    return {
+        "loss_avg": loss,
+        "loss_last": loss_S[-1],
+        "err_avg": error,
+        "err_last": error_S[-1],
+        "loss_per_scale": loss_S,
+        "err_per_scale": error_S,
+        "samples": data.num_samples,
+    }

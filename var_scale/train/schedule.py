@@ -1,0 +1,70 @@
+"""Learning-rate and weight-decay schedules of the official trainer, as pure functions of the iteration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from var_scale.config.schema import TrainConfig
+
+
+def lr_factor(schedule: str, iteration: int, total: int, warmup: int, start: float, end: float) -> float:
+    """Learning rate / peak at `iteration` of `total` (both count micro-batches).
+
+    Linear from `start` to 1 over `warmup` iterations, then by `schedule` down to `end`:
+    lin0 holds 1 for 5 % of the rest, lin for 15 %, lin00 not at all; cos; exp holds 15 %, then decays geometrically;
+    lin<f>, such as lin0.8, goes linearly to a middle value over the share f and linearly to `end` over what is left.
+    """
+    if iteration < warmup:
+        return start + (1 - start) * iteration / warmup
+    p = (iteration - warmup) / max(1, total - 1 - warmup)
+    left = 1 - end
+    if schedule == "cos":
+        return end + left * (0.5 + 0.5 * math.cos(math.pi * p))
+    if schedule == "exp":
+        hold = 0.15
+        return 1.0 if p < hold else end ** ((p - hold) / (1 - hold))
+    if schedule in ("lin0", "lin", "lin00"):
+        hold = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0}[schedule]
+        return 1.0 if p < hold else end + left * (1 - p) / (1 - hold)
+    f = float(schedule.removeprefix("lin"))
+    middle = (1 + end + left * (1 - f)) / 2
+    return 1 + (middle - 1) * p / f if p < f else end + (middle - end) * (1 - p) / (1 - f)
+
+
+def weight_decay(iteration: int, total: int, start: float, end: float) -> float:
+    """Cosine from `start` to `end` over the whole run."""
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * iteration / max(1, total - 1)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of one run, asked by optimiser step."""
+
+    config: TrainConfig
+    total_steps: int
+    warmup: int  # micro-iterations
+
+    @staticmethod
+    def of(config: TrainConfig, train_samples: int) -> Schedule:
+        """Steps from epochs as the reference counts them: ceil(samples / batch) an epoch. Warm-up default: a fiftieth."""
+        per_epoch = -(-train_samples // config.batch_size)
+        steps = config.steps or max(1, round((config.epochs or 0) * per_epoch))
+        share = 1 / 50 if not config.warmup_epochs else config.warmup_epochs * per_epoch / steps
+        return Schedule(config, steps, round(share * steps * config.accumulate))
+
+    @property
+    def peak_lr(self) -> float:
+        """base_lr x batch / 256."""
+        return self.config.base_lr * self.config.batch_size / 256
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (from 0): the value at its last micro-batch."""
+        c, a = self.config, self.config.accumulate
+        return self.peak_lr * lr_factor(c.lr_schedule, (step + 1) * a - 1, self.total_steps * a, self.warmup, c.lr_start, c.lr_end)
+
+    def wd(self, step: int) -> float:
+        """Weight decay of optimiser step `step`."""
+        c, a = self.config, self.config.accumulate
+        end = c.weight_decay if c.weight_decay_end is None else c.weight_decay_end
+        return weight_decay((step + 1) * a - 1, self.total_steps * a, c.weight_decay, end)

@@ -1,0 +1,124 @@
+"""metrics.jsonl is the truth; TensorBoard and wandb mirror it and may fail without harm. env.json says what ran where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from var_scale.config.schema import Config
+from var_scale.files import write_json
+from var_scale.progress import say
+from var_scale.run_folder import RunFolder
+from var_scale.train.world import World
+
+PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "triton", "flash-attn", "xformers", "safetensors", "wandb")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of the packages that matter; None: not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def commit() -> str | None:
+    """Commit of the checkout this runs from, with `+changes` when files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: E731
+        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor_name() -> str:
+    """Model name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
+    """What ran where: versions, hardware, and every choice that `auto` made."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "host": platform.node(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "world_size": world.size,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "choices": choices,
+    }
+
+
+class Telemetry:
+    """Rank 0's recorder."""
+
+    def __init__(self, folder: RunFolder, config: Config, env: dict[str, Any]):
+        self.folder = folder
+        write_json(folder.env, env)
+        self.mirrors = [m for m in (self._tensorboard(config), self._wandb(config, env)) if m]
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Append to metrics.jsonl, then mirror the numbers."""
+        self.folder.append_metrics(row)
+        numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        numbers |= {f"{row['kind']}/{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs)}
+        for mirror in list(self.mirrors):
+            try:
+                mirror(numbers, row["step"])
+            except Exception as error:
+                say(f"warning: a metrics mirror failed and is switched off ({error}); metrics.jsonl is complete")
+                self.mirrors.remove(mirror)
+
+    def _tensorboard(self, config: Config) -> Any:
+        if not config.log.tensorboard:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self.folder.log / "tensorboard"))
+        except Exception as error:
+            say(f"warning: TensorBoard is not available ({error}); metrics.jsonl is complete")
+            return None
+
+        def mirror(numbers: dict[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return mirror
+
+    def _wandb(self, config: Config, env: dict[str, Any]) -> Any:
+        if config.log.wandb == "disabled":
+            return None
+        try:
+            import wandb
+
+            self.folder.log.mkdir(parents=True, exist_ok=True)
+            run_id = f"{self.folder.path.resolve().parent.name}-{config.name}"
+            run = wandb.init(
+                project=config.log.wandb_project, group=self.folder.path.resolve().parent.name, name=config.name, id=run_id,
+                resume="allow", mode=config.log.wandb, dir=str(self.folder.log), config={**config.model_dump(mode="json"), "env": env},
+            )  # fmt: skip
+        except Exception as error:
+            say(f"warning: wandb is not available ({error}); metrics.jsonl is complete")
+            return None
+        return lambda numbers, step: run.log(numbers, step=step)

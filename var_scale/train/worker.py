@@ -1,0 +1,49 @@
+"""What a launcher starts on every rank: `python -m var_scale.train.worker RUN_FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from var_scale.config.load import load
+from var_scale.errors import UserError
+from var_scale.run_folder import RunFolder, take_lock
+from var_scale.train.world import World, leave, start_world
+
+USER_ERROR = 2
+
+
+def main() -> None:
+    """Join the others, train, leave with the run's exit code. A failure is kept in status.json."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    folder = Path(arguments[0])
+    run = RunFolder(folder)
+    config = load(str(run.config))
+    world = start_world(group=config.engine.name != "single", threads=config.engine.threads)
+    lock = take_lock(folder / ".lock", wait_seconds=60) if world.main else None
+    if world.main and lock is None:
+        print(f"{folder}: another process is training this run; stop it first", flush=True)
+        leave(world, USER_ERROR)
+    code = 1
+    try:
+        from var_scale.train.loop import Run
+
+        code = Run(folder, world).train()
+    except UserError as error:
+        code = USER_ERROR
+        _fail(run, world, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        _fail(run, world, f"{type(error).__name__}: {error}".splitlines()[0])
+    leave(world, code)
+
+
+def _fail(run: RunFolder, world: World, reason: str) -> None:
+    if world.main:
+        print(f"error: {reason}", flush=True)
+        run.set_status("failed", reason)
+
+
+if __name__ == "__main__":
+    main()
