@@ -252,7 +252,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input is one line and exit code 2."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides, rest = [*args.overrides, *rest], []  # key=value may also stand after options
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     if args.version:
         from var_scale import __version__
 

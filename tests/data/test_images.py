@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import hashes
 from PIL import Image
 
-from tests.data.test_shards import hashes
 from var_scale.data.embedded import LeavesSettings, leaves_images, write_leaves
 from var_scale.data.loader import ImageData, TokenData
 from var_scale.data.shards import verify_folder
@@ -78,7 +78,7 @@ def test_write_leaves_continues_and_does_not_depend_on_processes(tmp_path: Path)
 
 
 def test_write_leaves_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import var_scale.data.embedded as embedded
+    from var_scale.data import embedded
 
     write_leaves(tmp_path / "whole", "val", 700, SMALL, 150, processes=1)
     real = embedded._encoded
@@ -125,12 +125,11 @@ def test_tokenize(tmp_path: Path) -> None:
     assert tokenize_folder(tmp_path / "images", tmp_path / "whole", never, *arguments, 100) == manifest
     with pytest.raises(UserError, match="made by tokenizer abc, this run uses xyz"):
         tokenize_folder(tmp_path / "images", tmp_path / "whole", never, "xyz", (1, 2, 3), 256)
-    for change, message in (((70000, encode), "65536"), ((256, lambda x: encode(x)[:, :3]), "returned int64"), ((9, encode), "outside 0..8")):
+    for vocab_size, wrong, message in ((70000, encode, "65536"), (256, lambda x: encode(x)[:, :3], "returned int64"),
+                                       (9, encode, "outside 0..8")):
         with pytest.raises(UserError, match=message):
-            tokenize_folder(tmp_path / "images", tmp_path / "new", change[1], "abc", (1, 2, 3), change[0])
+            tokenize_folder(tmp_path / "images", tmp_path / "new", wrong, "abc", (1, 2, 3), vocab_size)
         assert not (tmp_path / "new" / "manifest.json").exists()
-        import shutil
-        shutil.rmtree(tmp_path / "new", ignore_errors=True)
 
 
 def test_several_views_are_random_crops(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_samples import TOKENS, image, write_images, write_tokens
 
-from tests.data.test_shards import TOKENS, image, write_images, write_tokens
 from var_scale.data.loader import ImageData, TokenData, TokenLoader, eval_slices
 from var_scale.data.order import epoch_permutation, global_batch_indices, rank_slice, uniform
 from var_scale.data.shards import ShardSetWriter

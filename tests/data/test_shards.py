@@ -8,39 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_samples import TOKENS, hashes, image, write_images, write_tokens
 
 from var_scale.data.embedded import png_bytes
 from var_scale.data.manifest import load_manifest
 from var_scale.data.shards import ShardSetWriter, describe_folder, index_folder, index_tar, read_index, verify_folder
 from var_scale.errors import UserError
-from var_scale.files import read_json, sha256_file, write_json
-
-PATCH_NUMS = [1, 2, 3]
-TOKENS = {"dtype": "<u2", "views": 2, "length": 14, "patch_nums": PATCH_NUMS, "vocab_size": 300, "tokenizer_hash": "abc"}
-
-
-def image(index: int) -> np.ndarray:
-    return np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-
-
-def write_images(folder: Path, count: int = 20, per_shard: int = 8) -> None:
-    with ShardSetWriter(folder, "image", "train", 5, per_shard, {"name": "test", "count": count}) as writer:
-        for index in range(writer.completed_samples(), count):
-            writer.add_image(png_bytes(image(index)), index % 5)
-        writer.finish()
-
-
-def write_tokens(folder: Path, count: int = 20, per_shard: int = 8) -> np.ndarray:
-    tokens = np.random.default_rng(0).integers(0, 300, (count, 2, 14))
-    with ShardSetWriter(folder, "tokens", "train", 5, per_shard, {"name": "test"}, TOKENS) as writer:
-        for index in range(writer.completed_samples(), count):
-            writer.add_tokens(tokens[index], index % 5)
-        writer.finish()
-    return tokens
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+from var_scale.files import read_json, write_json
 
 
 def test_round_trip_and_names(tmp_path: Path) -> None:
@@ -150,8 +124,8 @@ def test_indexing_our_own_shards_gives_the_same_shard_list(tmp_path: Path) -> No
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.data.test_shards import *
-import var_scale.data.shards as shards
+from data_samples import *
+from var_scale.data import shards
 folder, limit, stage = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if stage == "record":  # die after the tar and the index, before the record that makes the shard count
     original = shards.write_json
@@ -168,7 +142,7 @@ with ShardSetWriter(folder, "image", "train", 5, 8, {"name": "test", "count": 20
 def test_killed_writer_resumes_to_identical_bytes(tmp_path: Path, limit: int, stage: str, left: int) -> None:
     root = Path(__file__).parents[2]
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(limit), stage], cwd=root, check=False,
-                             env={**os.environ, "PYTHONPATH": str(root)})
+                             env={**os.environ, "PYTHONPATH": f"{root}:{root}/tests/data"})
     assert process.returncode == 9
     with pytest.raises(UserError, match=r"no manifest\.json"):
         load_manifest(tmp_path / "killed")
@@ -184,6 +158,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source\.count: 20 there, 21 here"):
         write_images(tmp_path, 21)
     with ShardSetWriter(tmp_path / "part", "image", "train", 5, 2, {"name": "a"}) as writer:
+        writer.add_image(b"x", 0)
+    ShardSetWriter(tmp_path / "part", "image", "train", 5, 2, {"name": "b"})  # nothing was written yet: the settings may change
+    with ShardSetWriter(tmp_path / "part", "image", "train", 5, 2, {"name": "a"}) as writer:
+        writer.add_image(b"x", 0)
         writer.add_image(b"x", 0)
     with pytest.raises(UserError, match="samples_per_shard: 2 there, 3 here"):
         ShardSetWriter(tmp_path / "part", "image", "train", 5, 3, {"name": "a"})

@@ -130,17 +130,16 @@ def _fill(frames: np.ndarray, power: np.ndarray, side: int) -> tuple[np.ndarray,
     x, y = np.tile(grid, side * count), np.tile(np.repeat(grid, side), count)
     owner = np.zeros(count * pixels, np.int64)
     out_u, out_v = np.empty(count * pixels, np.float32), np.empty(count * pixels, np.float32)
-    free = np.arange(count * pixels)
+    free, image = np.arange(count * pixels, dtype=np.int32), np.repeat(np.arange(count), pixels)
     for leaf in range(leaves):
-        image = free // pixels
-        frame = frames[:, leaf].T[:, image]
-        u = frame[0] * x + frame[1] * y + frame[2]
-        v = frame[3] * x + frame[4] * y + frame[5]
-        inside = _inside(np.abs(u), np.abs(v), power[:, leaf][image])
-        hit = free[inside]
-        owner[hit], out_u[hit], out_v[hit] = leaf, u[inside], v[inside]
-        left = ~inside
-        free, x, y = free[left], x[left], y[left]
+        ux, uy, u0, vx, vy, v0 = np.ascontiguousarray(frames[:, leaf].T)
+        u = ux.take(image) * x + uy.take(image) * y + u0.take(image)
+        v = vx.take(image) * x + vy.take(image) * y + v0.take(image)
+        inside = _inside(np.abs(u), np.abs(v), power[:, leaf].take(image))
+        covered, left = np.flatnonzero(inside), np.flatnonzero(~inside)
+        hit = free[covered]
+        owner[hit], out_u[hit], out_v[hit] = leaf, u[covered], v[covered]
+        free, image, x, y = free[left], image[left], x[left], y[left]
     shape = (count, pixels)
     return owner.reshape(shape), out_u.reshape(shape), out_v.reshape(shape)
 

@@ -60,7 +60,7 @@ class ShardSetWriter:
         """The complete shards of a killed run, in order; starts the records of a new run."""
         settings = {**self._settings, "samples_per_shard": self.samples_per_shard}
         path = self._records / "settings.json"
-        if not path.exists():
+        if not (self._records / "000000.json").exists():
             write_json(path, settings)
             return []
         self._require_same(read_json(path, "record of an unfinished run"), settings)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from var_scale.config.schema import Config, TokenizerConfig
 from var_scale.errors import UserError
 from var_scale.files import atomic_file, sha256_file
-from var_scale.model.build import build_var
-from var_scale.model.official import load_vqvae_state
+from var_scale.model.build import build_vae, build_var
+from var_scale.model.official import load_strict, read_weights
 from var_scale.model.var import VAR
 from var_scale.model.vqvae import VQVAE
 
@@ -22,23 +22,18 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def new_tokenizer(config: TokenizerConfig) -> VQVAE:
-    """A tokenizer with fresh weights."""
-    return VQVAE(
-        vocab_size=config.vocab_size, z_channels=config.latent_channels, ch=config.ch, beta=config.beta, quant_resi=config.quant_resi,
-        share_quant_resi=config.share_quant_resi, v_patch_nums=config.patch_nums, arch=config.arch, patch=config.patch, hidden=config.hidden,
-        test_mode=False,
+    """A tokenizer with fresh, trainable weights."""
+    return build_vae(
+        V=config.vocab_size, Cvae=config.latent_channels, ch=config.ch, share_quant_resi=config.share_quant_resi,
+        quant_resi=config.quant_resi, beta=config.beta, patch_nums=config.patch_nums, arch=config.arch, patch=config.patch,
+        hidden=config.hidden, test_mode=False,
     )  # fmt: skip
 
 
 def save_tokenizer(vae: VQVAE, path: Path) -> None:
     """Write the weights as safetensors, atomically."""
-
-
-
-
-    state = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
     with atomic_file(path) as file:
-        file.write(save(state))
+        file.write(save({k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}))
 
 
 def load_tokenizer(config: TokenizerConfig, device: torch.device) -> tuple[VQVAE, str]:
@@ -46,15 +41,9 @@ def load_tokenizer(config: TokenizerConfig, device: torch.device) -> tuple[VQVAE
     if not config.weights:
         raise UserError("tokenizer.weights: a trained tokenizer is needed here; give a .pth or .safetensors file, or run `tokenizer train`")
     path = Path(config.weights)
-    if not path.exists():
-        raise UserError(f"{path}: tokenizer weights not found; correct tokenizer.weights or run `var-scale tokenizer train`")
-    state = load_file(path) if path.suffix == ".safetensors" else load_vqvae_state(path)
+    state = read_weights(path, "vae")
     vae = new_tokenizer(config)
-    try:
-        vae.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path}: these weights do not fit the tokenizer section of the config: {first}") from None
+    load_strict(vae, state, path)
     vae.eval().requires_grad_(False)
     return vae.to(device), sha256_file(path)
 
@@ -63,10 +52,11 @@ def build_model(config: Config, vae: VQVAE, device: torch.device) -> VAR:
     """The transformer of `config`, freshly initialised from torch's seed."""
     m = config.model
     var = build_var(
-        vae, num_classes=config.classes, depth=m.depth, embed_dim=m.channels, num_heads=m.num_heads, mlp_ratio=m.mlp_ratio,
-        drop_path_rate=m.drop_path_rate, cond_drop_rate=m.cond_drop_rate, shared_aln=m.shared_aln, attn_l2_norm=m.attn_l2_norm,
-        patch_nums=config.tokenizer.patch_nums, init_adaln=m.init_adaln, init_adaln_gamma=m.init_adaln_gamma, init_head=m.init_head,
-        init_std=m.init_std, attention=m.attention, device=device,
+        vae, depth=m.depth, width=m.channels, heads=m.num_heads, mlp_ratio=m.mlp_ratio, num_classes=config.classes,
+        patch_nums=config.tokenizer.patch_nums, shared_aln=m.shared_aln, attn_l2_norm=m.attn_l2_norm, cond_drop_rate=m.cond_drop_rate,
+        drop_path_rate=m.drop_path_rate, attention=m.attention, init_adaln=m.init_adaln, init_adaln_gamma=m.init_adaln_gamma,
+        init_head=m.init_head, init_std=m.init_std, device=device,
     )  # fmt: skip
     var.eval_label_drop = config.train.eval_label_dropout
     return var
+

@@ -161,8 +161,9 @@ class MultiScaleQuantizer(nn.Module):
         """(B, C, H, W) -> per scale the tokens (B, h*w), or with `to_fhat` the accumulated maps (B, C, H, W)."""
         B = f_BChw.shape[0]
         out: list[Tensor] = []
+        f_BChw = f_BChw.float()
         f_hat_BChw = torch.zeros_like(f_BChw)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(f_BChw.device.type, enabled=False):
             for si, code in enumerate(self._codes(f_BChw, self._sizes(f_BChw, v_patch_nums), self.embedding.weight)):
                 f_hat_BChw = f_hat_BChw + code.h_BChw
                 out.append(f_hat_BChw if to_fhat else code.idx_N.view(B, -1))

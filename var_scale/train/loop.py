@@ -211,16 +211,16 @@ class StepNoise:
         rate = 0.1 * model.depth / 24 if model.drop_path_rate is None else model.drop_path_rate
         seed = config.train.seed
         self.drop_B = torch.from_numpy(uniform(seed, "label", step, self.batch_size) < model.cond_drop_rate)
-        self.keep_DB = None
+        self.keep_D2B = None
         if rate > 0:
-            rate_D1 = torch.linspace(0, rate, model.depth, dtype=torch.float64)[:, None]
-            u_DB = torch.from_numpy(uniform(seed, "path", step, model.depth * self.batch_size)).view(model.depth, self.batch_size)
-            self.keep_DB = u_DB >= rate_D1
+            rate_D11 = torch.linspace(0, rate, model.depth, dtype=torch.float64)[:, None, None]
+            u = torch.from_numpy(uniform(seed, "path", step, model.depth * 2 * self.batch_size))
+            self.keep_D2B = u.view(model.depth, 2, self.batch_size) >= rate_D11
 
     def of(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The parts that belong to this batch's samples: (B,) and (depth, B), true: drop the label / keep the path."""
+        """The parts of this batch's samples: (B,) true: drop the label; (depth, 2, B) true: keep the path of attention / MLP."""
         place = torch.as_tensor(batch.sample_positions_B) - self.first
-        return self.drop_B[place].to(device), None if self.keep_DB is None else self.keep_DB[:, place].to(device)
+        return self.drop_B[place].to(device), None if self.keep_D2B is None else self.keep_D2B[:, :, place].to(device)
 
 
 def check_resume(resume: Checkpoint, config: Config, data_hash: str) -> None:

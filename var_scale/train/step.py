@@ -31,13 +31,13 @@ class TrainStep(nn.Module):
         self.patch_nums, self.bf16, self.label_smoothing = patch_nums, bf16, label_smoothing
 
     def forward(
-        self, tokens_BL: torch.Tensor, label_B: torch.Tensor, label_drop_B: torch.Tensor | None = None, path_keep_DB: torch.Tensor | None = None
+        self, tokens_BL: torch.Tensor, label_B: torch.Tensor, label_drop_B: torch.Tensor | None = None, path_keep_D2B: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean loss (scalar, with label smoothing), and detached cross-entropy (B, L) in nats and correctness (B, L)."""
         with torch.no_grad():
             x_BLZ = self.frozen[0].idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
         enabled = self.bf16 and self.training  # evaluation is float32, as in the reference
-        kwargs: dict[str, Any] = {"label_drop_B": label_drop_B, "path_keep_DB": path_keep_DB}
+        kwargs: dict[str, Any] = {"label_drop_B": label_drop_B, "path_keep_DB": path_keep_D2B}
         with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
             logits_BLV = self.var(label_B, x_BLZ, **kwargs)
         logits_BLV = logits_BLV.float()

@@ -7,6 +7,7 @@ exponential moving averages, while encoder, decoder and phi follow the gradient.
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from var_scale.files import atomic_file, canonical_hash, disk_errors, read_json,
 from var_scale.model.load import new_tokenizer, save_tokenizer, tokenizer_file
 from var_scale.model.vqvae import VQVAE
 from var_scale.progress import progress, say
+from var_scale.train.world import fast_bf16
 
 SAVE_SECONDS = 10.0
 
@@ -87,6 +89,7 @@ class TokenizerTrainer:
         trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.005, fused=True)
         self.identity = canonical_hash([config.tokenizer.model_dump(mode="json"), images.digest])
+        self.bf16 = fast_bf16(torch.device("cpu"))
         self.step = 0
 
     @property
@@ -110,7 +113,8 @@ class TokenizerTrainer:
     def train_step(self) -> float:
         """One step; returns the reconstruction loss."""
         img_BCHW = self.batch()
-        f_BZhw = self.vae.quant_conv(self.vae.encoder(img_BCHW))
+        with self.autocast():
+            f_BZhw = self.vae.quant_conv(self.vae.encoder(img_BCHW)).float()
         if self.step < self.plain_steps:
             fhat, extra = f_BZhw, 0.001 * f_BZhw.square().mean()
             if self.step == self.plain_steps - 1:
@@ -122,7 +126,9 @@ class TokenizerTrainer:
                 self.codebook.update(
                     torch.cat(idx_list), torch.cat(residual_list), self.recipe.codebook_decay, self.recipe.dead_count, generator
                 )
-        loss = reconstruction_loss(self.vae.decoder(self.vae.post_quant_conv(fhat)), img_BCHW)
+        with self.autocast():
+            out_BCHW = self.vae.decoder(self.vae.post_quant_conv(fhat)).float()
+        loss = reconstruction_loss(out_BCHW, img_BCHW)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr()
         (loss + extra).backward()
@@ -131,6 +137,10 @@ class TokenizerTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return float(loss.detach())
+
+    def autocast(self) -> torch.autocast:
+        """bf16 convolutions where the processor has them fast; quantiser and loss stay float32."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
     def _start_codebook(self, f_BZhw: torch.Tensor) -> None:
         """Begin with residuals as they come: codes from averages at every scale of this batch."""
@@ -167,10 +177,10 @@ class TokenizerTrainer:
         self.step = state["step"]
 
 
-def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Path, threads: int = 1) -> Path:
+def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Path) -> Path:
     """Train, report, and return the weights file; returns at once when it is already there for the same settings and images."""
     target = tokenizer_file(folder)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     trainer = TokenizerTrainer(config, train, folder)
     done = folder / "tokenizer.json"
     if target.exists() and done.exists() and read_json(done).get("identity") == trainer.identity:
@@ -214,7 +224,7 @@ def assess(vae: VQVAE, val: ImageData, limit: int = 4096, batch: int = 512) -> d
         squared += float(difference.square().sum())
         absolute += float(difference.abs().sum())
         count += difference.numel()
-        new = torch.stack([torch.bincount(i.flatten(), minlength=vae.vocab_size) for i in idx_list])
+        new = torch.stack([torch.bincount(i.flatten(), minlength=vae.V) for i in idx_list])
         hits = new if hits is None else hits + new
     assert hits is not None
     p_SV = hits.double() / hits.sum(dim=1, keepdim=True)

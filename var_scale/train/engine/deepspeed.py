@@ -78,6 +78,8 @@ class DeepSpeedEngine(Engine):
         weights: dict[str, torch.Tensor] = {}
         moments: Moments = {key: {} for key in MOMENT_KEYS}
         state_exists = bool(self._inner().state)
+        if state_exists and self.stage in (1, 2):
+            self._link_moments()
         for name, p in self.names():
             whole = p.detach().float() if self.stage == 0 else safe_get_full_fp32_param(p)
             weights[name] = whole.cpu().clone()
@@ -102,10 +104,17 @@ class DeepSpeedEngine(Engine):
             empty = {key: torch.zeros_like(flat) for key in MOMENT_KEYS}
             inner.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **empty}
         if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the flat moments
+            self._link_moments()
         for name, p in self.names():
             for key in MOMENT_KEYS:
                 self._set_moment(p, moments[key][name].to(flats[0].device), key)
+
+    def _link_moments(self) -> None:
+        """Link every parameter to its part of the flat moments. DeepSpeed does so inside the first step, when only the first
+        parameter group has moments, and never again: the second group's would not be found."""
+        zero: Any = self.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _set_moment(self, p: torch.nn.Parameter, value: torch.Tensor, key: str) -> None:
         """Write one whole moment tensor into this rank's part of it."""
