@@ -24,6 +24,7 @@ class Study:
         self.config, self.spec = config, config.study
         self.folder = (runs / config.name).resolve()
         self.report = self.folder / "report"
+        self.step_times: dict[str, float] = {}  # measured here for the plan
 
     def with_files(self) -> Config:
         """The config with this study's own data and tokenizer filled in where none are given."""
@@ -151,7 +152,7 @@ def show_plan(study: Study) -> None:
     """Stage 4: the table of runs with cost and expected time; the largest size is held out."""
     from var_scale.cluster.plan import plan_table
 
-    plan_table(study)
+    plan_table(study, save=True)
 
 
 def train_all(study: Study) -> None:

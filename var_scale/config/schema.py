@@ -183,6 +183,9 @@ class StudySpec(Section):
     seeds: tuple[int, ...] = Field((0,), description="seeds of every size")
     preset: str | None = Field(None, description="a preset a size, such as model/d{depth}: model and recipe of that depth")
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
+    floors: dict[Literal["loss_last", "loss_avg", "err_last", "err_avg"], float] = Field(
+        default_factory=dict, description="irreducible part assumed for a metric in the power law; 0 where none is given"
+    )
     device: str = Field("auto", description="device for the expected time: auto (measured here) or a name of the peak table")
     devices: Positive = Field(1, description="devices a run, for the expected time on a named device")
     mfu: float = Field(0.4, gt=0, le=1, description="assumed share of the device's peak")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from var_scale.study.laws import LEVEL, Array
+
+Indices = NDArray[np.int64]
 
 DRAWS = 1000
 COARSE, FINE = 80, 41
@@ -28,7 +31,7 @@ def floor_draws(x: Array, fitted: Array, sd: float, seed: int = 0, draws: int = 
     y = fitted * np.exp(sds[:, None] * rng.standard_normal((draws, n)))
     out = np.empty((draws, 4))
     for part in np.array_split(np.arange(draws), max(1, draws * n // 4000)):
-        coarse = np.linspace(*np.log(ALPHA_BOUNDS), COARSE)
+        coarse = np.linspace(np.log(ALPHA_BOUNDS[0]), np.log(ALPHA_BOUNDS[1]), COARSE)
         values = profile(np.exp(coarse)[None, :], x, y[part, None, :])[2]
         best = coarse[values.argmin(1)]
         step = coarse[1] - coarse[0]
@@ -41,14 +44,16 @@ def floor_draws(x: Array, fitted: Array, sd: float, seed: int = 0, draws: int = 
     return out
 
 
-def resamples(count: int, seed: int = 0, draws: int = DRAWS) -> Iterator[Array]:
+def resamples(count: int, seed: int = 0, draws: int = DRAWS) -> Iterator[Indices]:
     """Index sets of `count` runs drawn with replacement."""
     rng = np.random.default_rng(seed)
     for _ in range(draws):
         yield rng.integers(0, count, count)
 
 
-def bootstrap_interval(statistic: Callable[[Array], float | None], count: int, seed: int = 0, draws: int = 200) -> tuple[float, float] | None:
+def bootstrap_interval(
+    statistic: Callable[[Indices], float | None], count: int, seed: int = 0, draws: int = 200
+) -> tuple[float, float] | None:
     """95 % percentile interval of `statistic(indices)` over resampled runs; None when most resamples give no value."""
     values = [value for index in resamples(count, seed, draws) if (value := statistic(index)) is not None]
     if len(values) < draws / 2:

@@ -60,7 +60,10 @@ def check_run(record: RunRecord) -> tuple[Code, str] | None:
         if not math.isfinite(value) or value <= 0:
             return "non_finite", f"{name} is {value:g}"
     if not record.final_lr_fraction <= MAX_FINAL_LR:
-        return "not_annealed", f"the learning rate ended at {record.final_lr_fraction:g} of its peak; at most {MAX_FINAL_LR:g} is comparable"
+        return (
+            "not_annealed",
+            f"the learning rate ended at {record.final_lr_fraction:g} of its peak; at most {MAX_FINAL_LR:g} is comparable",
+        )
     return None
 
 

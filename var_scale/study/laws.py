@@ -85,7 +85,9 @@ class LawFit:
         if self.form == "chinchilla":
             return f"L = {p['E']:.4f} + {p['A']:.4g} N^-{p['alpha']:.4f} + {p['B']:.4g} D^-{p['beta']:.4f}"
         floor = f"{p['E']:.4f} + " if p["E"] > 0 else ""
-        return f"{self.metric} = {floor}({p['beta']:.3g} {self.variable}/{UNITS[self.variable]:.0e})^-{p['alpha']:.4f}".replace("e+0", "e").replace("e+", "e")
+        return f"{self.metric} = {floor}({p['beta']:.3g} {self.variable}/{UNITS[self.variable]:.0e})^-{p['alpha']:.4f}".replace(
+            "e+0", "e"
+        ).replace("e+", "e")
 
     def predict(self, x: float | Sequence[float] | Array) -> Array:
         """The fitted law at x (parameters or FLOPs)."""

@@ -130,7 +130,9 @@ def write_runs_csv(records: Sequence[RunRecord], path: Path) -> None:
     writer.writerow(names)
     for record in records:
         cells = [getattr(record, name) for name in names]
-        writer.writerow([json.dumps(cell) if isinstance(cell, tuple) else repr(cell) if isinstance(cell, float) else cell for cell in cells])
+        writer.writerow(
+            [json.dumps(cell) if isinstance(cell, tuple) else repr(cell) if isinstance(cell, float) else cell for cell in cells]
+        )
     write_text(Path(path), out.getvalue())
 
 

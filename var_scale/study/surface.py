@@ -66,7 +66,7 @@ def fit_chinchilla(
     gradient = huber_objective(theta, u - mu, w - mw, v)[1]
     bounds = [name for name, value, (low, high) in zip(("A", "B", "E", "alpha", "beta"), theta, BOUNDS, strict=True)
               if min(value - low, high - value) < 1e-6]  # fmt: skip
-    audit = {"method": "L-BFGS-B, Huber 1e-3", "gradient_norm": float(np.abs(gradient).max()), "active_bounds": bounds,
+    audit: dict[str, Any] = {"method": "L-BFGS-B, Huber 1e-3", "gradient_norm": float(np.abs(gradient).max()), "active_bounds": bounds,
              "starts": len(ends), "agree": sum(value <= best * (1 + 1e-4) + 1e-12 for value, _ in ends)}  # fmt: skip
     params = _natural(theta, mu, mw)
     fitted = params["E"] + params["A"] * ns ** -params["alpha"] + params["B"] * ds ** -params["beta"]

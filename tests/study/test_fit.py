@@ -1,0 +1,166 @@
+"""Fits against published data and against laws that are known."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from var_scale.errors import UserError
+from var_scale.study.fit import fit_law, floor_strip
+from var_scale.study.surface import evaluate, fit_chinchilla, huber_objective
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "laws"
+X = 2.0 ** np.arange(0, 9, 1.5) * 1e6
+
+
+def chinchilla_data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with open(GOLDEN / "chinchilla_epoch.csv") as file:
+        table = np.array([[float(row[key]) for key in ("Model Size", "Training FLOP", "loss")] for row in csv.DictReader(file)])
+    table = table[table[:, 2] < np.sort(table[:, 2])[-5]]
+    return table[:, 0], table[:, 1] / (6 * table[:, 0]), table[:, 2]
+
+
+def test_chinchilla_reaches_the_optimum() -> None:
+    n, d, loss = chinchilla_data()
+    assert len(n) == 240
+    fit = fit_chinchilla(n, d, loss, draws=100)
+    assert fit.converged
+    assert fit.objective <= 1.01828e-3
+    published = {"A": (482.01, 124.5), "B": (2085.43, 1293), "E": (1.8172, 0.0257), "alpha": (0.3478, 0.0154), "beta": (0.3658, 0.0206)}
+    for name, (value, error) in published.items():
+        assert abs(fit.params[name] - value) < error, name
+    low, high = fit.intervals["split"]
+    assert low == pytest.approx(0.477, abs=0.025)
+    assert high == pytest.approx(0.557, abs=0.025)
+    assert fit.audit["agree"] > 10
+    assert np.log(loss / evaluate(fit, n, d)) == pytest.approx(np.array(fit.residuals))
+
+
+def test_published_parameters_are_worse() -> None:
+    n, d, loss = chinchilla_data()
+    theta = np.array([math.log(482.01), math.log(2085.43), math.log(1.81686), 0.3478, 0.3658])
+    value, gradient = huber_objective(theta, np.log(n), np.log(d), np.log(loss))
+    assert value * 1e-6 == pytest.approx(1.022843e-3, rel=1e-3)
+    for i in range(5):
+        step = np.zeros(5)
+        step[i] = 1e-7
+        ahead, behind = (huber_objective(theta + s * step, np.log(n), np.log(d), np.log(loss))[0] for s in (1, -1))
+        assert gradient[i] == pytest.approx((ahead - behind) / 2e-7, rel=1e-3)
+
+
+def test_routing_is_a_pure_power_law() -> None:
+    with open(GOLDEN / "deepmind_routing_dense.csv") as file:
+        table = [(float(row["parameters"]), float(row["loss_validation"])) for row in csv.DictReader(file)]
+    fit = fit_law("power", *zip(*table, strict=True))
+    assert math.log(fit.params["a"]) == pytest.approx(2.4544, abs=5e-5)
+    assert fit.params["alpha"] == pytest.approx(0.07876, abs=5e-6)
+    assert fit.r == pytest.approx(-0.99913, abs=5e-6)
+    low, high = fit.intervals["alpha"]
+    assert low < 0.078 < high
+
+
+def test_paper_form_gives_beta_in_billions() -> None:
+    n = np.array([16e6, 100e6, 500e6, 2e9])
+    fit = fit_law("power", n, 4.5 + (2.0 * n / 1e9) ** -0.23, floor=4.5, metric="loss_last")
+    assert fit.params["alpha"] == pytest.approx(0.23)
+    assert fit.params["beta"] == pytest.approx(2.0)
+    assert "(2 N/1e9)^-0.2300" in fit.equation
+    assert fit.r == pytest.approx(-1)
+
+
+def test_floor_is_recovered() -> None:
+    fit = fit_law("power_floor", X, 1.5 + 3 * (X / 1e6) ** -0.25, noise_floor=0)
+    assert fit.converged, fit.reason
+    assert fit.params["E"] == pytest.approx(1.5, abs=1e-4)
+    assert fit.params["alpha"] == pytest.approx(0.25, abs=1e-4)
+    noisy = fit_law("power_floor", X, (1.5 + 3 * (X / 1e6) ** -0.25) * np.exp(2e-3 * np.random.default_rng(1).standard_normal(len(X))))
+    assert noisy.intervals["E"][0] < 1.5 < noisy.intervals["E"][1]
+    assert noisy.intervals["alpha"][0] < 0.25 < noisy.intervals["alpha"][1]
+
+
+def test_floor_at_zero_is_reported() -> None:
+    fit = fit_law("power_floor", X, 3 * (X / 1e6 + 0.3) ** -0.1)
+    assert fit.converged, fit.reason
+    assert fit.params["E"] == 0
+    assert fit.audit["active_bounds"] == ["floor at 0"]
+
+
+def test_floor_that_is_not_identified_is_no_result() -> None:
+    fit = fit_law("power_floor", X, [3.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert fit.status == "not-converged"
+    assert "not identified" in fit.reason
+    with pytest.raises(UserError, match="did not converge"):
+        fit.predict(1e9)
+
+
+def test_exponent_depends_on_the_assumed_floor_but_r_hardly() -> None:
+    """The paper's ladder, spec/scaling.md 0.3: true E = 4.5."""
+    n = 73728.0 * np.array([6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 28, 30]) ** 3
+    y = 4.5 + (2.0 * n / 1e9) ** -0.23
+    expected = {3.5: (0.127, -0.9974), 4.0: (0.163, -0.9989), 4.4: (0.212, -0.9999), 4.5: (0.230, -1.0), 5.0: (0.413, -0.9916)}
+    for row, (alpha, r) in zip(floor_strip(n, y, [floor / y.min() for floor in expected]), expected.values(), strict=True):
+        assert row["alpha"] == pytest.approx(alpha, abs=0.003)
+        assert row["r"] == pytest.approx(r, abs=5e-4)
+
+
+def coverage(form: str, floor: float, trials: int) -> tuple[float, int]:
+    rng = np.random.default_rng(7)
+    hits = fits = 0
+    for _ in range(trials):
+        y = (floor + 3 * (X / 1e6) ** -0.15) * np.exp(4e-3 * rng.standard_normal(len(X)))
+        fit = fit_law(form, X[:-1], y[:-1])  # type: ignore[arg-type]
+        if fit.converged:
+            at = fit.at(X[-1])
+            fits += 1
+            hits += at.low <= y[-1] <= at.high
+    return hits / fits, fits
+
+
+def test_prediction_interval_of_the_power_law_covers() -> None:
+    share, fits = coverage("power", 0.0, 1500)
+    assert fits == 1500
+    assert 0.935 <= share <= 0.968
+
+
+def test_prediction_interval_with_a_floor_covers() -> None:
+    share, fits = coverage("power_floor", 1.0, 150)
+    assert fits > 120
+    assert 0.89 <= share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("form", "x", "y", "match"),
+    [
+        ("power", [1e6, 2e6], [3.0, 2.0], "2 sizes for 2 parameters"),
+        ("power_floor", [1e6, 2e6, 4e6], [3.0, 2.0, 1.8], "3 sizes for 3 parameters"),
+        ("power", [1e6, 1e6, 1e6, 2e6], [3.0, 2.9, 3.1, 2.0], "2 sizes"),
+        ("power", [1e6, 2e6, 4e6], [3.0, math.nan, 2.0], "not a positive finite"),
+        ("power", [1e6, 2e6, 4e6], [2.0, 2.1, 2.3], "does not fall"),
+        ("power", [], [], "0 sizes"),
+    ],
+)
+def test_unfit_points_are_named(form: str, x: list[float], y: list[float], match: str) -> None:
+    fit = fit_law(form, x, y)  # type: ignore[arg-type]
+    assert fit.status == "not-converged"
+    assert match in fit.reason
+    assert "not converged" in fit.equation
+
+
+def test_floor_above_the_data_and_wrong_calls() -> None:
+    assert "not below the smallest" in fit_law("power", X, 3 * X**-0.1, floor=3.0).reason
+    with pytest.raises(UserError, match="law form"):
+        fit_law("cubic", [1], [1])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="as many"):
+        fit_law("power", [1.0], [1.0, 2.0])
+    assert "at least 6 runs" in fit_chinchilla([1e6] * 3, [1e6] * 3, [1.0] * 3).reason
+
+
+def test_json_has_no_nan_and_seed_repeats() -> None:
+    y = (1 + 3 * (X / 1e6) ** -0.2) * np.exp(1e-3 * np.random.default_rng(3).standard_normal(len(X)))
+    one, two = (fit_law("power_floor", X, y, seed=5) for _ in range(2))
+    assert one.intervals == two.intervals
+    json.dumps(one.to_json(), allow_nan=False)
+    json.dumps(fit_law("power", [1.0], [1.0]).to_json(), allow_nan=False)

@@ -1,0 +1,188 @@
+"""Records, gate, hold-out, frontier, plan and report on made-up studies."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from synthetic_study import LAWS, PATCHES, ladder, law, record, shape, write_folder
+
+from var_scale.errors import UserError
+from var_scale.study.analyse import fit_study, seed_noise
+from var_scale.study.frontier import FrontierPoint, fit_frontier, pareto
+from var_scale.study.gate import gate
+from var_scale.study.holdout import hold_out
+from var_scale.study.plan import plan_rows, print_plan, short
+from var_scale.study.record import METRICS, read_run, read_runs_csv, read_study, write_runs_csv
+from var_scale.study.report import write_report
+
+
+def test_run_folder_becomes_the_record(tmp_path: Path) -> None:
+    run = record(4, seed=1, noise=0.01, restarts=2)
+    write_folder(run, tmp_path / "study" / run.name)
+    assert read_run(tmp_path / "study" / run.name) == run
+    write_folder(record(2), tmp_path / "study" / "d2")
+    assert [r.depth for r in read_study(tmp_path / "study")] == [2, 4]
+
+
+def test_run_without_an_end_has_a_record(tmp_path: Path) -> None:
+    run = record(4)
+    write_folder(run, tmp_path / "r")
+    rows = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "r" / "metrics.jsonl").write_text("\n".join(rows[:6]) + '\n{"kind": "tr')
+    (tmp_path / "r" / "status.json").write_text('{"state": "running", "reason": ""}')
+    found = read_run(tmp_path / "r")
+    assert math.isnan(found.loss_avg)
+    assert found.images == run.images * 3 // 8
+    assert found.final_lr_fraction == pytest.approx(1 - 300 / 800)
+    assert gate([found]).excluded[0].code == "incomplete"
+
+
+def test_folders_that_are_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run\.json"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match="no run has started"):
+        read_study(tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "x"}')
+    with pytest.raises(UserError, match="depth is missing"):
+        read_run(tmp_path)
+
+
+def test_csv_gives_equal_records_back(tmp_path: Path) -> None:
+    runs = ladder((2, 3))
+    write_runs_csv(runs, tmp_path / "runs.csv")
+    assert read_runs_csv(tmp_path / "runs.csv") == runs
+    text = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(text.replace("complete", "complete", 1).replace(",100000,", ",many,", 1))
+    with pytest.raises(UserError, match=r"line 2, column images: 'many' is not a int"):
+        read_runs_csv(tmp_path / "runs.csv")
+
+
+def test_gate_codes() -> None:
+    good = [record(d) for d in (2, 3, 5)]
+    nan = {m: math.nan for m in METRICS}
+    bad = {
+        "incomplete": record(4, state="running"),
+        "diverged": record(4, state="diverged", reason="the loss is nan"),
+        "failed": record(4, state="failed"),
+        "non_finite": record(4, loss_last=math.inf),
+        "not_annealed": record(4, final_lr_fraction=0.5),
+        "missing_evaluation": record(4, eval_samples=0, **nan),
+        "worse_than_smaller": record(4, loss_avg=good[1].loss_avg * 1.02),
+        "data_differs": record(4, data_hash="other"),
+    }
+    for code, run in bad.items():
+        result = gate([*good, run])
+        assert [(e.code, e.record) for e in result.excluded] == [(code, run)]
+        assert result.kept == tuple(good)
+    assert gate([*good, record(4, loss_avg=good[1].loss_avg * 1.002)]).excluded == ()
+    assert gate([*good, record(4, final_lr_fraction=math.nan)]).excluded[0].code == "not_annealed"
+    assert gate([]).kept == ()
+
+
+def test_hold_out_predicts_the_largest() -> None:
+    runs = ladder(noise=0.001)
+    for metric in METRICS:
+        held = hold_out(runs, metric)
+        assert held.held == ("d8-s0",)
+        assert held.fit is not None
+        assert "d8-s0" not in held.fit.rows
+        assert abs(held.relative_error) < 0.01
+        assert held.inside
+        assert held.fit.excluded == (("d8-s0", "held_out", "the largest size, kept out to test the law"),)
+        assert held.fit.params["alpha"] == pytest.approx(LAWS[metric][1], abs=0.004)
+    far = replace(runs[-1], loss_avg=runs[-1].loss_avg * 1.1)
+    assert not hold_out([*runs[:-1], far], "loss_avg").inside
+
+
+def test_hold_out_keeps_all_seeds_of_the_largest_out() -> None:
+    runs = [record(d, seed=s, noise=0.002) for d in (2, 3, 4, 6) for s in (0, 1)]
+    held = hold_out(runs, "loss_last")
+    assert held.held == ("d6-s0", "d6-s1")
+    assert held.measured == pytest.approx((runs[-1].loss_last + runs[-2].loss_last) / 2)
+    assert 0.0005 < seed_noise(runs, "loss_last") < 0.005
+    assert math.isnan(seed_noise(runs[::2], "loss_last"))
+
+
+def test_frontier_is_a_running_minimum() -> None:
+    points = [FrontierPoint("a", c, v) for c, v in ((1.0, 5.0), (2.0, 6.0), (3.0, 4.0), (3.0, 3.0), (4.0, 3.0))]
+    assert [(p.flops, p.value) for p in pareto(points)] == [(1, 5), (3, 3)]
+    runs = ladder(noise=0)
+    front = fit_frontier(runs, "loss_avg")
+    assert front.fit.converged
+    assert min(front.fit.x) >= min(run.flops_exact for run in runs)
+    assert front.alpha_interval is not None
+    assert front.alpha_interval[0] < front.fit.params["alpha"] < front.alpha_interval[1]
+    assert not fit_frontier([], "loss_avg").fit.converged
+
+
+def test_full_fit_uses_all_sizes_and_both_forms() -> None:
+    result = fit_study([*ladder(noise=0.001), record(7, state="failed")])
+    assert len(result.fits) == len(result.holdouts) == 8
+    fit = result.fits["loss_last", "power"]
+    assert len(fit.rows) == 6
+    assert fit.excluded[0][:2] == ("d7-s0", "failed")
+    assert float(fit.predict(1e7)) == pytest.approx(law("loss_last", 1e7), rel=0.01)
+    assert result.alpha_by_size["loss_avg"]["params_paper"] == pytest.approx(0.08, abs=0.003)
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_report_of_a_study(tmp_path: Path) -> None:
+    runs = [*ladder(noise=0.001), record(7, state="diverged", reason="the loss is nan at step 10")]
+    for run in runs:
+        write_folder(run, tmp_path / "ladder" / run.name)
+    page = write_report(tmp_path / "ladder", fit_study(read_study(tmp_path / "ladder")), {"Tokenizer": "patch <8>"})
+    folder = tmp_path / "ladder" / "report"
+    assert page == folder / "report.html"
+    for name in ("laws", "compute", "residuals", "per_scale"):
+        png = (folder / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 20_000
+        assert "<svg" in (folder / f"{name}.svg").read_text()
+    html, text = page.read_text(), (folder / "report.md").read_text()
+    assert html.count("data:image/png;base64,") == 4
+    assert "patch &lt;8&gt;" in html
+    assert 'src="http' not in html
+    for words in ("8,192 samples", "`diverged`", "the loss is nan at step 10", "inside the interval", "fixed data budget", "(laws.png)"):
+        assert words in text
+    fits = json.loads((folder / "fit.json").read_text())
+    assert {fit["metric"] for fit in fits["fits"]} == set(METRICS)
+    with open(folder / "runs.csv") as file:
+        assert len(list(csv.DictReader(file))) == 7
+    assert len(read_runs_csv(folder / "runs.csv")) == 7
+
+
+@pytest.mark.parametrize("depths", [(), (2,), (2, 4)])
+def test_too_few_runs_give_a_report_that_says_so(tmp_path: Path, depths: tuple[int, ...]) -> None:
+    write_report(tmp_path / "small", fit_study([record(d) for d in depths]))
+    text = (tmp_path / "small" / "report" / "report.md").read_text()
+    assert "There is no law yet" in text
+    assert "size" in text
+    assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = plan_rows([shape(d) for d in (2, 4)], 1000, device="cpu")
+    assert [row.held_out for row in rows] == [False, True]
+    assert rows[0].tokens == 1000 * sum(p * p for p in PATCHES)
+    assert rows[1].flops > 4 * rows[0].flops
+    assert plan_rows([shape(2)], 1000, run_seconds=[12.5])[0].seconds == 12.5
+    print_plan(rows)
+    out = capsys.readouterr().out
+    assert "ASSUMED" in out
+    assert "d4" in out
+    with pytest.raises(UserError, match="no sizes"):
+        plan_rows([], 10)
+    with pytest.raises(UserError, match="2 images for 1 sizes"):
+        plan_rows([shape(2)], [1, 2])
+    assert (short(18492580), short(2010020356), short(42)) == ("18.5 M", "2.01 B", "42")
+
+
+def test_rooms_start_without_torch_scipy_or_matplotlib() -> None:
+    code = ("import sys, var_scale.cost, var_scale.study.report, var_scale.study.surface; "
+            "print([m for m in ('torch', 'scipy', 'matplotlib', 'rich') if m in sys.modules])")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,64 @@
+"""Every engine trains the same model to the same losses, with two real processes (contract 5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs import final, losses, rewind, run, small_config
+from var_scale.errors import UserError
+from var_scale.train.engine.deepspeed import engine_config
+
+ENGINES = {
+    "ddp": {"name": "ddp", "processes": 2},
+    "fsdp": {"name": "fsdp", "processes": 2},
+    **{f"zero{z}": {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": z}}} for z in range(4)},
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], dict]:
+    """Twenty steps of the single engine, two micro-batches a step."""
+    root = tmp_path_factory.mktemp("single")
+    code, folder = run(small_config(root, train={"accumulate": 2}), root / "run")
+    assert code == 0
+    return root, losses(folder), final(folder)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_same_losses(name: str, reference: tuple[Path, list[float], dict], tmp_path: Path) -> None:
+    """Twenty float32 steps, losses and final evaluation within 1e-5 relative of the single engine."""
+    root, want, want_final = reference
+    code, folder = run(small_config(root, train={"accumulate": 2}, engine=ENGINES[name]), tmp_path / "run")
+    assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+    got = losses(folder)
+    assert len(got) == 20 and got[-1] < got[0] - 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(final(folder)["loss_per_scale"], want_final["loss_per_scale"], rtol=1e-5)
+    assert final(folder)["samples"] == 37
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero1", "zero3"])
+def test_checkpoint_moves_between_engines(name: str, reference: tuple[Path, list[float], dict], tmp_path: Path) -> None:
+    """Stop at step ten, go on with another engine and world size, in both directions: the same losses."""
+    root, want, _ = reference
+    for first, second in ((ENGINES[name], {"name": "single"}), ({"name": "single"}, ENGINES[name])):
+        path = tmp_path / first["name"]
+        keep = {"accumulate": 2, "checkpoint_seconds": 1e-6, "keep_checkpoints": 100}
+        code, folder = run(small_config(root, train=keep, engine=first), path)
+        assert code == 0
+        rewind(folder, 10)
+        code, folder = run(small_config(root, train=keep, engine=second), path)
+        assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+        assert any(row["kind"] == "restart" for row in folder.read_metrics())
+        np.testing.assert_allclose(losses(folder), want, rtol=1e-5)
+
+
+def test_conflicting_deepspeed_keys_are_refused() -> None:
+    """Keys that the recipe decides cannot say something else."""
+    assert engine_config({}, 2, 8, 2, 2.0)["train_micro_batch_size_per_gpu"] == 2
+    for given, key in (({"train_batch_size": 4}, "train_batch_size"), ({"bf16": {"enabled": True}}, "bf16"), ({"optimizer": {}}, "optimizer")):
+        with pytest.raises(UserError, match=key):
+            engine_config(given, 2, 8, 2, 2.0)

@@ -1,0 +1,128 @@
+"""A run stopped anywhere ends with the same weights (contract 6)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import losses, run, small_config
+from var_scale.cluster.local import _environment, launch_command, run_local
+from var_scale.errors import UserError
+from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.train.checkpoint import checkpoints, write_checkpoint
+from var_scale.train.loop import create_run
+
+TWO = {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": 1}}}
+RECIPE = {"steps": 150, "precision": "bf16", "checkpoint_seconds": 0.3}
+
+
+def start(config, path: Path) -> subprocess.Popen[bytes]:  # noqa: ANN001
+    """Launch without waiting, in a session of its own."""
+    create_run(config, path)
+    return subprocess.Popen(launch_command(config, path), env=_environment(config), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def wait_for(folder: RunFolder, rows: int, process: subprocess.Popen[bytes]) -> None:
+    """Until metrics.jsonl has so many rows."""
+    deadline = time.monotonic() + 90
+    while len(folder.read_metrics()) < rows:
+        assert process.poll() is None and time.monotonic() < deadline, (folder.path / "status.json").read_text()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFolder]:
+    """The same run without a stop."""
+    root = tmp_path_factory.mktemp("whole")
+    code, folder = run(small_config(root, train=RECIPE, engine=TWO), root / "run")
+    assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+    return root, folder
+
+
+def same_weights(a: RunFolder, b: RunFolder) -> bool:
+    """Bit-identical weights and moments of the last checkpoints."""
+    one, two = checkpoints(a.checkpoints)[-1], checkpoints(b.checkpoints)[-1]
+    return one.step == two.step and one.state["files"] == two.state["files"]
+
+
+def test_killed_anywhere_and_stopped_politely(whole: tuple[Path, RunFolder], tmp_path: Path) -> None:
+    """kill -9 of all processes, kill -9 of one rank's launcher, then a stop on request: bit-identical final weights."""
+    root, reference = whole
+    config, path = small_config(root, train=RECIPE, engine=TWO), tmp_path / "run"
+    folder = RunFolder(path)
+
+    process = start(config, path)
+    wait_for(folder, 40, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    process = start(config, path)
+    wait_for(folder, len(folder.read_metrics()) + 20, process)
+    process.kill()  # only the launcher: the ranks notice and stop by themselves
+    process.wait()
+
+    process = start(config, path)  # waits for the lock until they are gone
+    wait_for(folder, len(folder.read_metrics()) + 20, process)
+    (path / "STOP").touch()
+    process.wait(timeout=60)
+    assert folder.status()["state"] == "preempted"
+
+    assert run_local(config, folder, "test") == 0
+    assert folder.status()["restarts"] == 3
+    assert same_weights(reference, folder)
+    assert losses(folder) == losses(reference)
+
+
+def test_stop_signal_saves_and_asks_for_a_requeue(tmp_path: Path) -> None:
+    """SIGTERM: finish the step, save, `preempted`, exit code 85."""
+    config = small_config(tmp_path, train={"steps": 100000, "checkpoint_seconds": 1000})
+    process = start(config, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    wait_for(folder, 20, process)
+    process.terminate()
+    assert process.wait(timeout=30) == EXIT_REQUEUE
+    assert folder.status()["state"] == "preempted"
+    assert checkpoints(folder.checkpoints)[-1].step == folder.status()["step"]
+
+
+def test_half_written_checkpoint_is_not_used(tmp_path: Path) -> None:
+    """Only complete checkpoints are seen; a damaged one is named."""
+    weights = {"a": torch.ones(3)}
+    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, weights, moments, {"step": step}, keep=2)
+    (tmp_path / "step-00000009").mkdir()
+    found = checkpoints(tmp_path)
+    assert [c.step for c in found] == [2, 3]
+    (found[-1].folder / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="step-00000003"):
+        found[-1].weights()
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that finds no space says so and leaves the older checkpoint and nothing else."""
+    weights = {"a": torch.ones(3)}
+    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
+    write_checkpoint(tmp_path, weights, moments, {"step": 1}, keep=2)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("var_scale.train.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write_checkpoint(tmp_path, weights, moments, {"step": 2}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_other_config_or_data_is_refused(tmp_path: Path) -> None:
+    """A run folder belongs to one config."""
+    create_run(small_config(tmp_path), tmp_path / "run")
+    with pytest.raises(UserError, match="another config"):
+        create_run(small_config(tmp_path, train={"base_lr": 0.2}), tmp_path / "run")

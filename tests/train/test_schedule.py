@@ -1,0 +1,106 @@
+"""Schedules and optimiser against the golden trajectory of the reference and its closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.golden.weights import fill
+from var_scale.config.schema import TrainConfig
+from var_scale.model.build import build_vae_var
+from var_scale.train.engine.single import SingleEngine
+from var_scale.train.optim import build_optimizer, decays
+from var_scale.train.schedule import Schedule, lr_factor, weight_decay
+from var_scale.train.step import TrainStep
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_shared_adaln"])
+def test_golden_trajectory(name: str) -> None:
+    """Thirty steps of the official optimiser, schedule and clipping: loss, gradient norm, rates."""
+    meta = json.loads((GOLDEN / f"{name}.json").read_text())
+    data = np.load(GOLDEN / f"{name}.npz")
+    c, want = meta["config"], meta["metrics"]["trajectory"]
+    vae, var = build_vae_var(V=c["V"], Cvae=c["Cvae"], ch=c["ch"], patch_nums=c["patch_nums"], num_classes=c["num_classes"],
+                             depth=c["depth"], shared_aln=c["shared_aln"], attn_l2_norm=c["attn_l2_norm"])  # fmt: skip
+    fill(vae.state_dict())
+    fill(var.state_dict())
+    var.cond_drop_rate = 0.0
+    step = TrainStep(var, vae.quantize, tuple(c["patch_nums"]), bf16=False, label_smoothing=0.0)
+    step.eval()  # the trajectory was made in eval mode: no dropout of any kind
+    engine = SingleEngine(step, 1, want["clip"], (0.9, 0.95))
+    idx, labels = torch.from_numpy(data["idx"]).long(), torch.from_numpy(data["labels"]).long()
+    steps, warmup = want["steps"], want["warmup_it"]
+    for g in range(steps):
+        lr = want["peak_lr"] * lr_factor(want["schedule"], g, steps, warmup, want["wp0"], want["wpe"])
+        wd = weight_decay(g, steps, want["wd_start"], want["wd_end"])
+        assert lr == pytest.approx(want["lr"][g], rel=1e-9)
+        assert wd == pytest.approx(want["wd"][g], rel=1e-9)
+        engine.set_rates(lr, wd)
+        engine.prepare(last=True)
+        loss, _, _ = engine.module(idx[g % 3 : g % 3 + 1], labels[g % 3 : g % 3 + 1])
+        engine.backward(loss)
+        stats = engine.step()
+        assert float(loss) == pytest.approx(want["loss"][g], abs=1e-4), g
+        assert float(stats.grad_norm) == pytest.approx(want["grad_norm"][g], rel=2e-4), g
+
+
+def test_no_decay_groups() -> None:
+    """class_emb, word_embed and head weights decay; positions, levels, gates, scales, biases do not."""
+    decay = {"class_emb.weight": 2, "word_embed.weight": 2, "head.weight": 2, "blocks.0.ffn.fc1.weight": 2, "blocks.0.ada_lin.1.weight": 2}
+    still = {"pos_start": 3, "pos_1LC": 3, "lvl_embed.weight": 2, "blocks.0.ada_gss": 4, "blocks.0.attn.scale_mul_1H11": 4,
+             "blocks.0.attn.q_bias": 1, "head.bias": 1}  # fmt: skip
+    for names, expected in ((decay, True), (still, False)):
+        for name, ndim in names.items():
+            assert decays(name, torch.empty([2] * ndim)) is expected, name
+
+
+def test_frozen_parameter_is_refused() -> None:
+    """The reference asserts that nothing is frozen."""
+    with pytest.raises(ValueError, match="frozen"):
+        build_optimizer([("w", nn.Parameter(torch.zeros(2), requires_grad=False))], (0.9, 0.95))
+
+
+@pytest.mark.parametrize("schedule", ["lin0", "lin", "lin00", "cos", "exp", "lin0.8"])
+def test_schedule_ends(schedule: str) -> None:
+    """Starts at lr_start, reaches 1 after the warm-up, ends at lr_end."""
+    total, warmup = 1000, 20
+    assert lr_factor(schedule, 0, total, warmup, 0.005, 0.01) == pytest.approx(0.005)
+    assert lr_factor(schedule, warmup, total, warmup, 0.005, 0.01) == pytest.approx(1.0)
+    assert lr_factor(schedule, total - 1, total, warmup, 0.005, 0.01) == pytest.approx(0.01)
+    values = [lr_factor(schedule, g, total, warmup, 0.005, 0.01) for g in range(warmup, total)]
+    assert all(b <= a + 1e-12 for a, b in zip(values, values[1:], strict=False))
+
+
+def test_closed_forms() -> None:
+    """lin0.8 passes its middle value; cos is half way at half time; weight decay is a cosine."""
+    total, warmup, end = 1001, 0, 0.1
+    middle = (1 + end + 0.9 * 0.2) / 2
+    assert lr_factor("lin0.8", 800, total, warmup, 0, end) == pytest.approx(middle)
+    assert lr_factor("cos", 500, total, warmup, 0, end) == pytest.approx(end + 0.9 * 0.5)
+    assert weight_decay(500, 1001, 0.05, 0.08) == pytest.approx(0.065)
+    assert weight_decay(0, 1001, 0.05, 0.08) == pytest.approx(0.05)
+    assert weight_decay(1000, 1001, 0.05, 0.08) == pytest.approx(0.08)
+
+
+def test_epochs_peak_and_default_warmup() -> None:
+    """Steps are epochs x ceil(samples / batch); the peak is base_lr x batch / 256; no warm-up given: a fiftieth."""
+    schedule = Schedule.of(TrainConfig(epochs=200, batch_size=768), 1281167)
+    assert schedule.total_steps == 200 * 1669
+    assert schedule.peak_lr == pytest.approx(3e-4)
+    assert schedule.warmup == round(200 * 1669 / 50)
+
+
+def test_accumulation_counts_micro_batches() -> None:
+    """With accumulation the rate of a step is that of its last micro-batch, as in the reference."""
+    plain, two = (Schedule.of(TrainConfig(steps=100, batch_size=64, accumulate=a), 6400) for a in (1, 2))
+    assert two.total_steps == plain.total_steps
+    assert two.lr(99) == pytest.approx(plain.lr(99))
+    assert math.isclose(two.warmup, 2 * plain.warmup)

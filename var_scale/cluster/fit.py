@@ -1,0 +1,43 @@
+"""`var-scale fit`: a law for any table."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from var_scale.errors import UserError
+from var_scale.progress import say
+from var_scale.study.fit import fit_law
+from var_scale.study.laws import Form
+
+
+def read_columns(table: Path, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of a CSV, or of a study folder's runs.csv."""
+    path = table / "report" / "runs.csv" if table.is_dir() else table
+    if not path.exists():
+        raise UserError(f"{path}: this table does not exist; give a CSV file or a study folder with a report")
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        for name in (x, y):
+            if name not in names:
+                raise UserError(f"{path}: has no column {name}; columns: {', '.join(names)}")
+        xs, ys = [], []
+        for line, row in enumerate(reader, 2):
+            try:
+                xs.append(float(row[x]))
+                ys.append(float(row[y]))
+            except (TypeError, ValueError):
+                raise UserError(f"{path}: line {line}: {x}={row[x]!r}, {y}={row[y]!r} are not both numbers; correct or remove the line") from None
+    return xs, ys
+
+
+def fit_table(table: Path, x: str, y: str, form: Form, floor: float) -> None:
+    """Print the law with intervals; a fit that did not converge is an error."""
+    xs, ys = read_columns(table, x, y)
+    fit = fit_law(form, xs, ys, metric=y, floor=floor)
+    if not fit.converged:
+        raise UserError(f"{table}: no {form} law of {y} against {x}: {fit.reason}")
+    say(f"{fit.equation}   ({len(xs)} points, r = {fit.r:.4f}, descriptive; residual sd {fit.residual_sd:.2g})")
+    for name, (low, high) in fit.intervals.items():
+        say(f"  {name:6} {fit.params[name]:.6g}   95 % interval {low:.6g} to {high:.6g}")

@@ -1,0 +1,63 @@
+"""The plan of a study: what will run, what it costs, what is held out."""
+
+from __future__ import annotations
+
+from var_scale.cluster.local import process_count
+from var_scale.cluster.pipeline import Study
+from var_scale.config.schema import Config
+from var_scale.cost.from_config import shape_of
+from var_scale.files import canonical_hash, read_json, write_json
+from var_scale.progress import progress
+from var_scale.study.plan import PlanRow, plan_rows, print_plan
+from var_scale.train.schedule import Schedule
+
+START_SECONDS = 9.0  # imports, process group and first step of a run, seen on two CPU cores
+
+
+def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
+    """Print the plan; with `save` keep it, and the measured step times, as plan.json in the study's folder."""
+    configs = [config for config, _ in study.runs()]
+    steps = [Schedule.of(c.train, c.train_samples).total_steps for c in configs]
+    on_this_machine = study.spec.device == "auto"
+    world = process_count(configs[0].engine) if on_this_machine else study.spec.devices
+    engine = configs[0].engine
+    stage = 3 if engine.name == "fsdp" else engine.zero_stage if engine.name == "deepspeed" else 0
+    rows = plan_rows(
+        [shape_of(c) for c in configs],
+        [n * c.train.batch_size for n, c in zip(steps, configs, strict=True)],
+        names=[c.name for c in configs],
+        device="cpu" if on_this_machine else study.spec.device,
+        devices=study.spec.devices,
+        mfu=None if on_this_machine else study.spec.mfu,
+        run_seconds=_measured_seconds(study, configs, steps, world) if on_this_machine else None,
+        micro_batch=max(1, configs[0].train.batch_size // configs[0].train.accumulate // world),
+        precision="bf16" if configs[0].train.precision in ("bf16", "auto") else "fp32",
+        world=world,
+        stage=stage,
+    )
+    print_plan(rows)
+    if save:
+        write_json(study.folder / "plan.json", {"rows": [row.to_json() for row in rows], "steps": _cached(study)})
+    return rows
+
+
+def _cached(study: Study) -> dict[str, float]:
+    """Step times measured before, by identity of the run."""
+    path = study.folder / "plan.json"
+    return dict(read_json(path, "plan").get("steps", {})) if path.exists() else study.step_times
+
+
+def _measured_seconds(study: Study, configs: list[Config], steps: list[int], world: int) -> list[float]:
+    """Seconds of each run here, from a few timed steps of each size (kept, so that they are timed once)."""
+    times = _cached(study)
+    keys = [canonical_hash([c.model.model_dump(), c.train.batch_size, c.train.precision, c.tokenizer.patch_nums, world]) for c in configs]
+    if any(key not in times for key in keys):
+        from var_scale.train.probe import step_seconds
+
+        with progress("time a step of each size", len(configs), "sizes") as bar:
+            for done, (key, config) in enumerate(zip(keys, configs, strict=True), 1):
+                if key not in times:
+                    times[key] = step_seconds(config, world)
+                bar.update(done)
+    study.step_times = times
+    return [START_SECONDS + n * times[key] for n, key in zip(steps, keys, strict=True)]

@@ -1,0 +1,173 @@
+"""The four pictures of a study, each as PNG and SVG: laws, compute, residuals, per_scale. matplotlib without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from var_scale.study.analyse import StudyResult
+from var_scale.study.frontier import evaluations
+from var_scale.study.laws import LawFit
+from var_scale.study.record import METRICS
+from var_scale.study.theme import BAND, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
+
+SIZE_LABEL = {"params_paper": "parameters N = 18 d C²", "params_total": "parameters N (all)", "params_per_token": "parameters N = 12 d C²"}
+
+
+def write_plots(result: StudyResult, folder: Path) -> dict[str, Path]:
+    """Write NAME.png and NAME.svg into `folder`; returns the PNG of each picture that has something to show."""
+    if not result.gate.kept:
+        return {}
+    makers = {"laws": laws_figure, "compute": compute_figure, "residuals": residuals_figure, "per_scale": per_scale_figure}
+    written: dict[str, Path] = {}
+    with look():
+        for name, maker in makers.items():
+            if (drawn := maker(result)) is not None:
+                written[name] = save(drawn, Path(folder), name)
+    return written
+
+
+def laws_figure(result: StudyResult) -> Any:
+    """L_last and L_avg over Err_last and Err_avg against N: points, law, 95 % band, hold-out prediction."""
+    fig, axes = figure(2, 2, (9.2, 7.4))
+    for axis, metric in zip(axes.flat, GRID_METRICS, strict=True):
+        _law_panel(axis, result, metric)
+        axis.set_xlabel(SIZE_LABEL.get(result.size, result.size))
+    shared: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if "alpha" not in label:
+                shared.setdefault(label, handle)
+    fig.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
+    fit, held = result.fits[metric, "power"], result.holdouts[metric, "power"]
+    floor = result.floors[metric]
+    runs = result.gate.kept
+    n = np.array([run.size(result.size) for run in runs], dtype=float)
+    y = np.array([run.metric(metric) for run in runs]) - floor
+    is_held = np.array([run.name in held.held for run in runs])
+    if fit.converged:
+        at = np.geomspace(n.min() / 1.25, n.max() * 1.25, 200)
+        low, high = fit.interval(at, new_run=False)
+        label = (
+            f"$\\alpha$ = {fit.params['alpha']:.4f}  [{fit.intervals['alpha'][0]:.4f}, {fit.intervals['alpha'][1]:.4f}]\n$r$ = {fit.r:.4f}"
+        )
+        band = axis.fill_between(at, low - floor, high - floor, color=BAND, lw=0, label="95 % band of the law")
+        axis.plot(at, fit.predict(at) - floor, color=FIT, lw=1.6, label=label)
+        if np.nanmax(high - floor) > 3 * y.max():  # few points: the band would flatten the data
+            band.remove()
+    if held.prediction and held.fit:
+        p = held.prediction
+        span = np.geomspace(min(held.fit.x), p.x, 50)
+        axis.plot(span, held.fit.predict(span) - floor, color=HELD, lw=1.1, ls=(0, (4, 3)), label="law without the largest size")
+        bars = [[p.value - p.low], [p.high - p.value]]
+        axis.errorbar(
+            [p.x], [p.value - floor], yerr=bars, color=HELD, capsize=4, lw=1.4, fmt="_", ms=9, label="its 95 % prediction interval"
+        )
+    axis.plot(n[~is_held], y[~is_held], "o", color=INK, ms=5, zorder=5, label="measured")
+    axis.plot(n[is_held], y[is_held], "D", color="white", mec=HELD, mew=1.6, ms=6.5, zorder=6, label="held out, measured")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    decimal_log_axis(axis, "y")
+    axis.set_title(LABELS[metric] + (f" − {floor:g}" if floor else ""))
+    if fit.converged:
+        handles, labels = axis.get_legend_handles_labels()
+        own = [i for i, text in enumerate(labels) if "alpha" in text]
+        axis.legend([handles[i] for i in own], [labels[i] for i in own], loc="upper right")
+    else:
+        axis.text(0.5, 0.97, "no law: " + fit.reason, transform=axis.transAxes, ha="center", va="top", fontsize=7, wrap=True)
+
+
+def compute_figure(result: StudyResult) -> Any:
+    """Loss against training FLOPs for all kept runs, the Pareto frontier and its law, for the two losses."""
+    fig, axes = figure(1, 2, (9.2, 4.2))
+    runs = result.gate.kept
+    colours = size_colours(sorted({run.params_paper for run in runs}))
+    for axis, metric in zip(axes.flat, ("loss_last", "loss_avg"), strict=True):
+        seen: set[int] = set()
+        for run in runs:
+            points = evaluations([run], metric)
+            name = None if run.params_paper in seen else f"d{run.depth}"
+            seen.add(run.params_paper)
+            axis.plot([p.flops for p in points], [p.value for p in points], "-", marker=".", ms=4, lw=1.1,
+                      color=colours[run.params_paper], label=name)  # fmt: skip
+        front = result.frontiers[metric]
+        axis.plot(
+            [p.flops for p in front.points],
+            [p.value for p in front.points],
+            "o",
+            mfc="none",
+            mec=INK,
+            ms=6,
+            mew=0.8,
+            label="Pareto frontier",
+        )
+        if front.fit.converged:
+            x = np.geomspace(min(front.fit.x), max(front.fit.x), 100)
+            axis.plot(
+                x,
+                front.fit.predict(x),
+                color=FIT,
+                lw=1.8,
+                ls=(0, (5, 2)),
+                label=f"$\\alpha_C$ = {front.fit.params['alpha']:.4f}, $r$ = {front.fit.r:.3f}",
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        decimal_log_axis(axis, "y")
+        axis.set_xlabel("training FLOPs (exact)")
+        axis.set_title(LABELS[metric])
+        axis.legend(loc="upper right", ncols=2)
+    return fig
+
+
+def residuals_figure(result: StudyResult) -> Any:
+    """What the laws leave over, in percent, against N: structure here means that the form is wrong."""
+    shown = [metric for metric in METRICS if result.fits[metric, "power"].converged]
+    if not shown:
+        return None
+    fig, axes = figure(2, 2, (9.2, 6.2))
+    for axis, metric in zip(axes.flat, GRID_METRICS, strict=True):
+        axis.axhline(0, color="0.6", lw=0.8)
+        for form, marker, colour in (("power", "o", FIT), ("power_floor", "s", HELD)):
+            fit: LawFit = result.fits[metric, form]
+            if fit.converged:
+                name = "power law" if form == "power" else f"with floor E = {fit.params['E']:.3g}"
+                axis.plot(
+                    fit.x, 100 * np.array(fit.residuals), marker, color=colour, ms=5, mfc="none" if form != "power" else colour, label=name
+                )
+        axis.set_xscale("log")
+        axis.margins(y=0.25)
+        axis.set_xlabel(SIZE_LABEL.get(result.size, result.size))
+        axis.set_ylabel("measured / fitted − 1, %")
+        axis.set_title(LABELS[metric])
+        axis.legend(loc="best")
+    return fig
+
+
+def per_scale_figure(result: StudyResult) -> Any:
+    """Loss and error rate of each scale of the token pyramid, one line a size."""
+    runs = [run for run in result.gate.kept if run.loss_per_scale and run.err_per_scale]
+    if not runs:
+        return None
+    fig, axes = figure(1, 2, (9.2, 4.0))
+    colours = size_colours(sorted({run.params_paper for run in runs}))
+    for axis, field, title in zip(
+        axes.flat, ("loss_per_scale", "err_per_scale"), ("cross-entropy, nats a token", "top-1 error, %"), strict=True
+    ):
+        seen: set[int] = set()
+        for run in runs:
+            values = np.array(getattr(run, field)) * (100 if field.startswith("err") else 1)
+            name = None if run.params_paper in seen else f"d{run.depth}"
+            seen.add(run.params_paper)
+            axis.plot(range(1, len(values) + 1), values, "-o", ms=3.5, lw=1.2, color=colours[run.params_paper], label=name)
+        axis.set_xlabel("scale (1 is one token)")
+        axis.set_title(title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(loc="best", ncols=2)
+    return fig

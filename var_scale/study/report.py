@@ -1,0 +1,240 @@
+"""The report of a study: report.md, report.html (self-contained), runs.csv, fit.json and the pictures, in STUDY/report/."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from var_scale.files import write_json, write_text
+from var_scale.progress import duration
+from var_scale.study.analyse import SIZES, StudyResult
+from var_scale.study.document import Document
+from var_scale.study.frontier import RULE
+from var_scale.study.gate import CODES
+from var_scale.study.holdout import HoldOut
+from var_scale.study.laws import UNITS, LawFit
+from var_scale.study.plan import short
+from var_scale.study.plots import write_plots
+from var_scale.study.record import METRICS, write_runs_csv
+
+CAPTIONS = {
+    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of the law. Orange: the law of all "
+            "sizes but the largest and its 95 % prediction interval for the largest run, which it never saw.",
+    "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law.",
+    "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
+    "per_scale": "Loss and error rate of each scale.",
+}  # fmt: skip
+
+
+def write_report(study_dir: Path, result: StudyResult, extra: Mapping[str, str] | None = None) -> Path:
+    """Write STUDY/report/ and return the path of report.html. `extra` adds lines to "What was measured" (title: text)."""
+    folder = Path(study_dir) / "report"
+    pictures = write_plots(result, folder)
+    document = build_document(Path(study_dir).resolve().name, result, pictures, extra or {})
+    write_runs_csv(result.records, folder / "runs.csv")
+    write_json(folder / "fit.json", result.to_json())
+    write_text(folder / "report.md", document.markdown(folder))
+    write_text(folder / "report.html", document.html())
+    return folder / "report.html"
+
+
+def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path], extra: Mapping[str, str]) -> Document:
+    """The report as a document, in the order a reader asks: result, measurement, runs, gate, laws, test, caveats."""
+    doc = Document(f"Scaling study {name}")
+    doc.paragraph(headline(result))
+    _measured(doc, result, extra)
+    _runs(doc, result)
+    _gate(doc, result)
+    _laws(doc, result, pictures)
+    _test(doc, result)
+    _floors(doc, result)
+    _compute(doc, result, pictures)
+    for picture in ("residuals", "per_scale"):
+        if picture in pictures:
+            doc.heading({"residuals": "Residuals", "per_scale": "Scales"}[picture])
+            doc.picture(pictures[picture], CAPTIONS[picture])
+    _caveats(doc, result)
+    return doc
+
+
+def headline(result: StudyResult) -> str:
+    """The answer in one paragraph, or why there is none."""
+    fit, held = result.fits["loss_avg", "power"], result.holdouts["loss_avg", "power"]
+    if not fit.converged:
+        return f"**There is no law yet**: {fit.reason}. {len(result.gate.kept)} of {len(result.records)} runs passed the health gate."
+    low, high = fit.intervals["alpha"]
+    text = (f"Over {octaves(result):.1f} octaves of model size the average loss follows `{fit.equation}`, exponent {fit.params['alpha']:.4f} "
+            f"(95 % interval {low:.4f} to {high:.4f}), {assumed(result, 'loss_avg')}.")  # fmt: skip
+    if held.prediction is None:
+        return f"{text} The hold-out test could not be made: {held.reason}."
+    return f"{text} Held out, the largest size is predicted within {100 * abs(held.relative_error):.2f} % ({verdict(held)})."
+
+
+def verdict(held: HoldOut) -> str:
+    """One phrase on a hold-out test."""
+    if held.prediction is None:
+        return f"not tested: {held.reason}"
+    if held.inside:
+        return "inside the interval"
+    return "**outside, above the interval**" if held.measured > held.prediction.high else "**outside, below the interval**"
+
+
+def assumed(result: StudyResult, metric: str) -> str:
+    floor = result.floors[metric]
+    return f"with an assumed irreducible part E = {floor:g}" if floor else "without an irreducible part (E = 0)"
+
+
+def octaves(result: StudyResult) -> float:
+    """Range of N as a power of two."""
+    sizes = [run.size(result.size) for run in result.gate.kept]
+    return math.log2(max(sizes) / min(sizes)) if sizes else 0.0
+
+
+def number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "n/a"
+
+
+def span(interval: tuple[float, float] | None, digits: int = 4) -> str:
+    return f"{number(interval[0], digits)} to {number(interval[1], digits)}" if interval else "n/a"
+
+
+def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> None:
+    doc.heading("What was measured")
+    samples = sorted({run.eval_samples for run in result.records if run.eval_samples})
+    count = " or ".join(f"{value:,}" for value in samples) or "no"
+    doc.paragraph(
+        f"Teacher-forced cross-entropy (nats a token) and top-1 error rate (a fraction) of the next-scale tokens on the validation split, {count} "
+        "samples, with the true labels and no dropout (clean), at the last step of each run. `last`: tokens of the last scale; `avg`: all tokens."
+    )
+    doc.bullets([
+        "N counts attention, MLP and AdaLN matrices, 18 d C² (12 d C² with a shared AdaLN), as the paper does." if result.size == "params_paper"
+        else f"N is `{result.size}`; the paper counts 18 d C².",
+        "FLOPs are exact: block-causal pairs only, AdaLN once an image, training = 3 x forward.",
+        *(f"{title}: {text}" for title, text in extra.items()),
+    ])  # fmt: skip
+
+
+def _runs(doc: Document, result: StudyResult) -> None:
+    doc.heading("Runs")
+    doc.table(
+        ["run", "N", "all parameters", "images", "train FLOP", "L_last", "L_avg", "Err_last", "Err_avg", "time", "restarts", "gate"],
+        [[run.name, short(run.params_paper), short(run.params_total), short(run.images), f"{run.flops_exact:.3g}",
+          *(number(run.metric(metric)) for metric in METRICS), duration(run.seconds), run.restarts,
+          "kept" if run in result.gate.kept else next(item.code for item in result.gate.excluded if item.record is run)]
+         for run in result.records],
+    )  # fmt: skip
+
+
+def _gate(doc: Document, result: StudyResult) -> None:
+    doc.heading("Health gate")
+    doc.paragraph(f"{len(result.gate.kept)} of {len(result.records)} runs enter the fits.")
+    if result.gate.excluded:
+        rows = [[item.record.name, f"`{item.code}`", CODES[item.code], item.text] for item in result.gate.excluded]
+        doc.table(["run", "code", "meaning", "detail"], rows)
+    if any(item.code == "worse_than_smaller" for item in result.gate.excluded):
+        doc.paragraph(
+            "**A larger model was worse than a smaller one.** Leaving it out makes the law look better than the ladder: check its recipe."
+        )
+
+
+def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
+    doc.heading("The laws, fitted on all sizes")
+    doc.paragraph(
+        "The paper's form, metric - E = (β N / 1e9)^-α with E fixed, by least squares on logarithms; 95 % intervals from Student's t."
+    )
+    doc.table(
+        ["metric", "law", "E", "α", "α, 95 %", "β", "r", "residual sd"], [_law_row(result.fits[metric, "power"]) for metric in METRICS]
+    )
+    if "laws" in pictures:
+        doc.picture(pictures["laws"], CAPTIONS["laws"])
+    doc.paragraph(
+        "With the irreducible part E fitted (variable projection, bootstrap intervals). A fit that did not converge shows its reason only."
+    )
+    rows = []
+    for metric in METRICS:
+        fit = result.fits[metric, "power_floor"]
+        if fit.converged:
+            note = ", ".join(fit.audit["active_bounds"]) or "none"
+            rows.append(
+                [metric, number(fit.params["E"]), span(fit.intervals["E"]), number(fit.params["alpha"]), span(fit.intervals["alpha"]), note]
+            )
+        else:
+            rows.append([metric, "not converged", fit.reason, "", "", ""])
+    doc.table(["metric", "E", "E, 95 %", "α", "α, 95 %", "active bounds"], rows)
+
+
+def _law_row(fit: LawFit) -> list[str]:
+    if not fit.converged:
+        return [fit.metric, f"not converged: {fit.reason}", "", "", "", "", "", ""]
+    p = fit.params
+    beta = f"{p['beta']:.4g}" if math.isfinite(p["beta"]) else "n/a"
+    return [fit.metric, f"`{fit.equation}`", f"{p['E']:g}", number(p["alpha"]), span(fit.intervals["alpha"]), beta, number(fit.r),
+            f"{100 * fit.residual_sd:.2f} %"]  # fmt: skip
+
+
+def _test(doc: Document, result: StudyResult) -> None:
+    doc.heading("Hold-out test: the largest size, predicted from the smaller ones")
+    rows = []
+    for (metric, form), held in result.holdouts.items():
+        p = held.prediction
+        if p is None:
+            rows.append([metric, form, "", "", "", "", "", verdict(held)])
+        else:
+            rows.append([metric, form, number(p.value), span((p.low, p.high)), number(held.measured), f"{100 * held.relative_error:+.2f} %",
+                         f"{100 * held.gain_fraction:.0f} %", verdict(held)])  # fmt: skip
+    doc.table(["metric", "form", "predicted", "95 % prediction", "measured", "error", "of the step", "verdict"], rows)
+    doc.paragraph(
+        "`of the step`: the miss as a share of the gain from the next smaller size to the largest. Below 100 % the law beats no law at all."
+    )
+
+
+def _floors(doc: Document, result: StudyResult) -> None:
+    doc.heading("How much the exponent depends on an assumed floor E")
+    doc.paragraph(
+        "The paper's laws are of the loss above an irreducible part that was set by hand. The exponent moves with it while r hardly does."
+    )
+    for metric in ("loss_last", "loss_avg"):
+        strip = result.strips[metric]
+        if strip:
+            doc.table([metric, *(f"E = {row['E']:.3g}" for row in strip)], [
+                ["α", *(number(row["alpha"]) for row in strip)], ["r", *(number(row["r"]) for row in strip)],
+                ["residual sd", *(f"{100 * row['residual_sd']:.2f} %" for row in strip)],
+            ])  # fmt: skip
+    if any(math.isfinite(value) for value in result.alpha_by_size["loss_avg"].values()):
+        doc.paragraph("The exponent of the power law by how N is counted:")
+        doc.table(["N", *METRICS], [[f"`{way}`", *(number(result.alpha_by_size[metric][way]) for metric in METRICS)] for way in SIZES])
+
+
+def _compute(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
+    doc.heading("Compute frontier")
+    doc.paragraph(f"Rule: {RULE}.")
+    rows = []
+    for metric, front in result.frontiers.items():
+        fit = front.fit
+        if fit.converged:
+            rows.append([metric, f"`{fit.equation}`", number(fit.params["alpha"]), span(front.alpha_interval), number(fit.r), len(fit.x)])
+        else:
+            rows.append([metric, f"not converged: {fit.reason}", "", "", "", len(fit.x)])
+    doc.table(["metric", f"law (C in {UNITS['C']:.0e} training FLOPs)", "α", "α, 95 % bootstrap by run", "r", "points"], rows)
+    if "compute" in pictures:
+        doc.picture(pictures["compute"], CAPTIONS["compute"])
+
+
+def _caveats(doc: Document, result: StudyResult) -> None:
+    doc.heading("Read with care")
+    kept = result.gate.kept
+    noise = result.seed_sd["loss_avg"]
+    seeds = (f"Seeds differ by {100 * noise:.3f} % (pooled, average loss); intervals use at least this." if math.isfinite(noise)
+             else "Each size was trained once: run-to-run noise is not measured, only the scatter around the law.")  # fmt: skip
+    budgets = {run.images for run in kept}
+    data = (f"All runs saw the same {short(next(iter(budgets)))} images: this is a law at a fixed data budget, not of compute-optimal training."
+            if len(budgets) == 1 else "Runs differ in the images they saw; part of the trend with size may be a trend with data.")  # fmt: skip
+    doc.bullets([
+        seeds, data,
+        f"The sizes span {octaves(result):.1f} octaves ({len({run.params_paper for run in kept})} sizes). Intervals hold if the form holds; "
+        "extrapolating by more than one or two octaves trusts the form, not the data.",
+        "Pearson's r is descriptive: on a short range it is near -1 for wrong laws and wrong floors too.",
+        "Points on the compute frontier before the end of a run were taken at a learning rate that was not yet annealed.",
+        "One recipe for all sizes: if it suits one end of the ladder better, that is part of the exponent.",
+    ])  # fmt: skip
