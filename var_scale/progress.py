@@ -32,7 +32,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.initial = self.done = initial
         self.start = self.last_print = time.monotonic()
-        self.note = ""
+        self.note = self.printed = ""
 
     def update(self, done: float, note: str = "") -> None:
         """`done` is the count so far (not an increment); `note` a short text such as a loss."""
@@ -60,7 +60,9 @@ class Progress:
         now = time.monotonic()
         if final or now - self.last_print >= PLAIN_INTERVAL_SECONDS:
             self.last_print = now
-            say(self.line())
+            if self.line() != self.printed:
+                self.printed = self.line()
+                say(self.printed)
 
     def close(self) -> None:
         """Show the last state."""

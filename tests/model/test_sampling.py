@@ -65,7 +65,12 @@ def test_guidance_formula() -> None:
 def test_guidance_rises_with_the_scale(var: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     guide = s.guide
-    monkeypatch.setattr(s, "guide", lambda logits, B, t: (seen.append(t), guide(logits, B, t))[1])
+
+    def spy(logits: Tensor, B: int, t: float) -> Tensor:
+        seen.append(t)
+        return guide(logits, B, t)
+
+    monkeypatch.setattr(s, "guide", spy)
     var.autoregressive_infer_cfg(2, 1, cfg=3.0, top_k=1)
     assert seen == pytest.approx([0.0, 1.0, 2.0, 3.0])
 

@@ -88,6 +88,8 @@ def _follow(child: subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
     """Show the run's own records until it ends."""
     while child.poll() is None and not (run.status().get("total_steps") and run.status()["state"] == "running"):
         time.sleep(POLL_SECONDS)
+    if child.poll() is not None:
+        return _exit_code(child, run)
     status = run.status()
     with progress(label, status.get("total_steps", 0), "steps", status.get("step", 0)) as bar:
         while child.poll() is None:

@@ -44,7 +44,8 @@ class StudyResult:
 
         return {
             "version": 1, "size": self.size, "floors": plain(self.floors),
-            "gate": {"kept": [run.name for run in self.gate.kept], "excluded": [[e.record.name, e.code, e.text] for e in self.gate.excluded]},
+            "gate": {"kept": [run.name for run in self.gate.kept],
+                     "excluded": [[item.record.name, item.code, item.text] for item in self.gate.excluded]},
             "fits": [fit.to_json() for fit in self.fits.values()], "holdouts": [held.to_json() for held in self.holdouts.values()],
             "frontiers": [front.to_json() for front in self.frontiers.values()], "floor_strips": plain(self.strips),
             "alpha_by_size": plain(self.alpha_by_size), "seed_sd": plain(self.seed_sd),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PAGE_STYLE = """
 :root { color-scheme: light; }
@@ -33,7 +34,7 @@ class Document:
     """Blocks in order; text may hold `code` and **bold**."""
 
     title: str
-    blocks: list[tuple[str, object]] = field(default_factory=list)
+    blocks: list[tuple[str, Any]] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
         self.blocks.append(("heading", text))

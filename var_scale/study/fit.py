@@ -116,7 +116,7 @@ def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFi
     padded = np.concatenate([[np.inf], values, [np.inf]])
     starts = np.flatnonzero((values <= padded[:-2]) & (values <= padded[2:]))
     ends = []
-    for index in starts:
+    for index in map(int, starts):
         low, high = grid[max(index - 1, 0)], grid[min(index + 1, len(grid) - 1)]
         found = minimize_scalar(objective, bounds=(low, high), method="bounded", options={"xatol": 1e-10})
         ends.append((float(found.fun), float(found.x)))

@@ -43,8 +43,9 @@ class PlanRow:
 
 
 def plan_rows(
-    shapes: Sequence[ModelShape], images: int | Sequence[int], *, names: Sequence[str] | None = None, device: str = "h100", devices: int = 1,
-    mfu: float | None = None, run_seconds: Sequence[float] | None = None, micro_batch: int = 1, precision: Precision = "bf16",
+    shapes: Sequence[ModelShape], images: int | Sequence[int], *, names: Sequence[str] | None = None, device: str = "h100",
+    devices: int = 1, mfu: float | None = None,
+    run_seconds: Sequence[float] | None = None, micro_batch: int = 1, precision: Precision = "bf16",
     world: int = 1, stage: int = 0,
 ) -> list[PlanRow]:  # fmt: skip
     """One row a shape, in the order given. `images` a run (repeats counted); `run_seconds` replaces the expected times by measured ones.

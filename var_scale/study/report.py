@@ -19,8 +19,8 @@ from var_scale.study.plots import write_plots
 from var_scale.study.record import METRICS, write_runs_csv
 
 CAPTIONS = {
-    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of the law. Orange: the law of all "
-            "sizes but the largest and its 95 % prediction interval for the largest run, which it never saw.",
+    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of the law. "
+            "Orange: the law of all sizes but the largest and its 95 % prediction interval for the largest run, which it never saw.",
     "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law.",
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
@@ -64,8 +64,8 @@ def headline(result: StudyResult) -> str:
     if not fit.converged:
         return f"**There is no law yet**: {fit.reason}. {len(result.gate.kept)} of {len(result.records)} runs passed the health gate."
     low, high = fit.intervals["alpha"]
-    text = (f"Over {octaves(result):.1f} octaves of model size the average loss follows `{fit.equation}`, exponent {fit.params['alpha']:.4f} "
-            f"(95 % interval {low:.4f} to {high:.4f}), {assumed(result, 'loss_avg')}.")  # fmt: skip
+    text = (f"Over {octaves(result):.1f} octaves of model size the average loss follows `{fit.equation}`, "
+            f"exponent {fit.params['alpha']:.4f} (95 % interval {low:.4f} to {high:.4f}), {assumed(result, 'loss_avg')}.")  # fmt: skip
     if held.prediction is None:
         return f"{text} The hold-out test could not be made: {held.reason}."
     return f"{text} Held out, the largest size is predicted within {100 * abs(held.relative_error):.2f} % ({verdict(held)})."
@@ -104,11 +104,13 @@ def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> N
     samples = sorted({run.eval_samples for run in result.records if run.eval_samples})
     count = " or ".join(f"{value:,}" for value in samples) or "no"
     doc.paragraph(
-        f"Teacher-forced cross-entropy (nats a token) and top-1 error rate (a fraction) of the next-scale tokens on the validation split, {count} "
-        "samples, with the true labels and no dropout (clean), at the last step of each run. `last`: tokens of the last scale; `avg`: all tokens."
+        f"Teacher-forced cross-entropy (nats a token) and top-1 error rate (a fraction) of the next-scale tokens on the validation split, "
+        f"{count} samples, with the true labels and no dropout (clean), at the last step of each run. "
+        "`last`: tokens of the last scale; `avg`: all tokens."
     )
     doc.bullets([
-        "N counts attention, MLP and AdaLN matrices, 18 d C² (12 d C² with a shared AdaLN), as the paper does." if result.size == "params_paper"
+        "N counts attention, MLP and AdaLN matrices, 18 d C² (12 d C² with a shared AdaLN), as the paper does."
+        if result.size == "params_paper"
         else f"N is `{result.size}`; the paper counts 18 d C².",
         "FLOPs are exact: block-causal pairs only, AdaLN once an image, training = 3 x forward.",
         *(f"{title}: {text}" for title, text in extra.items()),
@@ -228,12 +230,14 @@ def _caveats(doc: Document, result: StudyResult) -> None:
     seeds = (f"Seeds differ by {100 * noise:.3f} % (pooled, average loss); intervals use at least this." if math.isfinite(noise)
              else "Each size was trained once: run-to-run noise is not measured, only the scatter around the law.")  # fmt: skip
     budgets = {run.images for run in kept}
-    data = (f"All runs saw the same {short(next(iter(budgets)))} images: this is a law at a fixed data budget, not of compute-optimal training."
-            if len(budgets) == 1 else "Runs differ in the images they saw; part of the trend with size may be a trend with data.")  # fmt: skip
+    data = "Runs differ in the images they saw; part of the trend with size may be a trend with data."
+    if len(budgets) <= 1:
+        same = short(next(iter(budgets), 0))
+        data = f"All runs saw the same {same} images: this is a law at a fixed data budget, not of compute-optimal training."
     doc.bullets([
         seeds, data,
-        f"The sizes span {octaves(result):.1f} octaves ({len({run.params_paper for run in kept})} sizes). Intervals hold if the form holds; "
-        "extrapolating by more than one or two octaves trusts the form, not the data.",
+        f"The sizes span {octaves(result):.1f} octaves ({len({run.params_paper for run in kept})} sizes). "
+        "Intervals hold if the form holds; extrapolating by more than one or two octaves trusts the form, not the data.",
         "Pearson's r is descriptive: on a short range it is near -1 for wrong laws and wrong floors too.",
         "Points on the compute frontier before the end of a run were taken at a learning rate that was not yet annealed.",
         "One recipe for all sizes: if it suits one end of the ladder better, that is part of the exponent.",

@@ -48,10 +48,20 @@ def fit_chinchilla(
     n: Sequence[float] | Array, d: Sequence[float] | Array, loss: Sequence[float] | Array, *, rows: Sequence[str] = (),
     excluded: Sequence[tuple[str, str, str]] = (), draws: int = 0, seed: int = 0, metric: str = "loss_avg",
 ) -> LawFit:  # fmt: skip
-    """Fit the surface; `draws` > 0 adds bootstrap intervals (runs resampled, restarted from the optimum), of the split a = b/(a+b) too."""
+    """Fit the surface. `draws` > 0 adds bootstrap intervals: runs resampled, each restarted from the optimum.
+
+    `split` among the intervals is beta / (alpha + beta), the exponent a of N ~ C^a in compute-optimal training.
+    """
     count = len(loss)
-    common: dict[str, Any] = {"form": "chinchilla", "metric": metric, "variable": "N,D", "excluded": tuple(excluded),
-                              "rows": tuple(rows) or tuple(map(str, range(count))), "x": tuple(map(float, n)), "y": tuple(map(float, loss))}  # fmt: skip
+    common: dict[str, Any] = {
+        "form": "chinchilla",
+        "metric": metric,
+        "variable": "N,D",
+        "excluded": tuple(excluded),
+        "rows": tuple(rows) or tuple(map(str, range(count))),
+        "x": tuple(map(float, n)),
+        "y": tuple(map(float, loss)),
+    }
     ns, ds, losses = (np.asarray(values, dtype=float) for values in (n, d, loss))
     if not all(np.isfinite(values).all() and (values > 0).all() for values in (ns, ds, losses)):
         return LawFit(status="not-converged", reason="a size, token count or loss is not a positive finite number", **common)
