@@ -7,8 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from var_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from var_scale.config.schema import Config
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -26,7 +30,7 @@ def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all studies (default runs)")
 
 
-def _load(args: argparse.Namespace):  # noqa: ANN202
+def _load(args: argparse.Namespace) -> Config:
     from var_scale.config.load import load
 
     return load(args.config, args.overrides)

@@ -80,7 +80,7 @@ class _Bar(Progress):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + "  {task.fields[note]}"),
                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.rich = RichProgress(*columns)
-        self.task = self.rich.add_task(label, total=total, completed=initial, note="")
+        self.task = self.rich.add_task(label, total=total, completed=int(initial), note="")
         self.rich.start()
 
     def _show(self, final: bool) -> None:

@@ -46,7 +46,8 @@ def test_override_and_engine_preset() -> None:
     ("override", "words"),
     [("train.batchsize=3", "train.batchsize; did you mean batch_size"), ("model.depth=two", "model.depth"), ("x", "key=value"),
      ("engine=zero9", "engine/zero9"), ("train.steps=10", "exactly one of epochs and steps"), ("model.heads=3", "does not divide"),
-     ("train.accumulate=3", "does not divide"), ("tokenizer.patch_nums=[3,2]", "rise"), ("trane.lr=1", "unknown key trane; did you mean train")],
+     ("train.accumulate=3", "does not divide"), ("tokenizer.patch_nums=[3,2]", "rise"),
+     ("trane.lr=1", "unknown key trane; did you mean train")],
 )  # fmt: skip
 def test_one_clear_line(override: str, words: str) -> None:
     """What, where, and the nearest right name."""
@@ -76,3 +77,10 @@ def test_saved_config_is_the_same_run(tmp_path: Path) -> None:
     assert config_hash(load(str(tmp_path / "c.yaml"))) == config_hash(c)
     assert config_hash(load(str(tmp_path / "c.yaml"), ["engine=ddp"])) == config_hash(c)
     assert config_hash(load(str(tmp_path / "c.yaml"), ["train.base_lr=0.1"])) != config_hash(c)
+
+
+def test_config_reference_is_current() -> None:
+    """docs/config.md is what the schema says."""
+    from var_scale.config.reference import reference
+
+    assert (Path(__file__).parents[2] / "docs" / "config.md").read_text() == reference()

@@ -22,7 +22,7 @@ TWO = {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {
 RECIPE = {"steps": 150, "precision": "bf16", "checkpoint_seconds": 0.3}
 
 
-def start(config, path: Path) -> subprocess.Popen[bytes]:  # noqa: ANN001
+def start(config, path: Path) -> subprocess.Popen[bytes]:
     """Launch without waiting, in a session of its own."""
     create_run(config, path)
     return subprocess.Popen(launch_command(config, path), env=_environment(config), start_new_session=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_schedule_ends(schedule: str) -> None:
     assert lr_factor(schedule, warmup, total, warmup, 0.005, 0.01) == pytest.approx(1.0)
     assert lr_factor(schedule, total - 1, total, warmup, 0.005, 0.01) == pytest.approx(0.01)
     values = [lr_factor(schedule, g, total, warmup, 0.005, 0.01) for g in range(warmup, total)]
-    assert all(b <= a + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in pairwise(values))
 
 
 def test_closed_forms() -> None:

@@ -28,7 +28,7 @@ def read_columns(table: Path, x: str, y: str) -> tuple[list[float], list[float]]
                 xs.append(float(row[x]))
                 ys.append(float(row[y]))
             except (TypeError, ValueError):
-                raise UserError(f"{path}: line {line}: {x}={row[x]!r}, {y}={row[y]!r} are not both numbers; correct or remove the line") from None
+                raise UserError(f"{path}: line {line}: {x}={row[x]!r}, {y}={row[y]!r} are not both numbers; correct the line") from None
     return xs, ys
 
 

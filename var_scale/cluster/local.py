@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from var_scale.config.schema import Config, EngineConfig
 from var_scale.errors import UserError
@@ -106,10 +108,8 @@ def _show(bar: Progress, run: RunFolder) -> None:
         bar.update(row["step"], f"loss {row['loss']:.4f}  {row['images_per_second']:,.0f} images/s")
 
 
-def _last_row(path: Path) -> dict[str, object] | None:
+def _last_row(path: Path) -> dict[str, Any] | None:
     """The last complete row of metrics.jsonl, read from the end."""
-    import json
-
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))

@@ -7,8 +7,8 @@ from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.progress import say
 from var_scale.study.analyse import fit_study
-from var_scale.study.laws import LawFit
 from var_scale.study.holdout import HoldOut
+from var_scale.study.laws import LawFit
 from var_scale.study.record import METRICS, read_run
 from var_scale.study.report import write_report
 
@@ -18,7 +18,7 @@ def build_report(study: Study) -> None:
     records = [read_run(run.path) for _, run in study.runs() if (run.path / "run.json").exists()]
     if not records:
         raise UserError(f"{study.folder}: no run has started, so there is nothing to report; run the study first")
-    result = fit_study(records, floors=study.spec.floors)
+    result = fit_study(records, floors={str(metric): floor for metric, floor in study.spec.floors.items()})
     for item in result.gate.excluded:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     for metric in METRICS:
@@ -33,16 +33,18 @@ def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
         say(f"{metric}: no hold-out test ({held.reason})")
     else:
         p = held.prediction
-        say(f"{metric}: predicted {p.value:.4f} [{p.low:.4f}, {p.high:.4f}] for {', '.join(held.held)}, measured {held.measured:.4f} "
-            f"({held.relative_error:+.2%}, {'inside' if held.inside else 'outside'} the 95 % interval); all sizes: {fit.equation}")  # fmt: skip
+        where = "inside" if held.inside else "outside"
+        say(f"{metric}: predicted {p.value:.4f} [{p.low:.4f}, {p.high:.4f}] for {', '.join(held.held)}, measured {held.measured:.4f}, "
+            f"{where} the 95 % interval ({held.relative_error:+.2%}); all sizes: {fit.equation}")  # fmt: skip
 
 
 def _facts(study: Study) -> dict[str, str]:
     """What else a reader needs to know about the measurements."""
-    config = study.config
-    facts = {"Recipe": f"batch {config.train.batch_size}, peak learning rate {config.train.base_lr * config.train.batch_size / 256:.2g}, "
-             f"schedule {config.train.lr_schedule}, {'epochs ' + str(config.train.epochs) if config.train.epochs else 'steps ' + str(config.train.steps)}, "
-             f"engine {config.engine.name}"}  # fmt: skip
+    config, train = study.config, study.config.train
+    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
+    peak = train.base_lr * train.batch_size / 256
+    recipe = f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
+    facts = {"Recipe": recipe}
     if config.train.eval_label_dropout:
         facts["Evaluation"] = "labels were dropped at the training rate while evaluating, as the reference code does (eval_label_dropout)"
     tokenizer = study.folder / "tokenizer" / "tokenizer.json"
@@ -55,9 +57,8 @@ def _facts(study: Study) -> dict[str, str]:
     for _, run in study.runs():
         if run.env.exists():
             env = read_json(run.env)
-            facts["Machine"] = f"{env['processor']}, {env['cores']} cores, device {env['device']}, {env['world_size']} processes, precision " + str(
-                env["choices"]["precision"]
-            )
+            where = f"{env['processor']}, {env['cores']} cores, device {env['device']}, {env['world_size']} processes"
+            facts["Machine"] = f"{where}, precision {env['choices']['precision']}"
             break
     facts["Samples"] = "samples.png: the largest model, a row a class" if study.spec.sample_classes else "none"
     return facts
@@ -75,8 +76,7 @@ def _samples(study: Study, healthy: set[str]) -> None:
     config, run = runs[-1]
     spec = study.spec
     var, classes = load_run(run.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    images = sample_images(
-        var, list(range(min(classes, spec.sample_classes))), spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p
-    )
+    labels = list(range(min(classes, spec.sample_classes)))
+    images = sample_images(var, labels, spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)
     write_grid(images, study.report / "samples.png", zoom=max(1, 96 // images.shape[2]))
     say(f"samples of {config.name}: {study.report / 'samples.png'}")

@@ -72,7 +72,7 @@ class TokenizerConfig(Section):
     ch: Positive = Field(160, description="base channels of the cnn")
     patch: Positive = Field(8, description="pixels a side of one latent cell (arch: patch)")
     hidden: Positive = Field(128, description="channels of arch: patch")
-    train: TokenizerTrainConfig = Field(default_factory=TokenizerTrainConfig)
+    train: TokenizerTrainConfig = TokenizerTrainConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
@@ -200,12 +200,12 @@ class Config(Section):
     """One file names everything."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the study or run: its folder in runs/")
-    data: DataConfig = Field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
     train: TrainConfig
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
+    engine: EngineConfig = EngineConfig()
+    log: LogConfig = LogConfig()
     study: StudySpec | None = None
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 
 from var_scale.data.loader import TokenData
@@ -21,7 +24,7 @@ def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[
     for pn in patch_nums:
         bounds.append(bounds[-1] + pn * pn)
     mine = torch.arange(world.rank, data.num_samples, world.size)
-    rounds = -(-(-(-data.num_samples // world.size)) // batch)
+    rounds = math.ceil(math.ceil(data.num_samples / world.size) / batch)
     sums = torch.zeros(2, len(patch_nums), dtype=torch.float64, device=world.device)
     engine.module.eval()
     with torch.no_grad():
@@ -34,7 +37,7 @@ def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[
             tokens_BL = torch.as_tensor(tokens, device=world.device).long()
             label_B = torch.as_tensor(labels, device=world.device).long()
             _, ce_BL, correct_BL = engine.module(tokens_BL, label_B)
-            for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for s, (start, end) in enumerate(pairwise(bounds)):
                 sums[0, s] += weight * ce_BL[:, start:end].double().sum()
                 sums[1, s] += weight * (~correct_BL[:, start:end]).double().sum()
     engine.module.train()

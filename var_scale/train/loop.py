@@ -112,7 +112,8 @@ class Run:
         lived = status["state"] in ("running", "preempted", "failed")
         if lived:
             self.folder.append_metrics({"kind": "restart", "step": self.start})
-        self.folder.set_status("running", step=self.start, total_steps=self.schedule.total_steps, restarts=status.get("restarts", 0) + lived)
+        restarts = status.get("restarts", 0) + lived
+        self.folder.set_status("running", step=self.start, total_steps=self.schedule.total_steps, restarts=restarts)
 
     def train(self) -> int:
         """Run to the end: 0. Stopped on request after saving: 85. Loss not finite: 3."""
@@ -168,7 +169,8 @@ class Run:
     def _agree(self, window: list[torch.Tensor], since_save: float) -> tuple[float, bool, bool]:
         """Mean loss over ranks and steps; whether any rank was asked to stop; whether rank 0 wants a checkpoint. One exchange."""
         due = self.world.main and since_save >= self.config.train.checkpoint_seconds
-        facts = torch.stack([torch.stack(window).mean().double(), *torch.tensor([bool(self.stop.reason), due]).double().to(self.world.device)])
+        flags = torch.tensor([bool(self.stop.reason), due], dtype=torch.float64, device=self.world.device)
+        facts = torch.cat([torch.stack(window).mean().double()[None], flags])
         mean, stop, save = self.world.reduce(facts).tolist()
         return mean / self.world.size, stop > 0, save > 0
 
@@ -236,9 +238,8 @@ def create_run(config: Config, folder: Path) -> RunFolder:
     from var_scale.config.load import write_config
 
     run = RunFolder(folder)
-    if run.config.exists():
-        if config_hash(load(str(run.config))) != config_hash(config):
-            raise UserError(f"{folder}: holds a run with another config; choose another name or remove the folder")
+    if run.config.exists() and config_hash(load(str(run.config))) != config_hash(config):
+        raise UserError(f"{folder}: holds a run with another config; choose another name or remove the folder")
     write_config(config, run.config)
     if not (folder / "status.json").exists():
         run.set_status("created")

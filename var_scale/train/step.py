@@ -27,11 +27,15 @@ class TrainStep(nn.Module):
     def __init__(self, var: nn.Module, quantizer: nn.Module, patch_nums: tuple[int, ...], bf16: bool, label_smoothing: float):
         super().__init__()
         self.var = var
-        self.frozen = (quantizer,)  # a tuple hides it from parameters() and state_dict()
+        self.frozen: tuple[Any] = (quantizer,)  # a tuple hides it from parameters() and state_dict()
         self.patch_nums, self.bf16, self.label_smoothing = patch_nums, bf16, label_smoothing
 
     def forward(
-        self, tokens_BL: torch.Tensor, label_B: torch.Tensor, label_drop_B: torch.Tensor | None = None, path_keep_D2B: torch.Tensor | None = None
+        self,
+        tokens_BL: torch.Tensor,
+        label_B: torch.Tensor,
+        label_drop_B: torch.Tensor | None = None,
+        path_keep_D2B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean loss (scalar, with label smoothing), and detached cross-entropy (B, L) in nats and correctness (B, L)."""
         with torch.no_grad():

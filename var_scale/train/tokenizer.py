@@ -210,6 +210,13 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
     return target
 
 
+def decode(vae: VQVAE, idx_list: list[torch.Tensor]) -> torch.Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of all scales' tokens."""
+    out = vae.idxBl_to_img(idx_list, same_shape=True, last_one=True)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 @torch.no_grad()
 def assess(vae: VQVAE, val: ImageData, limit: int = 4096, batch: int = 512) -> dict[str, Any]:
     """Reconstruction error on up to `limit` validation images (in [0, 1]) and codebook perplexity exp(entropy) of each scale."""
@@ -219,7 +226,7 @@ def assess(vae: VQVAE, val: ImageData, limit: int = 4096, batch: int = 512) -> d
     for start in range(0, n, batch):
         img = to_minus1_1(val.images(np.arange(start, min(start + batch, n))))
         idx_list = vae.img_to_idxBl(img)
-        out = vae.idxBl_to_img(idx_list, same_shape=True, last_one=True)
+        out = decode(vae, idx_list)
         difference = (out - img) / 2
         squared += float(difference.square().sum())
         absolute += float(difference.abs().sum())
@@ -238,7 +245,7 @@ def assess(vae: VQVAE, val: ImageData, limit: int = 4096, batch: int = 512) -> d
 def picture(vae: VQVAE, val: ImageData, path: Path, columns: int = 16, rows: int = 4, zoom: int = 3) -> None:
     """Originals above their reconstructions, `rows` pairs of rows."""
     images = val.images(np.arange(columns * rows))
-    out = vae.idxBl_to_img(vae.img_to_idxBl(to_minus1_1(images)), same_shape=True, last_one=True)
+    out = decode(vae, vae.img_to_idxBl(to_minus1_1(images)))
     again = ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     strips = []
     for r in range(rows):

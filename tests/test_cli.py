@@ -1,0 +1,125 @@
+"""The command as a person meets it: help, bad input, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import small_config
+from var_scale.cli import main
+from var_scale.config.load import write_config
+
+
+def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "var_scale.cli", *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of an error; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("error: ") and "\n" not in text
+    return text
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    """No heavy import before the command is known: the best of three under half a second."""
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        result = call("--help")
+        best = min(best, time.perf_counter() - start)
+    assert result.returncode == 0 and best < 0.5
+    for name in ("doctor", "data", "tokenizer", "train", "study", "sample", "fit"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("command", ["doctor", "data synth", "data index", "data verify", "data info", "data tokenize", "tokenizer train",
+                                     "train", "study plan", "study run", "study status", "study report", "sample", "fit"])  # fmt: skip
+def test_help_of_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every subcommand explains itself."""
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Says what is here and what each missing piece costs."""
+    main(["doctor"])
+    text = capsys.readouterr().out
+    assert "deepspeed" in text and "precision auto" in text
+
+
+def test_wrong_key_and_missing_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A wrong key is named with the nearest right one, an unknown config with the nearest preset."""
+    assert "did you mean base_lr" in fails(capsys, "study", "plan", "study/tiny", "train.base_l=1")
+    assert "did you mean study/tiny" in fails(capsys, "study", "run", "study/tinny", "--runs", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_study_without_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No sizes: one line, nothing written."""
+    assert "study.depths" in fails(capsys, "study", "run", "study/tiny", "study.depths=[]", "--runs", str(tmp_path))
+    assert "study.depths" in fails(capsys, "study", "run", "model/d16", "--runs", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_depth_that_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads that do not divide the width."""
+    assert "does not divide into 5 heads" in fails(capsys, "study", "plan", "study/tiny", "model.heads=5")
+
+
+def test_batch_that_does_not_divide_over_processes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Found by the ranks, said by the command."""
+    write_config(small_config(tmp_path, engine={"name": "ddp", "processes": 3}), tmp_path / "c.yaml")
+    assert "does not divide into 3 processes" in fails(capsys, "train", str(tmp_path / "c.yaml"), "--runs", str(tmp_path / "runs"))
+
+
+def test_tokens_of_another_tokenizer_and_missing_shard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Tokens name their tokenizer; shards that are gone are named."""
+    config = small_config(tmp_path)
+    path = tmp_path / "c.yaml"
+    write_config(config, path)
+    weights = Path(str(config.tokenizer.weights))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "were made by tokenizer" in fails(capsys, "train", str(path), "--runs", str(tmp_path / "a"))
+    weights.write_bytes(whole)
+    shard = sorted((tmp_path / "train").glob("*.tar"))[0]
+    shard.rename(tmp_path / "gone.tar")
+    assert shard.name in fails(capsys, "train", str(path), "--runs", str(tmp_path / "b"))
+
+
+def test_truncated_tar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A shard cut short is named by verify and refused by index."""
+    small_config(tmp_path)
+    shard = sorted((tmp_path / "train").glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    assert "problem" in fails(capsys, "data", "verify", str(tmp_path / "train"))
+    assert shard.name in fails(capsys, "data", "index", str(tmp_path / "train"))
+
+
+def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A power law is found; wrong columns, bad cells and too few points are one line."""
+    table = tmp_path / "t.csv"
+    table.write_text("n,loss\n" + "".join(f"{n},{3.0 * n**-0.1}\n" for n in (1e3, 1e4, 1e5, 1e6)))
+    main(["fit", str(table), "--x", "n", "--y", "loss"])
+    assert "0.1000" in capsys.readouterr().out
+    assert "has no column lost" in fails(capsys, "fit", str(table), "--x", "n", "--y", "lost")
+    table.write_text("n,loss\n1,a\n")
+    assert "line 2" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+    table.write_text("n,loss\n1,2\n")
+    assert "law" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+
+
+def test_sample_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Not a run folder."""
+    assert "not a run folder" in fails(capsys, "sample", str(tmp_path))
