@@ -59,6 +59,9 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         cut.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"cut\.tar"):
             index_tar(cut)
+    cut.write_bytes(whole[:int(records["offset"][3]) + 5])
+    with pytest.raises(UserError, match=r"cut short inside 000000003\.png"):
+        index_tar(cut)
     cut.write_bytes(whole[:needed])
     np.testing.assert_array_equal(index_tar(cut), records)
 
