@@ -23,7 +23,7 @@ TREE: dict[str, Any] = {
     "data": {"num_classes": 4},
     "tokenizer": {"arch": "patch", "patch": 4, "hidden": 16, "patch_nums": [1, 2, 3], "vocab_size": 32, "latent_channels": 8},
     "model": {"depth": 2, "width_per_depth": 8, "drop_path_rate": 0.2},
-    "train": {"steps": 20, "batch_size": 8, "base_lr": 0.1, "precision": "fp32", "eval_batch": 16},
+    "train": {"steps": 20, "batch_size": 8, "base_lr": 0.3, "precision": "fp32", "eval_batch": 16},
     "engine": {"name": "single"},
     "log": {"every": 1, "tensorboard": False},
 }
