@@ -12,7 +12,6 @@ from torch import Tensor
 from var_scale.errors import UserError
 from var_scale.model import VAR, VQVAE, backend_name, build_vae, build_vae_var, build_var
 from var_scale.model.attention import block_causal_bias
-from var_scale.model.block import KVCache
 
 torch.set_num_threads(1)
 PATCH_NUMS = (1, 2, 3, 4)
@@ -36,16 +35,20 @@ def batch(var: VAR, B: int = 3) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def stepped(var: VAR, label_B: Tensor, x_BlZ: Tensor) -> Tensor:
-    """Logits scale by scale with a key-value cache and no mask."""
+    """Logits scale by scale with a key-value cache and no mask, calling the blocks as the official notebooks do."""
     cond = var.class_emb(label_B)
     position = var.lvl_embed(var.lvl_1L) + var.pos_1LC
     tokens = torch.cat((cond[:, None] + var.pos_start, var.word_embed(x_BlZ)), dim=1) + position
-    caches, out = [KVCache() for _ in var.blocks], []
+    out = []
+    for block in var.blocks:
+        block.attn.kv_caching(True)
     for begin, end in var.begin_ends:
         h = tokens[:, begin:end]
-        for block, cache in zip(var.blocks, caches, strict=True):
-            h = block(h, var.shared_ada_lin(cond), cache=cache)
+        for block in var.blocks:
+            h = block(x=h, cond_BD=var.shared_ada_lin(cond), attn_bias=None)
         out.append(var.get_logits(h, cond))
+    for block in var.blocks:
+        block.attn.kv_caching(False)
     return torch.cat(out, dim=1)
 
 

@@ -11,7 +11,8 @@ from var_scale.progress import progress
 from var_scale.study.plan import PlanRow, plan_rows, print_plan
 from var_scale.train.schedule import Schedule
 
-START_SECONDS = 9.0  # imports, process group and first step of a run, seen on two CPU cores
+START_SECONDS = 14.0  # launcher, imports, process group and end of a run, seen on two CPU cores
+EXCHANGE_SECONDS = 0.012  # a step's exchange between ranks, seen there too
 
 
 def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
@@ -48,7 +49,10 @@ def _cached(study: Study) -> dict[str, float]:
 
 
 def _measured_seconds(study: Study, configs: list[Config], steps: list[int], world: int) -> list[float]:
-    """Seconds of each run here, from a few timed steps of each size (kept, so that they are timed once)."""
+    """Seconds of each run here, from a few timed steps of each size (kept, so that they are timed once).
+
+    A sample of an evaluation costs a third of one in training.
+    """
     times = _cached(study)
     keys = [canonical_hash([c.model.model_dump(), c.train.batch_size, c.train.precision, c.tokenizer.patch_nums, world]) for c in configs]
     if any(key not in times for key in keys):
@@ -60,4 +64,8 @@ def _measured_seconds(study: Study, configs: list[Config], steps: list[int], wor
                     times[key] = step_seconds(config, world)
                 bar.update(done)
     study.step_times = times
-    return [START_SECONDS + n * times[key] for n, key in zip(steps, keys, strict=True)]
+    exchange = EXCHANGE_SECONDS if world > 1 else 0.0
+    evaluation = [c.train.evals * (c.data.leaves.val_images if c.data.leaves else 0) / c.train.batch_size / 3 for c in configs]
+    return [
+        START_SECONDS + (n + extra) * times[key] + n * exchange for n, extra, key in zip(steps, evaluation, keys, strict=True)
+    ]

@@ -41,7 +41,7 @@ def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
 def _facts(study: Study) -> dict[str, str]:
     """What else a reader needs to know about the measurements."""
     config, train = study.config, study.config.train
-    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
+    length = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}" if train.epochs else f"{train.steps} steps"
     peak = train.base_lr * train.batch_size / 256
     recipe = f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
     facts = {"Recipe": recipe}

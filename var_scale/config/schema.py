@@ -25,7 +25,7 @@ class LeavesConfig(Section):
     size: Positive = Field(32, description="image side in pixels")
     num_classes: Positive = Field(10, description="classes")
     species: Positive = Field(512, description="entries of the species dictionary")
-    leaves: Positive = Field(16, description="leaves drawn in an image")
+    leaves: Positive = Field(8, description="leaves drawn in an image")
     zipf: float = Field(1.1, gt=0, description="exponent of the species frequencies")
     seed: int = Field(0, description="seed of the generator")
     train_images: Positive = Field(65536, description="training images to generate")

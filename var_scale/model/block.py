@@ -87,9 +87,14 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(channels))
         self.mat_qkv = BiasedLinear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
+        self.cache: KVCache | None = None
 
-    def forward(self, x_BLC: Tensor, attn_bias: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C). `attn_bias` (1, 1, L, L) or None; with `cache` the queries also see what it holds."""
+    def kv_caching(self, enable: bool) -> None:
+        """Start with an empty key-value cache, or drop it. While it is on, queries also see the keys of all earlier calls."""
+        self.cache = KVCache() if enable else None
+
+    def forward(self, x_BLC: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """(B, L, C) -> (B, L, C). `attn_bias` (1, 1, L, L) or None."""
         B, L, C = x_BLC.shape
         qkv_BLC3 = self.mat_qkv(x_BLC, torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)))
         qkv_3BHLD = qkv_BLC3.view(B, L, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -99,8 +104,8 @@ class SelfAttention(nn.Module):
             q_BHLD, k_BHLD = F.normalize(qkv_3BHLD[:2], dim=-1).unbind(0)
             q_BHLD = (q_BHLD * self.scale_mul_1H11.clamp_max(self.max_log_scale).exp()).to(v_BHLD.dtype)
             k_BHLD = k_BHLD.to(v_BHLD.dtype)
-        if cache is not None:
-            k_BHLD, v_BHLD = cache.extend(k_BHLD, v_BHLD)
+        if self.cache is not None:
+            k_BHLD, v_BHLD = self.cache.extend(k_BHLD, v_BHLD)
         o_BHLD = BACKENDS[self.backend](q_BHLD, k_BHLD, v_BHLD, attn_bias, self.scale)
         return self.proj(o_BHLD.transpose(1, 2).reshape(B, L, C))
 
@@ -156,26 +161,19 @@ class AdaLNSelfAttn(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        cond: Tensor,
-        attn_bias: Tensor | None = None,
-        keep: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """(B, L, C) -> (B, L, C).
+    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """x (B, L, C) -> (B, L, C); the first three names are the official ones.
 
-        `cond` is the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C). `keep` says which samples keep the branches
+        `cond_BD` is the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C). `keep` says which samples keep the branches
         of this block: (B,) for both, (2, B) for attention and MLP; None draws it while training.
         """
-        ada_B16C = cond + self.ada_gss if self.shared_aln else self.ada_lin(cond).view(-1, 1, 6, self.C)
+        ada_B16C = cond_BD + self.ada_gss if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         keep_attn, keep_ffn = (keep, keep) if keep is None or keep.ndim == 1 else keep.unbind(0)
-        h_BLC = self.attn(modulate(self.ln_wo_grad(x_BLC), scale1, shift1), attn_bias, cache)
-        x_BLC = x_BLC + self.drop_path(h_BLC * gamma1, keep_attn)
-        h_BLC = self.ffn(modulate(self.ln_wo_grad(x_BLC), scale2, shift2))
-        return x_BLC + self.drop_path(h_BLC * gamma2, keep_ffn)
+        h_BLC = self.attn(modulate(self.ln_wo_grad(x), scale1, shift1), attn_bias)
+        x = x + self.drop_path(h_BLC * gamma1, keep_attn)
+        h_BLC = self.ffn(modulate(self.ln_wo_grad(x), scale2, shift2))
+        return x + self.drop_path(h_BLC * gamma2, keep_ffn)
 
 
 class AdaLNBeforeHead(nn.Module):

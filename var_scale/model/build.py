@@ -96,12 +96,12 @@ def build_vae(
 
 
 def build_vae_var(
+    device: torch.device | str = "cpu",
+    patch_nums: Sequence[int] = PATCH_NUMS_256,
     V: int = 4096,
     Cvae: int = 32,
     ch: int = 160,
     share_quant_resi: int = 4,
-    device: torch.device | str = "cpu",
-    patch_nums: Sequence[int] = PATCH_NUMS_256,
     num_classes: int = 1000,
     depth: int = 16,
     shared_aln: bool = False,
@@ -113,7 +113,7 @@ def build_vae_var(
     init_head: float = 0.02,
     init_std: float = -1,
 ) -> tuple[VQVAE, VAR]:
-    """The official builder: (frozen VQVAE, VAR of width 64 x depth with `depth` heads).
+    """The official builder, arguments in the official order: (frozen VQVAE, VAR of width 64 x depth with `depth` heads).
 
     `flash_if_available` False asks for sdpa by name; `fused_if_available` is accepted and changes nothing.
     """

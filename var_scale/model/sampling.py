@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from var_scale.errors import UserError
-from var_scale.model.block import KVCache
 
 if TYPE_CHECKING:
     from var_scale.model.var import VAR
@@ -49,10 +48,16 @@ def sample_with_top_k_top_p_(
     return torch.multinomial(probability_NV, num_samples=count, replacement=replacement, generator=rng).view(B, l, count)
 
 
-def gumbel_softmax(logits_BlV: Tensor, tau: float, rng: torch.Generator | None = None) -> Tensor:
-    """Soft Gumbel-softmax, softmax((logits + g) / tau), g = -log(Exp(1)); one draw a logit."""
+def gumbel_softmax_with_rng(
+    logits_BlV: Tensor, tau: float = 1.0, hard: bool = False, dim: int = -1, rng: torch.Generator | None = None
+) -> Tensor:
+    """Gumbel-softmax, softmax((logits + g) / tau), g = -log(Exp(1)); one draw a logit. `hard`: one-hot, with the soft one's gradient."""
     noise_BlV = -torch.empty_like(logits_BlV, memory_format=torch.contiguous_format).exponential_(generator=rng).log()
-    return ((logits_BlV + noise_BlV) / tau).softmax(dim=-1)
+    soft_BlV = ((logits_BlV + noise_BlV) / tau).softmax(dim)
+    if not hard:
+        return soft_BlV
+    hard_BlV = torch.zeros_like(soft_BlV).scatter_(dim, soft_BlV.argmax(dim, keepdim=True), 1.0)
+    return hard_BlV - soft_BlV.detach() + soft_BlV
 
 
 def guide(logits_2BlV: Tensor, B: int, t: float) -> Tensor:
@@ -66,8 +71,7 @@ def resolve_labels(var: VAR, B: int, label_B: int | Tensor | None, rng: torch.Ge
     """Labels as a tensor (B,): None draws classes uniformly, an int is repeated (negative: no class), a tensor is taken as it is."""
     device = var.lvl_1L.device
     if label_B is None:
-        uniform_1K = torch.full((1, var.num_classes), 1 / var.num_classes, device=device)
-        return torch.multinomial(uniform_1K, num_samples=B, replacement=True, generator=rng).reshape(B)
+        return torch.multinomial(var.uniform_prob, num_samples=B, replacement=True, generator=rng).reshape(B)
     if isinstance(label_B, int):
         label_B = torch.full((B,), var.num_classes if label_B < 0 else label_B)
     if label_B.shape != (B,):
@@ -86,9 +90,11 @@ def sample_images(
     """
     was_training = var.training
     var.eval()
+    var.kv_caching(True)
     try:
         return _sample(var, B, label_B, g_seed, cfg, top_k, top_p, more_smooth)
     finally:
+        var.kv_caching(False)
         var.train(was_training)
 
 
@@ -96,7 +102,7 @@ def _sample(
     var: VAR, B: int, label_B: int | Tensor | None, g_seed: int | None, cfg: float, top_k: int, top_p: float, more_smooth: bool
 ) -> tuple[Tensor, list[Tensor]]:
     quantize, scales = var.vae_quant_proxy[0], len(var.patch_nums)
-    rng = _seeded(var, g_seed)
+    rng = None if g_seed is None else var.rng.manual_seed(g_seed)
     label_B = resolve_labels(var, B, label_B, rng)
     if cfg:  # without guidance the unconditional half would be computed for nothing
         label_B = torch.cat((label_B, torch.full_like(label_B, var.num_classes)))
@@ -105,18 +111,17 @@ def _sample(
     position_1LC = var.lvl_embed(var.lvl_1L) + var.pos_1LC
     x_BlC = cond_BC.unsqueeze(1) + var.pos_start + position_1LC[:, : var.first_l]
     f_hat_BChw = cond_BC.new_zeros(B, var.Cvae, var.patch_nums[-1], var.patch_nums[-1], dtype=torch.float32)
-    caches = [KVCache() for _ in var.blocks]
     ms_idx_Bl: list[Tensor] = []
     for si, pn in enumerate(var.patch_nums):
         ratio = si / (scales - 1) if scales > 1 else 1.0
-        for block, cache in zip(var.blocks, caches, strict=True):
-            x_BlC = block(x_BlC, ada, cache=cache)
+        for block in var.blocks:
+            x_BlC = block(x_BlC, ada)
         logits_BlV = guide(var.get_logits(x_BlC, cond_BC), B, cfg * ratio)
         idx_Bl = sample_with_top_k_top_p_(logits_BlV, top_k, top_p, rng)[:, :, 0]
         ms_idx_Bl.append(idx_Bl)
         if more_smooth:
             tau = max(0.27 * (1 - ratio * 0.95), 0.005)
-            h_BlC = gumbel_softmax(logits_BlV * (1 + ratio), tau, rng) @ quantize.embedding.weight
+            h_BlC = gumbel_softmax_with_rng(logits_BlV * (1 + ratio), tau, rng=rng) @ quantize.embedding.weight
         else:
             h_BlC = quantize.embedding(idx_Bl)
         h_BChw = h_BlC.transpose(1, 2).reshape(B, var.Cvae, pn, pn)
@@ -126,13 +131,3 @@ def _sample(
             next_BlC = next_BChw.flatten(2).transpose(1, 2).to(var.word_embed.weight.dtype)
             x_BlC = (var.word_embed(next_BlC) + position_1LC[:, begin:end]).repeat(label_B.shape[0] // B, 1, 1)
     return var.vae_proxy[0].fhat_to_img(f_hat_BChw).add(1).mul(0.5), ms_idx_Bl
-
-
-def _seeded(var: VAR, g_seed: int | None) -> torch.Generator | None:
-    """The model's generator, on its device, freshly seeded; None for the global one."""
-    if g_seed is None:
-        return None
-    device = var.lvl_1L.device
-    if var.rng is None or var.rng.device != device:
-        var.rng = torch.Generator(device=device)
-    return var.rng.manual_seed(g_seed)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from var_scale.errors import UserError
 from var_scale.model.attention import backend_name, block_causal_bias, level_index
 from var_scale.model.block import AdaLNBeforeHead, AdaLNSelfAttn
-from var_scale.model.sampling import sample_images
+from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
+
+# The names that the official notebooks import from this module.
+__all__ = ["VAR", "AdaLNSelfAttn", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
 
 
 class SharedAdaLin(nn.Linear):
@@ -73,7 +76,7 @@ class VAR(nn.Module):
             ends.append(ends[-1] + pn * pn)
         self.begin_ends = list(pairwise(ends))
         self.L, self.first_l, self.num_stages_minus_1 = ends[-1], ends[1], len(self.patch_nums) - 1
-        self.rng: torch.Generator | None = None
+        self._rng: torch.Generator | None = None
         # In tuples, so that the tokenizer is no part of this module's weights.
         self.vae_proxy, self.vae_quant_proxy = (vae_local,), (vae_local.quantize,)
 
@@ -97,6 +100,25 @@ class VAR(nn.Module):
         self.register_buffer("attn_bias_for_masking", block_causal_bias(self.patch_nums))
         self.head_nm = AdaLNBeforeHead(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, self.V)
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The model's own generator, on its device; `g_seed` of sampling seeds it."""
+        device = self.lvl_1L.device
+        if self._rng is None or self._rng.device != device:
+            self._rng = torch.Generator(device=device)
+        return self._rng
+
+    @property
+    def uniform_prob(self) -> Tensor:
+        """The distribution from which classes are drawn where none is given, (1, classes)."""
+        return torch.full((1, self.num_classes), 1 / self.num_classes, device=self.lvl_1L.device)
+
+    def kv_caching(self, enable: bool) -> None:
+        """Start empty key-value caches in all blocks, or drop them."""
+        for block in self.blocks:
+            assert isinstance(block, AdaLNSelfAttn)
+            block.attn.kv_caching(enable)
 
     def get_logits(self, h_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         """Residual stream (B, L, C) and condition (B, C) -> logits (B, L, V) float32."""

@@ -85,9 +85,13 @@ class LawFit:
         if self.form == "chinchilla":
             return f"L = {p['E']:.4f} + {p['A']:.4g} N^-{p['alpha']:.4f} + {p['B']:.4g} D^-{p['beta']:.4f}"
         floor = f"{p['E']:.4f} + " if p["E"] > 0 else ""
-        return f"{self.metric} = {floor}({p['beta']:.3g} {self.variable}/{UNITS[self.variable]:.0e})^-{p['alpha']:.4f}".replace(
-            "e+0", "e"
-        ).replace("e+", "e")
+        unit = UNITS[self.variable]
+        if 1e-6 < p["beta"] < 1e6:
+            base, text = "", f"({p['beta']:.3g} {self.variable}/{unit:.0e})"
+        else:  # a small exponent puts beta beyond reading; the value at the middle of the ladder says the same
+            middle = math.exp(float(np.log(self.x).mean()))
+            base, text = f"{p['a'] * middle ** -p['alpha']:.4g} ", f"({self.variable}/{middle:.3g})"
+        return f"{self.metric} = {floor}{base}{text}^-{p['alpha']:.4f}".replace("e+0", "e").replace("e+", "e")
 
     def predict(self, x: float | Sequence[float] | Array) -> Array:
         """The fitted law at x (parameters or FLOPs)."""

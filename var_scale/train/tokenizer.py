@@ -83,6 +83,7 @@ class TokenizerTrainer:
         self.images, self.folder = images, folder
         torch.manual_seed(self.recipe.seed)
         self.vae: VQVAE = new_tokenizer(config.tokenizer)
+        self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
         weight = self.vae.quantize.embedding.weight
         weight.requires_grad_(False)
         self.codebook = Codebook.of(weight.data)
