@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "making the environment in $(VENV): one to three minutes, about 2 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools
-	@$(PIP) --editable '.[dev,hub]'
+	@$(PIP) --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # on all cores; pip does it on one
 	@touch $@
 

@@ -30,6 +30,21 @@ def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all studies (default runs)")
 
 
+def _positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,3,7") from None
+
+
 def _load(args: argparse.Namespace) -> Config:
     from var_scale.config.load import load
 
@@ -117,7 +132,9 @@ def train(args: argparse.Namespace) -> None:
         from var_scale.config.load import run_config
 
         study = Study(config, args.runs)
-        config = run_config(study.with_files(), args.depth or config.model.depth, config.train.seed)
+        if args.depth not in study.spec.depths:
+            raise UserError(f"--depth {args.depth}: name a size of this study, one of {', '.join(map(str, study.spec.depths))}")
+        config = run_config(study.with_files(), args.depth, config.train.seed)
         folder = args.folder or study.folder / config.name
     else:
         folder = args.folder or args.runs / "single" / config.name
@@ -169,7 +186,7 @@ def sample(args: argparse.Namespace) -> None:
     from var_scale.progress import say
 
     var, num_classes = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, num_classes)))
+    classes = args.classes or list(range(min(10, num_classes)))
     if wrong := [c for c in classes if not 0 <= c < num_classes]:
         raise UserError(f"--classes {wrong[0]}: this model has classes 0 to {num_classes - 1}")
     images = sample_images(var, classes, args.per_class, seed=args.seed, cfg=args.cfg, top_k=args.top_k, top_p=args.top_p,
@@ -180,7 +197,7 @@ def sample(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run."""
-    from var_scale.cluster.fit import fit_table
+    from var_scale.study.table import fit_table
 
     fit_table(args.table, args.x, args.y, args.form, args.floor)
 
@@ -224,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     _config(sub)
     _runs(sub)
     sub.add_argument("--folder", type=Path, default=None, help="run folder; default RUNS/STUDY/RUN")
-    sub.add_argument("--depth", type=int, default=None, help="size of a study to train; default model.depth")
+    sub.add_argument("--depth", type=int, default=None, help="size of a study to train")
 
     study = family("study", "a ladder of models and its laws: plan, run, status, report")
     for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("report", study_report)):
@@ -235,14 +252,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(commands, "sample", sample)
     sub.add_argument("run", type=Path, help="run folder")
     sub.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
-    sub.add_argument("--classes", default="", help="class numbers, such as 0,3,7; default the first ten")
-    sub.add_argument("--per-class", type=int, default=6, help="images a class")
+    sub.add_argument("--classes", type=_numbers, default=None, help="class numbers, such as 0,3,7; default the first ten")
+    sub.add_argument("--per-class", type=_positive, default=6, help="images a class")
     sub.add_argument("--seed", type=int, default=0, help="seed")
     sub.add_argument("--cfg", type=float, default=1.5, help="classifier-free guidance")
     sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
     sub.add_argument("--top-p", type=float, default=0.0, help="keep the likeliest tokens of this mass; 0: all")
     sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
-    sub.add_argument("--zoom", type=int, default=1, help="enlarge the picture")
+    sub.add_argument("--zoom", type=_positive, default=1, help="enlarge the picture")
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study folder (its report/runs.csv)")

@@ -10,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from var_scale.cluster.pipeline import Study
+from var_scale.cluster.pipeline import Study, prepare_data, run_study
 from var_scale.config.load import load
+from var_scale.data.embedded import png_bytes
+from var_scale.data.manifest import load_manifest
+from var_scale.data.shards import ShardSetWriter
+from var_scale.errors import UserError
 from var_scale.study.record import read_runs_csv
 
 MINI = [
@@ -89,7 +94,6 @@ def test_another_recipe_needs_another_name(tmp_path: Path) -> None:
     """A study folder belongs to its runs; nothing is spent before that is found out."""
     from var_scale.cluster.pipeline import check_runs
     from var_scale.config.load import write_config
-    from var_scale.errors import UserError
 
     config = load(MINI[0], MINI[1:])
     first, run = Study(config, tmp_path).runs()[0]
@@ -97,3 +101,48 @@ def test_another_recipe_needs_another_name(tmp_path: Path) -> None:
     check_runs(Study(config, tmp_path))
     with pytest.raises(UserError, match="another config"):
         check_runs(Study(load(MINI[0], [*MINI[1:], "train.base_lr=1"]), tmp_path))
+
+
+def test_a_diverged_size_does_not_stop_the_others_and_a_moved_study_still_samples(tmp_path: Path) -> None:
+    """One size with an absurd rate: it is left out with its reason, the rest is fitted; the folder works elsewhere."""
+    overrides = [*MINI, "study.overrides={2: {train.base_lr: 1.0e+30, train.clip: 0.0}}"]
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "var_scale.cli", *arguments], capture_output=True, text=True, check=False)
+
+    done = call("study", "run", *overrides, "--runs", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "run d02-s0: diverged" in done.stdout and "gate: d02-s0 excluded, diverged" in done.stdout
+    (tmp_path / "a").rename(tmp_path / "b")
+    study = tmp_path / "b" / "mini"
+    again = call("study", "run", *overrides, "--runs", str(tmp_path / "b"))
+    assert "nothing to do" in again.stdout, again.stdout + again.stderr
+    sample = call("sample", str(study / "d03-s0"), "--out", str(tmp_path / "s.png"), "--per-class", "1")
+    assert sample.returncode == 0 and (tmp_path / "s.png").exists(), sample.stderr
+    fit = call("fit", str(study))
+    assert "gate: d02-s0 excluded" in fit.stdout and "(4 points" in fit.stdout, fit.stdout + fit.stderr
+
+
+def test_images_of_any_size(tmp_path: Path) -> None:
+    """Photographs of several sizes are resized and cropped to what the tokenizer takes; several crops a training image."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 20)):
+        with ShardSetWriter(tmp_path / split, "image", split, 3, 16, {"name": "photographs"}) as writer:
+            for i in range(count):
+                side = int(rng.integers(40, 90))
+                writer.add_image(png_bytes(rng.integers(0, 256, (side, side + 9, 3)).astype(np.uint8)), i % 3)
+            writer.finish()
+    given = ["data.leaves=null", f"data.images_train={tmp_path / 'train'}", f"data.images_val={tmp_path / 'val'}", "data.num_classes=3"]
+    study = Study(load(MINI[0], [*MINI[1:], *given, "data.views=2"]), tmp_path)
+    prepare_data(study)
+    tokens = [load_manifest(study.folder / "tokens" / split) for split in ("train", "val")]
+    assert [(m.num_samples, m.tokens["views"]) for m in tokens if m.tokens] == [(40, 2), (20, 1)]
+
+
+def test_what_can_only_fail_later_is_refused_first(tmp_path: Path) -> None:
+    """Images given beside the embedded set, a size the tokenizer does not take, a batch that does not divide."""
+    for change, words in ((["data.images_train=x"], "both given"), (["data.leaves.size=36"], "takes 32 pixels"),
+                          (["engine=zero1", "engine.processes=3"], "does not divide into 3 processes")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            run_study(load(MINI[0], [*MINI[1:], *change]), tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]

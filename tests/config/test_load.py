@@ -45,7 +45,9 @@ def test_override_and_engine_preset() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [("train.batchsize=3", "train.batchsize; did you mean batch_size"), ("model.depth=two", "model.depth"), ("x", "key=value"),
-     ("engine=zero9", "engine/zero9"), ("train.steps=10", "exactly one of epochs and steps"), ("model.heads=3", "does not divide"),
+     ("engine=zero9", "engine/zero9"), ("train.steps=10", "exactly one of epochs and steps"), ("model.heads=7", "does not divide"),
+     ("study.seeds=[]", "study.seeds"),
+     ("study.depths=[2,2]", "twice"),
      ("train.accumulate=3", "does not divide"), ("tokenizer.patch_nums=[3,2]", "rise"),
      ("trane.lr=1", "unknown key trane; did you mean train")],
 )  # fmt: skip
@@ -66,6 +68,14 @@ def test_missing_file_broken_yaml_and_circle(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("include: b\n")
     with pytest.raises(UserError, match="includes itself"):
         load(str(tmp_path / "b.yaml"))
+
+
+def test_the_command_line_is_stronger_than_a_size_preset() -> None:
+    """A size's preset gives way to what the person asked for, and only there."""
+    config = load("study/var_paper", ["train.batch_size=1536", "model.attn_l2_norm=false"])
+    for depth, lr in ((16, 1e-4), (30, 8e-5)):
+        run = run_config(config, depth, 0)
+        assert (run.train.batch_size, run.train.base_lr, run.model.attn_l2_norm, run.model.depth) == (1536, lr, False, depth)
 
 
 def test_saved_config_is_the_same_run(tmp_path: Path) -> None:

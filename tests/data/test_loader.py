@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_samples import TOKENS, image, write_images, write_tokens
 
-from var_scale.data.loader import ImageData, TokenData, TokenLoader, eval_slices
-from var_scale.data.order import epoch_permutation, global_batch_indices, rank_slice, uniform
+from var_scale.data.loader import ImageData, TokenData, TokenLoader
+from var_scale.data.order import epoch_permutation, eval_slices, global_batch_indices, rank_slice, uniform
 from var_scale.data.shards import ShardSetWriter
 from var_scale.errors import UserError
 
@@ -53,8 +53,7 @@ def global_hash(data: TokenData, world: int, accumulate: int, steps: range) -> l
         positions = np.concatenate([batch.sample_positions_B for batch in batches])
         np.testing.assert_array_equal(np.sort(positions), np.arange(step * 24, step * 24 + 24))
         order = np.argsort(positions)
-        drops = np.concatenate([loader.uniform("label_drop", step, micro) for micro in range(accumulate) for loader in loaders])
-        content = [np.concatenate([batch.tokens_BL for batch in batches]), np.concatenate([batch.labels_B for batch in batches]), drops]
+        content = [np.concatenate([batch.tokens_BL for batch in batches]), np.concatenate([batch.labels_B for batch in batches])]
         result.append(hashlib.sha256(b"".join(array[order].tobytes() for array in content)).hexdigest())
     return result
 

@@ -71,6 +71,13 @@ def test_paper_form_gives_beta_in_billions() -> None:
     assert fit.r == pytest.approx(-1)
 
 
+def test_noise_floor_counts_above_the_assumed_floor() -> None:
+    """Noise of 0.1 % in L is ten times as much in L - E where E is nine tenths of L."""
+    x, loss = [1e3, 1e4, 1e5, 1e6], [10 * n**-0.01 for n in (1e3, 1e4, 1e5, 1e6)]
+    plain, above = (fit_law("power", x, loss, floor=e, noise_floor=1e-3) for e in (0.0, 0.9 * min(loss)))
+    assert plain.noise_floor == pytest.approx(1e-3) and above.noise_floor == pytest.approx(7.5e-3, rel=0.3)
+
+
 def test_floor_is_recovered() -> None:
     fit = fit_law("power_floor", X, 1.5 + 3 * (X / 1e6) ** -0.25, noise_floor=0)
     assert fit.converged, fit.reason

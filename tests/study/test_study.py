@@ -103,9 +103,19 @@ def test_hold_out_keeps_all_seeds_of_the_largest_out() -> None:
     runs = [record(d, seed=s, noise=0.002) for d in (2, 3, 4, 6) for s in (0, 1)]
     held = hold_out(runs, "loss_last")
     assert held.held == ("d6-s0", "d6-s1")
-    assert held.measured == pytest.approx((runs[-1].loss_last + runs[-2].loss_last) / 2)
+    assert held.measured == pytest.approx(math.sqrt(runs[-1].loss_last * runs[-2].loss_last))
+    assert held.fit and held.fit.rows == ("d2-s0+d2-s1", "d3-s0+d3-s1", "d4-s0+d4-s1")
     assert 0.0005 < seed_noise(runs, "loss_last") < 0.005
     assert math.isnan(seed_noise(runs[::2], "loss_last"))
+
+
+def test_seeds_of_a_size_are_one_point_of_a_fit() -> None:
+    """Three seeds that all miss the law together do not shrink the interval as nine independent points would."""
+    bend = {2: 0.01, 3: -0.01, 4: -0.01, 6: 0.01}
+    one = [record(d, loss_avg=law("loss_avg", record(d).params_paper) * math.exp(bend[d])) for d in bend]
+    three = [replace(run, seed=s, name=f"{run.name}{s}") for run in one for s in (0, 1, 2)]
+    low, high = (fit_study(runs).fits["loss_avg", "power"].intervals["alpha"] for runs in (one, three))
+    assert low == pytest.approx(high)
 
 
 def test_frontier_is_a_running_minimum() -> None:

@@ -56,6 +56,17 @@ def test_checkpoint_moves_between_engines(name: str, reference: tuple[Path, list
         np.testing.assert_allclose(losses(folder), want, rtol=1e-5)
 
 
+def test_no_compiler_is_needed(reference: tuple[Path, list[float], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed runs where there is neither compiler nor ninja: nothing is built, and nothing is found to build with."""
+    root, want, _ = reference
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    code, folder = run(small_config(root, train={"accumulate": 2}, engine=ENGINES["zero1"]), tmp_path / "run")
+    assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+    np.testing.assert_allclose(losses(folder), want, rtol=1e-5)
+    assert not (tmp_path / "extensions").exists()
+
+
 def test_conflicting_deepspeed_keys_are_refused() -> None:
     """Keys that the recipe decides cannot say something else."""
     assert engine_config({}, 2, 8, 2, 2.0)["train_micro_batch_size_per_gpu"] == 2

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import losses, run, small_config
+from tests.runs import losses, rewind, run, small_config
 from var_scale.cluster.local import _environment, launch_command, run_local
 from var_scale.errors import UserError
-from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
 from var_scale.train.checkpoint import checkpoints, write_checkpoint
 from var_scale.train.loop import create_run
 
@@ -78,6 +78,41 @@ def test_killed_anywhere_and_stopped_politely(whole: tuple[Path, RunFolder], tmp
     assert folder.status()["restarts"] == 3
     assert same_weights(reference, folder)
     assert losses(folder) == losses(reference)
+
+
+def test_a_checkpoint_means_that_its_evaluation_is_there(tmp_path: Path) -> None:
+    """Stopped at the very step of an evaluation, or after the last one but before the end was noted: every evaluation is there once."""
+    recipe = {"steps": 20, "evals": 4, "checkpoint_seconds": 1e-6, "keep_checkpoints": 100}
+    code, whole = run(small_config(tmp_path, train=recipe), tmp_path / "whole")
+    assert code == 0
+    for step in (10, 20):
+        rewind(whole, step)
+        code, again = run(small_config(tmp_path, train=recipe), tmp_path / "whole")
+        assert code == 0
+        assert [row["step"] for row in again.read_metrics() if row["kind"] == "eval"] == [5, 10, 15, 20]
+
+
+def test_left_overs_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    """The next save clears what a kill in the middle of another one left."""
+    (tmp_path / ".step-00000007.tmp").mkdir()
+    weights = {"a": torch.ones(3)}
+    write_checkpoint(tmp_path, weights, {key: weights for key in ("exp_avg", "exp_avg_sq")}, {"step": 9}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000009"]
+
+
+def test_death_before_the_first_step_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier life said is not taken for the end of this one; a second launcher is refused."""
+    config = small_config(tmp_path)
+    folder = create_run(config, tmp_path / "run")
+    folder.set_status("preempted", "stopped yesterday")
+    monkeypatch.setattr("var_scale.cluster.local.launch_command", lambda *_: ["false"])
+    assert run_local(config, folder, "test") == 1
+    assert folder.status()["state"] == "failed"
+    lock = take_lock(folder.path / ".launcher.lock")
+    assert lock is not None
+    with pytest.raises(UserError, match="another process"):
+        run_local(config, folder, "test")
+    os.close(lock)
 
 
 def test_stop_signal_saves_and_asks_for_a_requeue(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 OPTIONAL = {
-    "triton": "custom kernels are not used; plain PyTorch does the same work more slowly (pip install triton)",
-    "flash-attn": "attention back-end `flash` is missing; sdpa is used (pip install flash-attn)",
-    "xformers": "attention back-end `xformers` is missing; sdpa is used (pip install xformers)",
+    "triton": "costs nothing today: the model runs on plain PyTorch",
+    "flash-attn": "costs nothing today: attention runs on PyTorch's sdpa",
+    "xformers": "costs nothing today: attention runs on PyTorch's sdpa",
 }
 
 

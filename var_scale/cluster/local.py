@@ -15,7 +15,7 @@ from typing import Any
 from var_scale.config.schema import Config, EngineConfig
 from var_scale.errors import UserError
 from var_scale.progress import Progress, progress, say
-from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
 from var_scale.train.stopping import PARENT_ENV, process_identity
 
 STOP_PATIENCE_SECONDS = 120.0
@@ -67,6 +67,10 @@ def _environment(config: Config) -> dict[str, str]:
 def run_local(config: Config, run: RunFolder, label: str) -> int:
     """Run to its end, showing progress; returns the exit code. Ctrl-C or SIGTERM: the run saves first, then KeyboardInterrupt."""
     folder = run.path.resolve()
+    lock = take_lock(folder / ".launcher.lock")
+    if lock is None:
+        raise UserError(f"{folder}: another process is running this run; wait for it or stop it")
+    run.set_status("queued")  # whatever is found here afterwards was said by this life of the run
     (folder / "STOP").unlink(missing_ok=True)
     run.log.mkdir(parents=True, exist_ok=True)
     with open(run.log / "launch.log", "ab") as log:
@@ -84,6 +88,7 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
+        os.close(lock)
 
 
 def _follow(child: subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
@@ -129,7 +134,7 @@ def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
         return 0
     if state == "preempted":
         return EXIT_REQUEUE
-    if state == "running":  # the processes are gone and could not say why
+    if state in ("queued", "running"):  # the processes are gone and could not say why
         run.set_status("failed", f"the processes ended without a word (exit code {code}); see {run.log / 'launch.log'}")
     return code or 1
 
@@ -146,12 +151,15 @@ def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
         say("killed; the run continues from its last checkpoint")
 
 
-def train_here(config: Config, run: RunFolder, label: str) -> None:
-    """Run and turn a bad end into one clear line."""
+def train_here(config: Config, run: RunFolder, label: str, may_diverge: bool = False) -> None:
+    """Run and turn a bad end into one clear line. `may_diverge`: a run whose loss exploded is reported, not an error."""
     code = run_local(config, run, label)
     if code == 0:
         return
     status = run.status()
+    if may_diverge and status["state"] == "diverged":
+        say(f"run {config.name}: diverged: {status['reason']}")
+        return
     if code == EXIT_REQUEUE:
         raise KeyboardInterrupt
     raise UserError(f"{run.path}: the run {status['state']}: {status['reason'] or 'see ' + str(run.log / 'launch.log')}")

@@ -14,6 +14,8 @@ from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder, take_lock
 
+ENDED = ("complete", "diverged")
+
 
 class Study:
     """Paths and configs of one study: runs/NAME/{images,tokenizer,tokens,d02-s0,...,report}."""
@@ -22,9 +24,19 @@ class Study:
         if config.study is None or not config.study.depths:
             raise UserError(f"study {config.name}: no runs; list the sizes in study.depths, such as [2, 3, 4, 5, 6]")
         self.config, self.spec = config, config.study
+        self._check()
         self.folder = (runs / config.name).resolve()
         self.report = self.folder / "report"
         self.step_times: dict[str, float] = {}  # measured here for the plan
+
+    def _check(self) -> None:
+        """Refuse what could only fail later."""
+        c, data = self.config, self.config.data
+        if data.leaves and (data.images_train or data.images_val):
+            raise UserError(f"study {c.name}: data.leaves and data.images_* are both given; set data.leaves=null to use your images")
+        side = c.tokenizer.patch_nums[-1] * (c.tokenizer.patch if c.tokenizer.arch == "patch" else 16)
+        if data.leaves and data.leaves.size != side:
+            raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
 
     def with_files(self) -> Config:
         """The config with this study's own data and tokenizer filled in where none are given."""
@@ -47,13 +59,19 @@ class Study:
         """What the finished report depends on: the runs' configs and how they are shown."""
         return canonical_hash([*(config_hash(c) for c, _ in self.runs()), self.spec.model_dump(mode="json")])
 
+    def data_hash(self) -> str | None:
+        """Identity of the token shards as runs record it; None while they are not there."""
+        data = self.with_files().data
+        paths = [Path(str(folder)) / "manifest.json" for folder in (data.tokens_train, data.tokens_val)]
+        return ":".join(str(read_json(path, "manifest")["digest"]) for path in paths) if all(path.exists() for path in paths) else None
+
     def complete(self) -> bool:
-        """Whether report and runs are there for this very study."""
+        """Whether report and runs are there for this very study and its data. A diverged run has ended too."""
         stamp = self.report / "complete.json"
         return (
             stamp.exists()
-            and read_json(stamp).get("identity") == self.identity()
-            and all(r.status()["state"] == "complete" for _, r in self.runs())
+            and read_json(stamp) == {"identity": self.identity(), "data_hash": self.data_hash()}
+            and all(run.status()["state"] in ENDED for _, run in self.runs())
         )
 
 
@@ -73,16 +91,27 @@ def run_study(config: Config, runs: Path) -> Path:
     show_plan(study)
     train_all(study)
     make_report(study)
-    write_json(study.report / "complete.json", {"identity": study.identity()})
+    write_json(study.report / "complete.json", {"identity": study.identity(), "data_hash": study.data_hash()})
     say(f"done. Report: {study.report / 'report.html'}")
     return study.report
 
 
 def check_runs(study: Study) -> None:
-    """Refuse folders of other runs before anything is spent."""
+    """Refuse folders of other runs, and batches that do not divide, before anything is spent."""
+    from var_scale.cluster.local import process_count
     from var_scale.config.load import load
 
+    data_hash = study.data_hash()
     for config, run in study.runs():
+        ranks, accumulate = process_count(config.engine), config.train.accumulate
+        if config.train.batch_size % (ranks * accumulate):
+            raise UserError(
+                f"train.batch_size: {config.train.batch_size} does not divide into {ranks} processes x {accumulate} micro-batches; "
+                "change batch_size, accumulate or engine.processes"
+            )
+        described = run.path / "run.json"
+        if data_hash and described.exists() and read_json(described, "run description")["data_hash"] != data_hash:
+            raise UserError(f"{run.path}: this run saw other tokens than the study has now; give the study another name, or remove it")
         if run.config.exists() and config_hash(load(str(run.config))) != config_hash(config):
             raise UserError(f"{run.path}: holds a run with another config; give the study another name or remove {study.folder}")
 
@@ -116,9 +145,11 @@ def make_leaves(config: Config) -> None:
 def train_tokenizer_stage(config: Config, folder: Path) -> None:
     """Train the small tokenizer on the image shards."""
     from var_scale.data.loader import ImageData
+    from var_scale.model.load import new_tokenizer
     from var_scale.train.tokenizer import train_tokenizer
 
-    train, val = (ImageData(Path(str(p))) for p in (config.data.images_train, config.data.images_val))
+    size = None if config.data.leaves else new_tokenizer(config.tokenizer).image_size  # images of others are resized and cropped
+    train, val = (ImageData(Path(str(p)), size) for p in (config.data.images_train, config.data.images_val))
     train_tokenizer(config, train, val, folder)
 
 
@@ -143,7 +174,8 @@ def tokenize_stage(config: Config) -> None:
         with torch.inference_mode():
             manifest = tokenize_folder(
                 Path(source), Path(target), encode, identity, config.tokenizer.patch_nums, config.tokenizer.vocab_size,
-                samples_per_shard=config.data.samples_per_shard,
+                samples_per_shard=config.data.samples_per_shard, size=None if config.data.leaves else vae.image_size,
+                views=config.data.views if split == "train" else 1,
             )  # fmt: skip
         say(f"tokens {split}: {manifest.num_samples:,} x {sum(p * p for p in config.tokenizer.patch_nums)} ({target})")
 
@@ -163,11 +195,11 @@ def train_all(study: Study) -> None:
     pending = study.runs()
     for number, (config, run) in enumerate(pending, 1):
         state = run.status()["state"]
-        if state in ("complete", "diverged"):
+        if state in ENDED:
             say(f"run {config.name}: {state} ({number}/{len(pending)})")
             continue
         create_run(config, run.path)
-        train_here(config, run, f"train {config.name} ({number}/{len(pending)})")
+        train_here(config, run, f"train {config.name} ({number}/{len(pending)})", may_diverge=True)
 
 
 def make_report(study: Study) -> None:

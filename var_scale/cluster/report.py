@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from var_scale.cluster.pipeline import Study
+from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.progress import say
-from var_scale.study.analyse import fit_study
+from var_scale.study.analyse import StudyResult, fit_study
 from var_scale.study.holdout import HoldOut
 from var_scale.study.laws import LawFit
 from var_scale.study.record import METRICS, read_run
@@ -23,7 +24,7 @@ def build_report(study: Study) -> None:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     for metric in METRICS:
         _say_law(metric, result.fits[metric, "power"], result.holdouts[metric, "power"])
-    write_report(study.folder, result, _facts(study))
+    write_report(study.folder, result, _facts(study) | _missing(study, result))
     _samples(study, {r.name for r in result.gate.kept})
 
 
@@ -38,15 +39,30 @@ def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
             f"{where} the 95 % interval ({held.relative_error:+.2%}); all sizes: {fit.equation}")  # fmt: skip
 
 
+def _missing(study: Study, result: StudyResult) -> dict[str, str]:
+    """What the plan has and the fits have not."""
+    facts = {}
+    started = {record.name for record in result.records}
+    if absent := [config.name for config, _ in study.runs() if config.name not in started]:
+        facts["Not started"] = ", ".join(absent)
+    planned = tuple(config.name for config, _ in study.runs() if config.model.depth == max(study.spec.depths))
+    held = result.holdouts["loss_avg", "power"].held
+    if held and held != planned:
+        facts["Hold-out"] = f"planned for {', '.join(planned)}, which is not among the healthy runs; {', '.join(held)} was held out instead"
+    return facts
+
+
 def _facts(study: Study) -> dict[str, str]:
     """What else a reader needs to know about the measurements."""
-    config, train = study.config, study.config.train
-    length = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}" if train.epochs else f"{train.steps} steps"
-    peak = train.base_lr * train.batch_size / 256
-    recipe = f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
-    facts = {"Recipe": recipe}
-    if config.train.eval_label_dropout:
-        facts["Evaluation"] = "labels were dropped at the training rate while evaluating, as the reference code does (eval_label_dropout)"
+    recipes: dict[str, list[str]] = {}
+    for config, _ in study.runs():
+        recipes.setdefault(_recipe(config), []).append(config.name)
+    recipe = "; ".join(text if len(recipes) == 1 else f"{', '.join(names)}: {text}" for text, names in recipes.items())
+    dropped = any(config.train.eval_label_dropout for config, _ in study.runs())
+    facts = {
+        "Recipe": recipe,
+        "Evaluation": "labels dropped at the training rate, as the reference code does" if dropped else "true labels, no dropout (clean)",
+    }
     tokenizer = study.folder / "tokenizer" / "tokenizer.json"
     if tokenizer.exists():
         t = read_json(tokenizer)
@@ -62,6 +78,14 @@ def _facts(study: Study) -> dict[str, str]:
             break
     facts["Samples"] = "samples.png: the largest model, a row a class" if study.spec.sample_classes else "none"
     return facts
+
+
+def _recipe(config: Config) -> str:
+    """The recipe of a run in one line."""
+    train = config.train
+    length = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}" if train.epochs else f"{train.steps} steps"
+    peak = train.base_lr * train.batch_size / 256
+    return f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
 
 
 def _samples(study: Study, healthy: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.console import Console
@@ -9,6 +10,17 @@ from rich.table import Table
 
 from var_scale.cluster.pipeline import Study
 from var_scale.progress import duration
+from var_scale.run_folder import RunFolder, take_lock
+
+
+def _alive(run: RunFolder) -> bool:
+    """Whether some process holds the lock of the run or of its launcher, on this machine or (with a shared disk's locks) another."""
+    for name in (".launcher.lock", ".lock"):
+        handle = take_lock(run.path / name)
+        if handle is None:
+            return True
+        os.close(handle)
+    return False
 
 
 def status_table(study: Study) -> None:
@@ -18,6 +30,8 @@ def status_table(study: Study) -> None:
         table.add_column(column, justify="left" if column in ("run", "state", "reason") else "right")
     for config, run in study.runs():
         status = run.status()
+        if status["state"] in ("queued", "running") and not _alive(run):
+            status |= {"state": "interrupted", "reason": "its processes are gone; the next run of the study continues it"}
         rows = [row for row in run.read_metrics() if row["kind"] == "train"]
         last = rows[-1] if rows else None
         since = duration(time.time() - status["time"]) if "time" in status else ""

@@ -128,18 +128,20 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
         if isinstance(change.get(key), dict):
             tree.pop(key, None)  # `engine=fsdp` takes the whole preset, nothing of the old section stays
         tree = merge(tree, change)
+        if not isinstance(change.get(key), dict) and key.partition(".")[0] in ("tokenizer", "model", "train") and tree.get("study"):
+            tree = merge(tree, {"study": {"common": {key: yaml.safe_load(text.partition("=")[2])}}})  # stronger than a size's preset
     return check(tree, name)
 
 
 def run_config(config: Config, depth: int, seed: int) -> Config:
-    """The config of one run of a study: the size's preset, its overrides, its depth and seed; no study section."""
+    """The config of one run of a study: the size's preset, its depth, its overrides, the common ones, its seed; no study section."""
     assert config.study is not None
     tree = dump(config)
     tree.pop("study")
     if config.study.preset:
         tree = merge(tree, read_tree(find_config(config.study.preset.format(depth=depth))))
     tree = merge(tree, nested("model.depth", depth))
-    for dotted, value in config.study.overrides.get(depth, {}).items():
+    for dotted, value in [*config.study.overrides.get(depth, {}).items(), *config.study.common.items()]:
         tree = merge(tree, nested(dotted, value))
     tree = merge(tree, {"name": run_name(depth, seed), "train": {"seed": seed}})
     return check(tree, f"study {config.name}, depth {depth}")

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
 from pydantic import BaseModel
 
 from var_scale.config.schema import Config
 
 
 def _kind(annotation: object) -> str:
-    """A short name of a type."""
-    text = getattr(annotation, "__name__", str(annotation)) if not getattr(annotation, "__args__", None) else str(annotation)
-    for old, new in (("typing.", ""), ("Optional", ""), ("NoneType", "none"), ("None", "none"), ("Annotated[int, Gt(gt=0)]", "int"),
-                     ("var_scale.config.schema.", ""), ("Literal", "")):  # fmt: skip
-        text = text.replace(old, new)
-    return text.replace("|", "or").replace(" or none", ", or none")
+    """A short name of a type: int, list of int, one of `a`, `b`, str or none."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(part) for part in inner)
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    if origin is dict:
+        return f"map of {_kind(inner[0])} to {_kind(inner[1])}"
+    return {NoneType: "none", Any: "any"}.get(annotation) or getattr(annotation, "__name__", str(annotation))  # type: ignore[call-overload]
 
 
 def _section(name: str, model: type[BaseModel]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -41,6 +40,7 @@ class DataConfig(Section):
     tokens_train: str | None = Field(None, description="folder of token shards for training")
     tokens_val: str | None = Field(None, description="folder of token shards for validation")
     num_classes: Positive = Field(1000, description="classes; must match the shards")
+    views: Positive = Field(1, description="random crops of each training image that are tokenised; 1: the centre crop")
     train_samples: Positive = Field(1281167, description="training samples, used for planning before the shards exist")
     samples_per_shard: Positive = Field(4096, description="samples in a shard written here")
 
@@ -127,7 +127,7 @@ class TrainConfig(Section):
     accumulate: Positive = Field(1, description="micro-batches a step on each rank (ac)")
     base_lr: float = Field(1e-4, gt=0, description="learning rate at batch 256 (tblr); the peak is base_lr x batch_size / 256")
     lr_schedule: str = Field("lin0", pattern=r"^(lin0|lin00|lin|cos|exp|lin0?\.\d+)$", description="shape of the decay (sche)")
-    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up (wp); default a fiftieth of the run")
+    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up (wp); none or 0: a fiftieth of the run")
     lr_start: float = Field(0.005, ge=0, description="first learning rate / peak (wp0)")
     lr_end: float = Field(0.01, ge=0, description="last learning rate / peak (wpe)")
     weight_decay: float = Field(0.05, ge=0, description="weight decay at the start (twd)")
@@ -180,9 +180,12 @@ class StudySpec(Section):
     """The ladder and what is made of it."""
 
     depths: tuple[Positive, ...] = Field((), description="sizes of the ladder")
-    seeds: tuple[int, ...] = Field((0,), description="seeds of every size")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of every size")
     preset: str | None = Field(None, description="a preset a size, such as model/d{depth}: model and recipe of that depth")
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
+    common: dict[str, Any] = Field(
+        default_factory=dict, description="keys changed for every size after its preset, dotted; the command line's key=value go here too"
+    )
     floors: dict[Literal["loss_last", "loss_avg", "err_last", "err_avg"], float] = Field(
         default_factory=dict, description="irreducible part assumed for a metric in the power law; 0 where none is given"
     )
@@ -194,6 +197,13 @@ class StudySpec(Section):
     cfg: float = Field(1.5, ge=0, description="guidance of the sample grid")
     top_k: int = Field(0, ge=0, description="top-k of the sample grid")
     top_p: Fraction = Field(0.0, description="top-p of the sample grid")
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        for name, values in (("depths", self.depths), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} lists a value twice")
+        return self
 
 
 class Config(Section):

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from var_scale.data.manifest import Manifest, ShardInfo, load_manifest
-from var_scale.data.order import epoch_views, eval_slices, global_batch_indices, rank_slice, uniform
+from var_scale.data.order import epoch_views, global_batch_indices, rank_slice
 from var_scale.data.shards import read_index
 from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import eval_transform, train_transform
 from var_scale.errors import UserError
 
-__all__ = ["Batch", "ImageData", "TokenData", "TokenLoader", "eval_slices"]
+__all__ = ["Batch", "ImageData", "TokenData", "TokenLoader"]
 
 IMAGE_CACHE_BYTES = 1 << 29  # decoded images are kept when the whole set is at most this large
 
@@ -142,10 +142,6 @@ class TokenLoader:
                 views[mask] = epoch_views(data.num_samples, self.seed, epoch, data.views)[indices[mask]]
         tokens_BL, labels_B = data.gather(indices, views)
         return Batch(tokens_BL, labels_B, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch)
-
-    def uniform(self, stream: str, step: int, micro_index: int = 0) -> np.ndarray:
-        """A number in [0, 1) for each sample of `batch(step, micro_index)`, the same at any world size: float64 (B,)."""
-        return uniform(self.seed, stream, step, self.global_batch)[self.slice(micro_index)]
 
 
 class ImageData:

@@ -8,21 +8,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from var_scale.errors import UserError
 from var_scale.files import atomic_file
-from var_scale.model.load import build_model, load_tokenizer
-from var_scale.train.loop import checkpoint_weights
+from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
+from var_scale.train.loop import newest_checkpoint
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[torch.nn.Module, int]:
     """The newest checkpoint of a run as a VAR in eval mode, and its number of classes."""
-    config, weights = checkpoint_weights(folder)
-    vae, _ = load_tokenizer(config.tokenizer, device)
+    config, checkpoint = newest_checkpoint(folder)
+    tokenizer, beside = config.tokenizer, tokenizer_file(folder.resolve().parent / "tokenizer")
+    if tokenizer.weights and not Path(tokenizer.weights).exists() and beside.exists():  # the study was moved or copied
+        tokenizer = tokenizer.model_copy(update={"weights": str(beside)})
+    vae, _ = load_tokenizer(tokenizer, device)
     var = build_model(config, vae, device)
-    names = {name for name, _ in var.named_parameters()}
-    if names != set(weights):
-        raise UserError(f"{folder}: the checkpoint does not fit the run's config; restore config.yaml")
-    var.load_state_dict(weights, strict=False)  # buffers are not in the checkpoint
+    checkpoint.load_into(var)
     return var.eval(), config.classes
 
 

@@ -38,7 +38,7 @@ INSTALL: dict[str, str] = {
 
 
 def register_backend(name: str, attention: Attention) -> None:
-    """Make `attention` available as model.attention=`name`."""
+    """Make `attention` available by `name` to `build_var(attention=name)`."""
     BACKENDS[name] = attention
 
 

@@ -12,7 +12,7 @@ from var_scale.study.frontier import Frontier, fit_frontier
 from var_scale.study.gate import GateResult, gate
 from var_scale.study.holdout import HoldOut, hold_out
 from var_scale.study.laws import Form, LawFit
-from var_scale.study.record import METRICS, RunRecord
+from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
 
 FORMS: tuple[Form, ...] = ("power", "power_floor")
 SIZES = ("params_paper", "params_total", "params_per_token")
@@ -52,17 +52,6 @@ class StudyResult:
         }  # fmt: skip
 
 
-def seed_noise(records: Sequence[RunRecord], metric: str) -> float:
-    """Pooled standard deviation of ln metric between runs of one size; NaN when no size was run twice."""
-    square, freedom = 0.0, 0
-    for n in {record.params_paper for record in records}:
-        logs = [math.log(record.metric(metric)) for record in records if record.params_paper == n]
-        mean = sum(logs) / len(logs)
-        square += sum((value - mean) ** 2 for value in logs)
-        freedom += len(logs) - 1
-    return math.sqrt(square / freedom) if freedom else math.nan
-
-
 def fit_study(
     records: Sequence[RunRecord], *, size: str = "params_paper", floors: dict[str, float] | None = None, seed: int = 0
 ) -> StudyResult:
@@ -75,23 +64,22 @@ def fit_study(
     kept = result.kept
     assumed = {metric: (floors or {}).get(metric, 0.0) for metric in METRICS}
     left_out = [(item.record.name, item.code, item.text) for item in result.excluded]
-    names, ns = [record.name for record in kept], [record.size(size) for record in kept]
     fits: dict[tuple[str, str], LawFit] = {}
     holdouts: dict[tuple[str, str], HoldOut] = {}
     strips: Strips = {}
     by_size: dict[str, dict[str, float]] = {}
     noise = {metric: seed_noise(kept, metric) for metric in METRICS}
     for metric in METRICS:
-        values = [record.metric(metric) for record in kept]
+        names, ns, values = size_means(kept, metric, size)
         floor_sd = max(NOISE_FLOOR, 0.0 if math.isnan(noise[metric]) else noise[metric])
         for form in FORMS:
             fits[metric, form] = fit_law(form, ns, values, metric=metric, floor=assumed[metric], rows=names, excluded=left_out,
                                          noise_floor=floor_sd, seed=seed)  # fmt: skip
-            holdouts[metric, form] = hold_out(kept, metric, form, floor=assumed[metric], size=size, noise_floor=floor_sd, seed=seed)
+            holdouts[metric, form] = hold_out(kept, metric, form, floor=assumed[metric], size=size, seed=seed)
         strips[metric] = floor_strip(ns, values) if values else []
         by_size[metric] = {}
         for way in SIZES:
-            fit = fit_law("power", [record.size(way) for record in kept], values, metric=metric, floor=assumed[metric])
+            fit = fit_law("power", *size_means(kept, metric, way)[1:], metric=metric, floor=assumed[metric])
             by_size[metric][way] = fit.params.get("alpha", math.nan)
     frontiers = {metric: fit_frontier(kept, metric, assumed[metric], seed) for metric in METRICS}
     return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, noise)

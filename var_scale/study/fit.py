@@ -74,6 +74,7 @@ def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
         return LawFit(
             form="power", status="not-converged", reason=f"the value does not fall with size (exponent {alpha:.3g})", **result, **common
         )
+    common = common | {"noise_floor": common["noise_floor"] * float(np.mean(y / (y - floor)))}  # relative to y; residuals are of y - E
     noise = max(sd, common["noise_floor"])
     quantile = float(t.ppf(0.5 + LEVEL / 2, n - 2))
     half = quantile * noise / math.sqrt(spread)

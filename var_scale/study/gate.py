@@ -67,6 +67,11 @@ def check_run(record: RunRecord) -> tuple[Code, str] | None:
     return None
 
 
+def _brief(data_hash: str) -> str:
+    """train:validation, eight characters each."""
+    return ":".join(part[:8] for part in data_hash.split(":"))
+
+
 def gate(records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE) -> GateResult:
     """Keep healthy, comparable runs. Order of checks: each run by itself, the data of the majority, worse than a smaller one."""
     excluded: list[Exclusion] = []
@@ -79,7 +84,7 @@ def gate(records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE)
     if healthy:
         common = Counter(record.data_hash for record in healthy).most_common(1)[0][0]
         for record in [run for run in healthy if run.data_hash != common]:
-            excluded.append(Exclusion(record, "data_differs", f"data {record.data_hash[:12]}, most runs have {common[:12]}"))
+            excluded.append(Exclusion(record, "data_differs", f"data {_brief(record.data_hash)}, most runs have {_brief(common)}"))
         healthy = [run for run in healthy if run.data_hash == common]
     kept: list[RunRecord] = []
     for record in healthy:

@@ -9,7 +9,7 @@ from typing import Any
 
 from var_scale.study.fit import NOISE_FLOOR, fit_law
 from var_scale.study.laws import Form, LawFit, Prediction, plain
-from var_scale.study.record import RunRecord
+from var_scale.study.record import RunRecord, seed_noise, size_means
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,23 @@ class HoldOut:
 
 
 def hold_out(
-    records: Sequence[RunRecord], metric: str, form: Form = "power", *, floor: float = 0.0, size: str = "params_paper",
-    noise_floor: float = NOISE_FLOOR, seed: int = 0,
-) -> HoldOut:  # fmt: skip
-    """Hold the largest size (all its seeds) out of the fit. `floor` is used by the form power, `size` chooses how N is counted."""
+    records: Sequence[RunRecord], metric: str, form: Form = "power", *, floor: float = 0.0, size: str = "params_paper", seed: int = 0
+) -> HoldOut:
+    """Hold the largest size (all its seeds) out of the fit, and of the noise between seeds.
+
+    `floor` is used by the form power, `size` chooses how N is counted."""
     sizes = sorted({record.size(size) for record in records})
     if len(sizes) < 2:
         reason = f"{len(sizes)} healthy size{'' if len(sizes) == 1 else 's'}: nothing is left to predict from"
         return HoldOut(metric, form, (), math.nan, math.nan, None, math.nan, None, reason)
     held = [record for record in records if record.size(size) == sizes[-1]]
     train = [record for record in records if record.size(size) < sizes[-1]]
-    before = [record.metric(metric) for record in train if record.size(size) == sizes[-2]]
-    measured = sum(record.metric(metric) for record in held) / len(held)
+    train_names, ns, values = size_means(train, metric, size)
+    noise = seed_noise(train, metric)
+    measured = size_means(held, metric, size)[2][0]
     left_out = [(record.name, "held_out", "the largest size, kept out to test the law") for record in held]
-    fit = fit_law(form, [record.size(size) for record in train], [record.metric(metric) for record in train], metric=metric, floor=floor,
-                  rows=[record.name for record in train], excluded=left_out, noise_floor=noise_floor, seed=seed)  # fmt: skip
+    fit = fit_law(form, ns, values, metric=metric, floor=floor, rows=train_names, excluded=left_out, seed=seed,
+                  noise_floor=max(NOISE_FLOOR, 0.0 if math.isnan(noise) else noise))  # fmt: skip
     prediction = fit.at(sizes[-1]) if fit.converged else None
     names = tuple(record.name for record in held)
-    return HoldOut(metric, form, names, float(sizes[-1]), measured, prediction, sum(before) / len(before), fit, fit.reason)
+    return HoldOut(metric, form, names, float(sizes[-1]), measured, prediction, values[-1], fit, fit.reason)

@@ -138,9 +138,8 @@ def residuals_figure(result: StudyResult) -> Any:
             fit: LawFit = result.fits[metric, form]
             if fit.converged:
                 name = "power law" if form == "power" else f"with floor E = {fit.params['E']:.3g}"
-                axis.plot(
-                    fit.x, 100 * np.array(fit.residuals), marker, color=colour, ms=5, mfc="none" if form != "power" else colour, label=name
-                )
+                left_over = 100 * (np.array(fit.y) / fit.predict(fit.x) - 1)
+                axis.plot(fit.x, left_over, marker, color=colour, ms=5, mfc="none" if form != "power" else colour, label=name)
         axis.set_xscale("log")
         axis.margins(y=0.25)
         axis.set_xlabel(SIZE_LABEL.get(result.size, result.size))

@@ -114,6 +114,28 @@ def read_run(folder: Path) -> RunRecord:
     )  # fmt: skip
 
 
+def size_means(records: Sequence[RunRecord], metric: str, count: str = "params_paper") -> tuple[list[str], list[float], list[float]]:
+    """Names, N and values, one each size: seeds of a size share what the law misses there, so they are one point of a fit, their
+    geometric mean."""
+    groups: dict[int, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(record.size(count), []).append(record)
+    names = ["+".join(run.name for run in groups[n]) for n in sorted(groups)]
+    logs = [[math.log(v) if (v := run.metric(metric)) > 0 else math.nan for run in groups[n]] for n in sorted(groups)]
+    return names, [float(n) for n in sorted(groups)], [math.exp(sum(values) / len(values)) for values in logs]
+
+
+def seed_noise(records: Sequence[RunRecord], metric: str) -> float:
+    """Pooled standard deviation of ln metric between runs of one size; NaN when no size was run twice."""
+    square, freedom = 0.0, 0
+    for n in {record.params_paper for record in records}:
+        logs = [math.log(record.metric(metric)) for record in records if record.params_paper == n]
+        mean = sum(logs) / len(logs)
+        square += sum((value - mean) ** 2 for value in logs)
+        freedom += len(logs) - 1
+    return math.sqrt(square / freedom) if freedom else math.nan
+
+
 def read_study(study_dir: Path) -> list[RunRecord]:
     """All runs of a study folder (its sub-folders with a run.json), smallest first."""
     folders = sorted(path.parent for path in Path(study_dir).glob("*/run.json"))

@@ -68,7 +68,7 @@ def headline(result: StudyResult) -> str:
             f"exponent {fit.params['alpha']:.4f} (95 % interval {low:.4f} to {high:.4f}), {assumed(result, 'loss_avg')}.")  # fmt: skip
     if held.prediction is None:
         return f"{text} The hold-out test could not be made: {held.reason}."
-    return f"{text} Held out, the largest size is predicted within {100 * abs(held.relative_error):.2f} % ({verdict(held)})."
+    return f"{text} Held out, {', '.join(held.held)} is predicted within {100 * abs(held.relative_error):.2f} % ({verdict(held)})."
 
 
 def verdict(held: HoldOut) -> str:
@@ -105,7 +105,7 @@ def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> N
     count = " or ".join(f"{value:,}" for value in samples) or "no"
     doc.paragraph(
         f"Teacher-forced cross-entropy (nats a token) and top-1 error rate (a fraction) of the next-scale tokens on the validation split, "
-        f"{count} samples, with the true labels and no dropout (clean), at the last step of each run. "
+        f"{count} samples, at the last step of each run. "
         "`last`: tokens of the last scale; `avg`: all tokens."
     )
     doc.bullets([
@@ -181,11 +181,11 @@ def _test(doc: Document, result: StudyResult) -> None:
     for (metric, form), held in result.holdouts.items():
         p = held.prediction
         if p is None:
-            rows.append([metric, form, "", "", "", "", "", verdict(held)])
+            rows.append([metric, form, "", "", "", "", "", "", verdict(held)])
         else:
-            rows.append([metric, form, number(p.value), span((p.low, p.high)), number(held.measured), f"{100 * held.relative_error:+.2f} %",
-                         f"{100 * held.gain_fraction:.0f} %", verdict(held)])  # fmt: skip
-    doc.table(["metric", "form", "predicted", "95 % prediction", "measured", "error", "of the step", "verdict"], rows)
+            rows.append([metric, form, ", ".join(held.held), number(p.value), span((p.low, p.high)), number(held.measured),
+                         f"{100 * held.relative_error:+.2f} %", f"{100 * held.gain_fraction:.0f} %", verdict(held)])  # fmt: skip
+    doc.table(["metric", "form", "held out", "predicted", "95 % prediction", "measured", "error", "of the step", "verdict"], rows)
     doc.paragraph(
         "`of the step`: the miss as a share of the gain from the next smaller size to the largest. Below 100 % the law beats no law at all."
     )
@@ -240,5 +240,5 @@ def _caveats(doc: Document, result: StudyResult) -> None:
         "Intervals hold if the form holds; extrapolating by more than one or two octaves trusts the form, not the data.",
         "Pearson's r is descriptive: on a short range it is near -1 for wrong laws and wrong floors too.",
         "Points on the compute frontier before the end of a run were taken at a learning rate that was not yet annealed.",
-        "One recipe for all sizes: if it suits one end of the ladder better, that is part of the exponent.",
+        "The recipe was not tuned at every size: if it suits one end of the ladder better, that is part of the exponent.",
     ])  # fmt: skip

@@ -36,6 +36,13 @@ class Checkpoint:
         """Float32 weights by official name, verified."""
         return self._load(WEIGHTS)
 
+    def load_into(self, var: torch.nn.Module) -> None:
+        """Set the weights of `var`; its buffers are not in a checkpoint. UserError when the names differ."""
+        weights = self.weights()
+        if {name for name, _ in var.named_parameters()} != set(weights):
+            raise UserError(f"{self.folder}: the checkpoint does not fit the run's config; restore config.yaml")
+        var.load_state_dict(weights, strict=False)
+
     def moments(self) -> Moments:
         """AdamW's moments by official name, verified."""
         flat = self._load(MOMENTS)
@@ -67,7 +74,8 @@ def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], moments: Mo
     final = folder / f"step-{state['step']:08d}"
     temporary = folder / f".{final.name}.tmp"
     with disk_errors(folder):
-        remove_tree(temporary)
+        for left_over in folder.glob(".step-*.tmp"):  # of a life that was killed while it saved
+            remove_tree(left_over)
         temporary.mkdir(parents=True)
         try:
             files = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from var_scale.data.loader import TokenData
+from var_scale.data.order import eval_slices
 from var_scale.train.engine.base import Engine
 from var_scale.train.world import World
 
@@ -23,17 +24,14 @@ def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[
     bounds = [0]
     for pn in patch_nums:
         bounds.append(bounds[-1] + pn * pn)
-    mine = torch.arange(world.rank, data.num_samples, world.size)
-    rounds = math.ceil(math.ceil(data.num_samples / world.size) / batch)
+    mine = eval_slices(data.num_samples, batch, world.size, world.rank)
+    rounds = len(eval_slices(data.num_samples, batch, world.size, 0))  # rank 0 has the most samples
     sums = torch.zeros(2, len(patch_nums), dtype=torch.float64, device=world.device)
     engine.module.eval()
     with torch.no_grad():
         for i in range(rounds):
-            index = mine[i * batch : (i + 1) * batch]
-            weight = 1.0 if len(index) else 0.0
-            if not len(index):
-                index = torch.zeros(1, dtype=torch.long)
-            tokens, labels = data.gather(index.numpy())
+            weight, index = (1.0, mine[i]) if i < len(mine) else (0.0, np.zeros(1, dtype=np.int64))
+            tokens, labels = data.gather(index)
             tokens_BL = torch.as_tensor(tokens, device=world.device).long()
             label_B = torch.as_tensor(labels, device=world.device).long()
             _, ce_BL, correct_BL = engine.module(tokens_BL, label_B)

@@ -17,6 +17,7 @@ from var_scale.data.loader import Batch, TokenData, TokenLoader
 from var_scale.data.order import uniform
 from var_scale.errors import UserError
 from var_scale.files import write_json
+from var_scale.model.build import default_drop_path
 from var_scale.model.load import build_model, load_tokenizer
 from var_scale.progress import say
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder
@@ -38,6 +39,7 @@ class Run:
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = RunFolder(folder), world
+        self.telemetry: Telemetry | None = None
         self.config = config = load(str(self.folder.config))
         self.stop = StopRequest(folder / "STOP")
         tokenizer, tokenizer_hash = load_tokenizer(config.tokenizer, world.device)
@@ -73,14 +75,24 @@ class Run:
         torch.manual_seed(config.train.seed)
         var = build_model(config, tokenizer, self.world.device)
         if resume:
-            check_resume(resume, config, self.data.digest)
-            var.load_state_dict(resume.weights(), strict=False)  # buffers are rebuilt; names are checked by check_resume
+            check_resume(resume, config, self.data_hash)
+            resume.load_into(var)
         module = TrainStep(var, tokenizer.quantize, config.tokenizer.patch_nums, self.precision == "bf16", config.train.label_smoothing)
         engine = build_engine(config.engine, config.train, module.to(self.world.device))
         engine.module.train()
         if resume:
             engine.load_moments(resume.moments(), resume.step)
         return engine
+
+    @property
+    def data_hash(self) -> str:
+        """Identity of training and validation tokens."""
+        return f"{self.data.digest}:{self.val.digest}"
+
+    def close(self) -> None:
+        """Finish the mirrors."""
+        if self.telemetry:
+            self.telemetry.close()
 
     @property
     def seconds(self) -> float:
@@ -96,7 +108,7 @@ class Run:
             {
                 "name": c.name, "depth": c.model.depth, "seed": c.train.seed, "shape": dataclasses.asdict(shape),
                 "total_steps": self.schedule.total_steps, "global_batch": c.train.batch_size, "config_hash": config_hash(c),
-                "data_hash": f"{self.data.digest}:{self.val.digest}", "peak_lr": self.schedule.peak_lr,
+                "data_hash": self.data_hash, "peak_lr": self.schedule.peak_lr,
                 "final_lr_fraction": self.schedule.lr(self.schedule.total_steps - 1) / self.schedule.peak_lr,
                 "train_samples": self.data.num_samples, "val_samples": self.val.num_samples,
                 "eval_label_dropout": c.train.eval_label_dropout,
@@ -108,19 +120,21 @@ class Run:
         env = environment(self.world, choices)
         say(" ".join(f"{k}={v}" for k, v in choices.items() if v is not None) + f" world={self.world.size} device={env['device']}")
         self.telemetry = Telemetry(self.folder, c, env)
-        status = self.folder.status()
-        lived = status["state"] in ("running", "preempted", "failed")
+        lived = self.folder.metrics.exists()
         if lived:
             self.folder.append_metrics({"kind": "restart", "step": self.start})
-        restarts = status.get("restarts", 0) + lived
+        restarts = self.folder.status().get("restarts", 0) + lived
         self.folder.set_status("running", step=self.start, total_steps=self.schedule.total_steps, restarts=restarts)
 
     def train(self) -> int:
-        """Run to the end: 0. Stopped on request after saving: 85. Loss not finite: 3."""
+        """Run to the end: 0. Stopped on request after saving: 85. Loss not finite: 3.
+
+        At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there.
+        """
         total, every = self.schedule.total_steps, self.config.log.every
         if self.world.main:
             self.describe()
-        evals = {round(total * k / self.config.train.evals) for k in range(1, self.config.train.evals)}
+        evals = {round(total * k / self.config.train.evals) for k in range(1, self.config.train.evals + 1)}
         window: list[torch.Tensor] = []
         last_save = time.monotonic()
         for step in range(self.start, total):
@@ -134,6 +148,11 @@ class Run:
                     self._log(done, mean, stats)
                 if not math.isfinite(mean):
                     return self._diverged(done, mean)
+            else:
+                stop = save = False
+            if done in evals:
+                self._evaluate(done, final=done == total)
+            if done % every == 0 or done == total:
                 if stop or save or done == total:
                     self._save(done)
                     last_save = time.monotonic()
@@ -141,9 +160,6 @@ class Run:
                     if self.world.main:
                         self.folder.set_status("preempted", self.stop.reason or "asked to stop", step=done)
                     return EXIT_REQUEUE
-            if done in evals and done < total:
-                self._evaluate(done, final=False)
-        self._evaluate(total, final=True)
         if self.world.main:
             self.folder.set_status("complete", step=total)
         return 0
@@ -178,6 +194,7 @@ class Run:
         c = self.config.train
         images = done * c.batch_size
         speed = (done - self.start) * c.batch_size / (time.monotonic() - self.began)
+        assert self.telemetry
         self.telemetry.row(
             {
                 "kind": "train", "step": done, "images": images, "loss": mean, "grad_norm": float(stats.grad_norm),
@@ -187,14 +204,14 @@ class Run:
         )  # fmt: skip
 
     def _save(self, done: int) -> None:
-        state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data.digest, "seconds": self.seconds}
+        state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds}
         save_checkpoint(self.folder.checkpoints, self.engine, self.world, state, self.config.train.keep_checkpoints)
         if self.world.main:
             self.folder.set_status("running", step=done)
 
     def _evaluate(self, done: int, final: bool) -> None:
         result = evaluate(self.engine, self.val, self.world, self.config.train.eval_batch)
-        if self.world.main:
+        if self.telemetry:
             images = done * self.config.train.batch_size
             self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": final, "seconds": self.seconds, **result})
 
@@ -210,7 +227,7 @@ class StepNoise:
     def __init__(self, config: Config, step: int):
         model, self.batch_size = config.model, config.train.batch_size
         self.first = step * self.batch_size
-        rate = 0.1 * model.depth / 24 if model.drop_path_rate is None else model.drop_path_rate
+        rate = default_drop_path(model.depth) if model.drop_path_rate is None else model.drop_path_rate
         seed = config.train.seed
         self.drop_B = torch.from_numpy(uniform(seed, "label", step, self.batch_size) < model.cond_drop_rate)
         self.keep_D2B = None
@@ -229,7 +246,7 @@ def check_resume(resume: Checkpoint, config: Config, data_hash: str) -> None:
     """Refuse a checkpoint of another run or of other data."""
     for key, now in (("config_hash", config_hash(config)), ("data_hash", data_hash)):
         if resume.state[key] != now:
-            what = "config" if key == "config_hash" else "training data"
+            what = "config" if key == "config_hash" else "data"
             raise UserError(f"{resume.folder}: was written with another {what}; use another run folder, or remove {resume.folder.parent}")
 
 
@@ -246,14 +263,12 @@ def create_run(config: Config, folder: Path) -> RunFolder:
     return run
 
 
-def checkpoint_weights(folder: Path) -> tuple[Config, dict[str, torch.Tensor]]:
-    """Config and weights of a run's newest checkpoint."""
+def newest_checkpoint(folder: Path) -> tuple[Config, Checkpoint]:
+    """Config and newest complete checkpoint of a run."""
     run = RunFolder(folder)
     if not run.config.exists():
         raise UserError(f"{folder}: is not a run folder (no config.yaml)")
     found = checkpoints(run.checkpoints)
     if not found:
         raise UserError(f"{folder}: has no complete checkpoint; train it first")
-    return load(str(run.config)), found[-1].weights()
-
-
+    return load(str(run.config)), found[-1]

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class Telemetry:
 
     def __init__(self, folder: RunFolder, config: Config, env: dict[str, Any]):
         self.folder = folder
+        self.closers: list[Callable[[], object]] = []
         write_json(folder.env, env)
         self.mirrors = [m for m in (self._tensorboard(config), self._wandb(config, env)) if m]
 
@@ -88,6 +90,15 @@ class Telemetry:
                 say(f"warning: a metrics mirror failed and is switched off ({error}); metrics.jsonl is complete")
                 self.mirrors.remove(mirror)
 
+    def close(self) -> None:
+        """Let the mirrors finish; what they cannot write is in metrics.jsonl."""
+        for close in self.closers:
+            try:
+                close()
+            except Exception as error:
+                say(f"warning: a metrics mirror did not finish ({error}); metrics.jsonl is complete")
+        self.closers = []
+
     def _tensorboard(self, config: Config) -> Any:
         if not config.log.tensorboard:
             return None
@@ -98,6 +109,8 @@ class Telemetry:
         except Exception as error:
             say(f"warning: TensorBoard is not available ({error}); metrics.jsonl is complete")
             return None
+
+        self.closers.append(writer.close)
 
         def mirror(numbers: dict[str, float], step: int) -> None:
             for name, value in numbers.items():
@@ -121,4 +134,5 @@ class Telemetry:
         except Exception as error:
             say(f"warning: wandb is not available ({error}); metrics.jsonl is complete")
             return None
+        self.closers.append(run.finish)
         return lambda numbers, step: run.log(numbers, step=step)

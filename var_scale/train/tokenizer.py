@@ -6,6 +6,7 @@ exponential moving averages, while encoder, decoder and phi follow the gradient.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -89,7 +90,7 @@ class TokenizerTrainer:
         self.codebook = Codebook.of(weight.data)
         trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.005, fused=True)
-        self.identity = canonical_hash([config.tokenizer.model_dump(mode="json"), images.digest])
+        self.identity = canonical_hash([config.tokenizer.model_dump(mode="json", exclude={"weights"}), images.digest])
         self.bf16 = fast_bf16(torch.device("cpu"))
         self.step = 0
 
@@ -160,8 +161,10 @@ class TokenizerTrainer:
             "identity": self.identity, "step": self.step, "model": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(),
             "counts": self.codebook.counts, "sums": self.codebook.sums,
         }  # fmt: skip
+        buffer = io.BytesIO()  # torch.save hides what a full disk says
+        torch.save(state, buffer)
         with atomic_file(self.folder / "training.pt") as file:
-            torch.save(state, file)
+            file.write(buffer.getvalue())
 
     def resume(self) -> None:
         """Continue from the saved state of the same training, if there is one."""
@@ -245,6 +248,8 @@ def assess(vae: VQVAE, val: ImageData, limit: int = 4096, batch: int = 512) -> d
 @torch.no_grad()
 def picture(vae: VQVAE, val: ImageData, path: Path, columns: int = 16, rows: int = 4, zoom: int = 3) -> None:
     """Originals above their reconstructions, `rows` pairs of rows."""
+    rows = max(1, min(rows, val.num_samples // columns))
+    columns = min(columns, val.num_samples)
     images = val.images(np.arange(columns * rows))
     out = decode(vae, vae.img_to_idxBl(to_minus1_1(images)))
     again = ((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -6,6 +6,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 from var_scale.config.load import load
 from var_scale.errors import UserError
 from var_scale.run_folder import RunFolder, take_lock
@@ -22,14 +24,20 @@ def main() -> None:
     config = load(str(run.config))
     world = start_world(group=config.engine.name != "single", threads=config.engine.threads)
     lock = take_lock(folder / ".lock", wait_seconds=60) if world.main else None
-    if world.main and lock is None:
-        print(f"{folder}: another process is training this run; stop it first", flush=True)
+    refused = torch.tensor(float(world.main and lock is None), device=world.device)
+    if float(world.reduce(refused)) > 0:  # all ranks wait here: none looks for a checkpoint while an earlier life may still write one
+        if world.main:
+            print(f"error: {folder}: another process is training this run; stop it first", flush=True)
         leave(world, USER_ERROR)
     code = 1
     try:
         from var_scale.train.loop import Run
 
-        code = Run(folder, world).train()
+        training = Run(folder, world)
+        try:
+            code = training.train()
+        finally:
+            training.close()
     except UserError as error:
         code = USER_ERROR
         _fail(run, world, str(error))

@@ -11,6 +11,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from var_scale.run_folder import EXIT_REQUEUE
+
 
 @dataclass(frozen=True)
 class World:
@@ -58,7 +60,7 @@ def start_world(group: bool, threads: int) -> World:
 
 def leave(world: World, code: int) -> NoReturn:
     """End the process at once, after all ranks are done: with gloo a normal interpreter exit aborts in a few per cent of runs."""
-    if code in (0, 85):
+    if code in (0, EXIT_REQUEUE):
         world.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

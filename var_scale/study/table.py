@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import fields
 from pathlib import Path
 
 from var_scale.errors import UserError
 from var_scale.progress import say
 from var_scale.study.fit import fit_law
+from var_scale.study.gate import gate
 from var_scale.study.laws import Form
+from var_scale.study.record import RunRecord, read_runs_csv, size_means
 
 
-def read_columns(table: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two columns of a CSV, or of a study folder's runs.csv."""
-    path = table / "report" / "runs.csv" if table.is_dir() else table
+def study_columns(study: Path, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of a study's runs.csv, of the runs that pass the gate, one point each size."""
+    result = gate(read_runs_csv(study / "report" / "runs.csv"))
+    for item in result.excluded:
+        say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
+    numbers = [field.name for field in fields(RunRecord) if field.type in ("int", "float")]
+    for name in (x, y):
+        if name not in numbers:
+            raise UserError(f"{study}: has no column {name} of numbers; columns: {', '.join(numbers)}")
+    return size_means(result.kept, y, x)[1:]
+
+
+def read_columns(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of a CSV."""
     if not path.exists():
         raise UserError(f"{path}: this table does not exist; give a CSV file or a study folder with a report")
     with open(path, newline="") as file:
@@ -34,8 +48,10 @@ def read_columns(table: Path, x: str, y: str) -> tuple[list[float], list[float]]
 
 def fit_table(table: Path, x: str, y: str, form: Form, floor: float) -> None:
     """Print the law with intervals; a fit that did not converge is an error."""
-    xs, ys = read_columns(table, x, y)
-    fit = fit_law(form, xs, ys, metric=y, floor=floor)
+    if floor and form == "power_floor":
+        raise UserError("--floor: the form power_floor fits the floor itself; leave --floor out, or use --form power")
+    xs, ys = (study_columns if table.is_dir() else read_columns)(table, x, y)
+    fit = fit_law(form, xs, ys, metric=y, floor=floor, variable="C" if x.startswith("flops") else "N")
     if not fit.converged:
         raise UserError(f"{table}: no {form} law of {y} against {x}: {fit.reason}")
     say(f"{fit.equation}   ({len(xs)} points, r = {fit.r:.4f}, descriptive; residual sd {fit.residual_sd:.2g})")

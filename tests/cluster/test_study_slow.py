@@ -1,0 +1,73 @@
+"""Minutes long: the embedded study as a user runs it, and a study killed again and again at random moments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.test_pipeline import MINI
+from var_scale.data.manifest import load_manifest
+from var_scale.run_folder import RunFolder
+from var_scale.train.checkpoint import checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+def command(runs: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "var_scale.cli", "study", "run", *arguments, "--runs", str(runs)]
+
+
+@pytest.mark.timeout(1500)
+def test_tiny_study_gives_a_law(tmp_path: Path) -> None:
+    """`make study` without the environment: every size is kept, loss falls with size, the largest is predicted within 1 %."""
+    done = subprocess.run(command(tmp_path, "study/tiny"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    fit = json.loads((tmp_path / "tiny" / "report" / "fit.json").read_text())
+    assert len(fit["gate"]["kept"]) == 5 and fit["gate"]["excluded"] == []
+    for law in fit["fits"]:
+        if law["form"] == "power":
+            assert law["status"] == "converged" and law["r"] < -0.95 and law["intervals"]["alpha"][0] > 0, law
+    for held in fit["holdouts"]:
+        if held["form"] == "power":
+            assert held["inside"] and abs(held["relative_error"]) < 0.01, held
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What must not depend on being killed: images, tokens, weights and moments, losses."""
+    found: dict[str, object] = {f"{kind}/{split}": load_manifest(folder / kind / split).digest for kind in ("images", "tokens")
+                                for split in ("train", "val")}  # fmt: skip
+    for path in sorted(folder.glob("d*-s*")):
+        run = RunFolder(path)
+        found[path.name] = checkpoints(run.checkpoints)[-1].state["files"]
+        found[f"{path.name} losses"] = [(row["step"], row["loss"]) for row in run.read_metrics() if row["kind"] == "train"]
+        found[f"{path.name} evals"] = [(row["step"], row["loss_avg"]) for row in run.read_metrics() if row["kind"] == "eval"]
+    return found
+
+
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """kill -9, of the study alone or of it and all its children, a dozen times: bit for bit the study that was left alone."""
+    seed = time.time_ns() % 1_000_000
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    arguments = [*MINI, "engine=zero1", "train.steps=120", "train.checkpoint_seconds=0.2", "study.depths=[1,2,3]"]
+    assert subprocess.run(command(tmp_path / "calm", *arguments), stdout=subprocess.DEVNULL, check=False).returncode == 0
+    for _ in range(12):
+        study = psutil.Popen(command(tmp_path / "wild", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(2, 25))
+        family = [study, *(study.children(recursive=True) if study.is_running() and rng.random() < 0.5 else [])]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        study.wait()
+    last = subprocess.run(command(tmp_path / "wild", *arguments), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stdout[-3000:]
+    assert outcome(tmp_path / "wild" / "mini") == outcome(tmp_path / "calm" / "mini"), f"seed {seed}"
