@@ -40,7 +40,7 @@ def test_same_losses(name: str, reference: tuple[Path, list[float], dict], tmp_p
     assert final(folder)["samples"] == 37
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("name", ["fsdp", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_checkpoint_moves_between_engines(name: str, reference: tuple[Path, list[float], dict], tmp_path: Path) -> None:
     """Stop at step ten, go on with another engine and world size, in both directions: the same losses."""
     root, want, _ = reference

@@ -95,8 +95,8 @@ def test_a_checkpoint_means_that_its_evaluation_is_there(tmp_path: Path) -> None
 def test_left_overs_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     """The next save clears what a kill in the middle of another one left."""
     (tmp_path / ".step-00000007.tmp").mkdir()
-    weights = {"a": torch.ones(3)}
-    write_checkpoint(tmp_path, weights, {key: weights for key in ("exp_avg", "exp_avg_sq")}, {"step": 9}, keep=2)
+    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
+    write_checkpoint(tmp_path, {"a": torch.ones(3)}, moments, {"step": 9}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000009"]
 
 
