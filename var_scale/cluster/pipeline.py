@@ -100,15 +100,11 @@ def check_runs(study: Study) -> None:
     """Refuse folders of other runs, and batches that do not divide, before anything is spent."""
     from var_scale.cluster.local import process_count
     from var_scale.config.load import load
+    from var_scale.data.order import rank_slice
 
     data_hash = study.data_hash()
     for config, run in study.runs():
-        ranks, accumulate = process_count(config.engine), config.train.accumulate
-        if config.train.batch_size % (ranks * accumulate):
-            raise UserError(
-                f"train.batch_size: {config.train.batch_size} does not divide into {ranks} processes x {accumulate} micro-batches; "
-                "change batch_size, accumulate or engine.processes"
-            )
+        rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
         described = run.path / "run.json"
         if data_hash and described.exists() and read_json(described, "run description")["data_hash"] != data_hash:
             raise UserError(f"{run.path}: this run saw other tokens than the study has now; give the study another name, or remove it")

@@ -46,8 +46,8 @@ def rank_slice(global_batch: int, world: int, rank: int, accumulate: int, micro:
     b = G/(world·accumulate) samples from (micro·world + rank)·b, relative to t·G. UserError if G does not divide.
     """
     if world < 1 or accumulate < 1 or global_batch < 1 or global_batch % (world * accumulate):
-        raise UserError(f"global batch {global_batch} does not divide into {world} processes x {accumulate} accumulation steps; "
-                        f"choose a multiple of {world * accumulate}")
+        raise UserError(f"train.batch_size: {global_batch} does not divide into {world} processes x {accumulate} micro-batches; "
+                        "change batch_size, accumulate or engine.processes")
     assert 0 <= rank < world and 0 <= micro < accumulate, f"rank {rank} of {world}, micro-step {micro} of {accumulate}"
     size = global_batch // (world * accumulate)
     start = (micro * world + rank) * size

@@ -47,11 +47,6 @@ class Run:
         self.val = self._open_data(config.data.tokens_val, tokenizer_hash)
         self.schedule = Schedule.of(config.train, self.data.num_samples)
         c = config.train
-        if c.batch_size % (world.size * c.accumulate):
-            raise UserError(
-                f"train.batch_size: {c.batch_size} does not divide into {world.size} processes x {c.accumulate} micro-batches; "
-                "change batch_size, accumulate or engine.processes"
-            )
         self.loader = TokenLoader(self.data, c.seed, c.batch_size, world.size, world.rank, c.accumulate)
         self.precision = choose_precision(c.precision, world.device)
         torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
