@@ -136,6 +136,7 @@ class Run:
             loss, stats = self._step(step)
             window.append(loss)
             done = step + 1
+            stop = save = False
             if done % every == 0 or done == total:
                 mean, stop, save = self._agree(window, time.monotonic() - last_save)
                 window = []
@@ -143,18 +144,15 @@ class Run:
                     self._log(done, mean, stats)
                 if not math.isfinite(mean):
                     return self._diverged(done, mean)
-            else:
-                stop = save = False
             if done in evals:
                 self._evaluate(done, final=done == total)
-            if done % every == 0 or done == total:
-                if stop or save or done == total:
-                    self._save(done)
-                    last_save = time.monotonic()
-                if stop and done < total:
-                    if self.world.main:
-                        self.folder.set_status("preempted", self.stop.reason or "asked to stop", step=done)
-                    return EXIT_REQUEUE
+            if stop or save or done == total:
+                self._save(done)
+                last_save = time.monotonic()
+            if stop and done < total:
+                if self.world.main:
+                    self.folder.set_status("preempted", self.stop.reason or "asked to stop", step=done)
+                return EXIT_REQUEUE
         if self.world.main:
             self.folder.set_status("complete", step=total)
         return 0
