@@ -297,6 +297,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a path that is a file where a folder is needed, a folder in place of a file, ...
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}; choose another path", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

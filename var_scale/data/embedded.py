@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -191,7 +192,7 @@ def _encoded_blocks(jobs: list[tuple[LeavesSettings, str, int, int]], processes:
     if processes == 1 or len(jobs) < 2 * processes:
         yield from map(_encoded, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(_encoded, jobs)
 
 
