@@ -29,6 +29,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return text
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message on an argument that argparse refuses; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_help_is_quick_and_names_every_command() -> None:
     """No heavy import before the command is known: the best of three under half a second."""
     best = 9.0
@@ -63,6 +71,15 @@ def test_wrong_key_and_missing_config(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "did you mean base_lr" in fails(capsys, "study", "plan", "study/tiny", "train.base_l=1")
     assert "did you mean study/tiny" in fails(capsys, "study", "run", "study/tinny", "--runs", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("include: study/tiny\ntrain:\n  batch_size: 64\n  batch_size: 32\n")
+    assert "line 4 is not valid YAML (key batch_size is given twice)" in fails(capsys, "study", "plan", str(twice))
+    twice.write_bytes(b"\xff\xfe\x00binary")
+    assert "UTF-8" in fails(capsys, "study", "plan", str(twice))
+    assert "patch_nums" in fails(capsys, "study", "plan", "study/tiny", "tokenizer.patch_nums=[]")
+    assert "names depth 9" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={9: {train.clip: 1.0}}")
+    assert "unknown key train.clib" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={2: {train.clib: 1.0}}")
+    assert "does not exist" in fails(capsys, "study", "plan", "study/tiny", "tokenizer.weights=nothing.pth")
 
 
 def test_study_without_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -79,6 +96,7 @@ def test_depth_that_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_batch_that_does_not_divide_over_processes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Found by the ranks, said by the command."""
+    assert "does not divide into 3 processes" in fails(capsys, "study", "plan", "study/tiny", "engine.processes=3")
     write_config(small_config(tmp_path, engine={"name": "ddp", "processes": 3}), tmp_path / "c.yaml")
     assert "does not divide into 3 processes" in fails(capsys, "train", str(tmp_path / "c.yaml"), "--runs", str(tmp_path / "runs"))
 
@@ -96,6 +114,10 @@ def test_tokens_of_another_tokenizer_and_missing_shard(capsys: pytest.CaptureFix
     shard = sorted((tmp_path / "train").glob("*.tar"))[0]
     shard.rename(tmp_path / "gone.tar")
     assert shard.name in fails(capsys, "train", str(path), "--runs", str(tmp_path / "b"))
+    weights.unlink()
+    assert "tokenizer.weights" in fails(capsys, "train", str(path), "--runs", str(tmp_path / "b"))
+    assert "tokenizer.weights" in fails(capsys, "train", "study/tiny", "--depth", "1", "--runs", str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
 
 
 def test_truncated_tar(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -118,8 +140,23 @@ def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "line 2" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     table.write_text("n,loss\n1,2\n")
     assert "law" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+    table.write_text("n,loss,loss\n1,2,3\n")
+    assert "more than one column loss" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+    table.write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+    assert "no report/runs.csv" in fails(capsys, "fit", str(tmp_path))
+    assert "nan is not a number" in refused(capsys, "fit", str(table), "--floor", "nan")
 
 
 def test_sample_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Not a run folder."""
     assert "not a run folder" in fails(capsys, "sample", str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["--cfg=nan", "--cfg=-5", "--top-k=-3", "--top-p=1.5", "--seed=99999999999999999999", "--per-class=0",
+                                      "--out=grid.jpg", "--out=.", "--runs=pyproject.toml"])  # fmt: skip
+def test_arguments_out_of_range(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is loaded."""
+    command = ["study", "status", "study/tiny"] if "runs" in argument else ["sample", "nothing"]
+    text = refused(capsys, *command, argument)
+    assert argument.partition("=")[0] in text and argument.partition("=")[2] in text

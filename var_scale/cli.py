@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,23 +19,43 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def _config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    if default:
-        parser.add_argument("config", nargs="?", default=default, help=f"config file or preset (default {default})")
-    else:
-        parser.add_argument("config", help="config file or preset, such as study/tiny")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.batch_size=64 or engine=fsdp")
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="config file or preset, such as study/tiny")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any changes, such as train.batch_size=64 or engine=fsdp")
 
 
 def _runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of all studies (default runs)")
+    parser.add_argument("--runs", type=_folder, default=Path("runs"), metavar="DIR", help="folder of all studies")
 
 
-def _positive(text: str) -> int:
-    """A whole number from 1 up."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+def _folder(text: str) -> Path:
+    """A folder, there or not."""
+    if (path := Path(text)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return path
+
+
+def _picture(text: str) -> Path:
+    """A PNG file to write."""
+    if (path := Path(text)).suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
+    return path
+
+
+def _number(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A reader of finite numbers from low to high."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not (low <= number <= high and math.isfinite(number)):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} " + (f"from {low} to {high}" if high < math.inf else f"from {low} up"))
+        return number
+
+    return read
 
 
 def _numbers(text: str) -> list[int]:
@@ -43,6 +64,14 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,3,7") from None
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        quiet = action.default in (None, False, []) or "default" in (action.help or "")
+        return action.help if quiet else super()._get_help_string(action)
 
 
 def _load(args: argparse.Namespace) -> Config:
@@ -122,7 +151,7 @@ def tokenizer_train(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train one model in a run folder, or continue it."""
     from var_scale.cluster.local import train_here
-    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.pipeline import Study, require_inputs
     from var_scale.progress import say
     from var_scale.run_folder import RunFolder
     from var_scale.train.loop import create_run
@@ -137,7 +166,9 @@ def train(args: argparse.Namespace) -> None:
         config = run_config(study.with_files(), args.depth, config.train.seed)
         folder = args.folder or study.folder / config.name
     else:
-        folder = args.folder or args.runs / "single" / config.name
+        name = config.name if config.name != "run" else Path(args.config).stem  # model/d16 is the run d16
+        folder = args.folder or args.runs / "single" / name
+    require_inputs(config)
     run = create_run(config, folder)
     if run.status()["state"] == "complete":
         say(f"{folder}: this run is complete, nothing to do")
@@ -210,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(group: argparse._SubParsersAction, name: str, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         text = (function.__doc__ or "").strip()
-        sub = group.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = group.add_parser(name, help=text, description=text, formatter_class=_Help)
         sub.set_defaults(function=function)
         return sub
 
@@ -251,22 +282,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(commands, "sample", sample)
     sub.add_argument("run", type=Path, help="run folder")
-    sub.add_argument("--out", type=Path, default=Path("samples.png"), help="picture to write")
+    sub.add_argument("--out", type=_picture, default=Path("samples.png"), metavar="FILE.png", help="picture to write")
     sub.add_argument("--classes", type=_numbers, default=None, help="class numbers, such as 0,3,7; default the first ten")
-    sub.add_argument("--per-class", type=_positive, default=6, help="images a class")
-    sub.add_argument("--seed", type=int, default=0, help="seed")
-    sub.add_argument("--cfg", type=float, default=1.5, help="classifier-free guidance")
-    sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
-    sub.add_argument("--top-p", type=float, default=0.0, help="keep the likeliest tokens of this mass; 0: all")
+    sub.add_argument("--per-class", type=_number(int, 1), default=6, help="images a class")
+    sub.add_argument("--seed", type=_number(int, 0, 2**62), default=0, help="seed of the first class; class c has seed + c")
+    sub.add_argument("--cfg", type=_number(float, 0), default=1.5, help="classifier-free guidance; 0: none")
+    sub.add_argument("--top-k", type=_number(int, 0), default=0, help="keep the k likeliest tokens; 0: all")
+    sub.add_argument("--top-p", type=_number(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
     sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
-    sub.add_argument("--zoom", type=_positive, default=1, help="enlarge the picture")
+    sub.add_argument("--zoom", type=_number(int, 1), default=1, help="enlarge the picture")
 
     sub = command(commands, "fit", fit)
-    sub.add_argument("table", type=Path, help="CSV file, or a study folder (its report/runs.csv)")
-    sub.add_argument("--x", default="params_paper", help="column of the size")
-    sub.add_argument("--y", default="loss_avg", help="column of the loss")
+    sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")
+    sub.add_argument("--x", default="params_paper", 
+                     help="column of the size; of a study: params_paper (the paper's N), params_total, flops_exact, ...")  # fmt: skip
+    sub.add_argument("--y", default="loss_avg", help="column of the loss; of a study: loss_last, loss_avg, err_last, err_avg")
     sub.add_argument("--form", choices=("power", "power_floor"), default="power", help="law to fit")
-    sub.add_argument("--floor", type=float, default=0.0, help="fixed floor of form power")
+    sub.add_argument("--floor", type=_number(float, 0), default=0.0, help="assumed irreducible part E of form power")
     return parser
 
 
@@ -298,7 +330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a path that is a file where a folder is needed, a folder in place of a file, ...
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}; choose another path", file=sys.stderr)
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

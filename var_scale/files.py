@@ -63,7 +63,7 @@ def read_json(path: Path, what: str = "file") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: this {what} does not exist") from None
     except ValueError as error:
-        raise UserError(f"{path}: this {what} is not valid JSON ({error}); remove it and make it again") from None
+        raise UserError(f"{path}: this {what} is not valid JSON ({error}); remove the file and run the same command again") from None
 
 
 def canonical_hash(value: Any) -> str:

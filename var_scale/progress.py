@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -13,6 +17,14 @@ PLAIN_INTERVAL_SECONDS = 5.0
 def say(text: str) -> None:
     """Print one line at once, so that logs follow the work."""
     print(text, flush=True)
+
+
+def print_table(table: Table) -> None:
+    """Print a rich table; where the output is no terminal, so wide that no column is cut."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def duration(seconds: float) -> str:

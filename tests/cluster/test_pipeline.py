@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_killed_continued_and_done(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     assert "nothing to do" in finish(study(tmp_path))
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+    for name in ("images", "tokens", "d01-s0/checkpoints", "d05-s0/checkpoints"):  # a finished study needs none of these
+        shutil.rmtree(folder / name)
+    assert "nothing to do" in finish(study(tmp_path))
+    (report / "laws.png").unlink()
+    text = finish(study(tmp_path))
+    assert "no checkpoint any more, the picture of before stays" in text and (report / "laws.png").exists()
+    assert not (folder / "images").exists() and "nothing to do" in finish(study(tmp_path))
 
 
 def test_another_recipe_needs_another_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Shards: written whole or not at all, damaged ones refused, readable by the webdataset library."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -154,6 +155,48 @@ def test_killed_writer_resumes_to_identical_bytes(tmp_path: Path, limit: int, st
     write_images(tmp_path / "killed")
     write_images(tmp_path / "whole")
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+
+
+def test_a_lost_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    before = hashes(tmp_path)
+    (tmp_path / "train-000001.tar").unlink()
+    write_images(tmp_path)
+    assert hashes(tmp_path) == before
+
+
+def test_a_stop_inside_a_shard_is_silent_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tar writer is closed before its file is: no "write to closed file" from the garbage collector."""
+    import webdataset
+
+    complaints: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+
+    write = webdataset.TarWriter.write
+
+    def stop(tar: webdataset.TarWriter, sample: dict[str, object]) -> None:
+        write(tar, sample)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_images(tmp_path)
+    gc.collect()
+    assert complaints == [] and not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*tar*"))
+
+
+def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+    """A picture cut short inside a sound tar: index refuses it, verify of an adopted folder names it."""
+    whole = png_bytes(image(0))
+    with ShardSetWriter(tmp_path, "image", "train", 2, 8, {"name": "test"}) as writer:
+        for payload in (whole, whole[: len(whole) // 2]):
+            writer.add_image(payload, 1)
+        writer.finish()
+    assert len(problems := verify_folder(tmp_path)) == 1 and "sample 1" in problems[0] and "not a readable image" in problems[0]
+    with pytest.raises(UserError, match=r"train-000000\.tar: sample 1 .* is not a readable image"):
+        index_folder(tmp_path)
+    with pytest.raises(UserError, match="split has no name"):
+        index_folder(tmp_path, split="")
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

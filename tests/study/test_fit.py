@@ -67,7 +67,7 @@ def test_paper_form_gives_beta_in_billions() -> None:
     fit = fit_law("power", n, 4.5 + (2.0 * n / 1e9) ** -0.23, floor=4.5, metric="loss_last")
     assert fit.params["alpha"] == pytest.approx(0.23)
     assert fit.params["beta"] == pytest.approx(2.0)
-    assert "(2 N/1e9)^-0.2300" in fit.equation
+    assert "4.5000 + 1.235 (N/2e8)^-0.2300" in fit.equation
     assert fit.r == pytest.approx(-1)
 
 
@@ -101,6 +101,24 @@ def test_floor_that_is_not_identified_is_no_result() -> None:
     assert "not identified" in fit.reason
     with pytest.raises(UserError, match="did not converge"):
         fit.predict(1e9)
+
+
+def test_an_exponent_that_the_points_do_not_bound_has_an_open_interval() -> None:
+    """Five points of a nearly flat law: with the floor free any steep decay fits too. JSON has no infinity."""
+    n = np.array([2.6e3, 2.1e4, 7e4, 1.66e5, 3.24e5])
+    fit = fit_law("power_floor", n, [5.2620, 5.1682, 5.0050, 4.9272, 4.8905])
+    assert fit.converged and fit.intervals["alpha"][1] == fit.intervals["a"][1] == math.inf
+    assert 0.003 < fit.intervals["alpha"][0] < 0.0161
+    assert fit.to_json()["intervals"]["alpha"][1] is None
+
+
+def test_a_bend_is_seen_and_a_straight_line_is_not_called_bent() -> None:
+    """p-values of the quadratic term: tiny for a law with a floor fitted without it, uniform for a true power law."""
+    assert fit_law("power", X, 1.5 + 3 * (X / 1e6) ** -0.25).curvature()[1] < 1e-3
+    rng = np.random.default_rng(5)
+    p = [fit_law("power", X, 3 * (X / 1e6) ** -0.1 * np.exp(5e-3 * rng.standard_normal(len(X)))).curvature()[1] for _ in range(400)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.09
+    assert math.isnan(fit_law("power", X[:3], 3 * X[:3] ** -0.1).curvature()[1])
 
 
 def test_exponent_depends_on_the_assumed_floor_but_r_hardly() -> None:

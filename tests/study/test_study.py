@@ -157,7 +157,8 @@ def test_report_of_a_study(tmp_path: Path) -> None:
     assert html.count("data:image/png;base64,") == 4
     assert "patch &lt;8&gt;" in html
     assert 'src="http' not in html
-    for words in ("8,192 samples", "`diverged`", "the loss is nan at step 10", "inside the interval", "fixed data budget", "(laws.png)"):
+    for words in ("8,192 samples", "`diverged`", "the loss is nan at step 10", "inside the interval", "fixed data budget", "(laws.png)",
+                  "If nothing of it is irreducible (E = 0)", "with E left free it is", "of the gain from the next smaller size"):
         assert words in text
     fits = json.loads((folder / "fit.json").read_text())
     assert {fit["metric"] for fit in fits["fits"]} == set(METRICS)
@@ -181,10 +182,11 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0].tokens == 1000 * sum(p * p for p in PATCHES)
     assert rows[1].flops > 4 * rows[0].flops
     assert plan_rows([shape(2)], 1000, run_seconds=[12.5])[0].seconds == 12.5
-    print_plan(rows)
+    print_plan(rows, "a guess")
     out = capsys.readouterr().out
-    assert "ASSUMED" in out
-    assert "d4" in out
+    assert "times: a guess" in out and "device-hours" in out and "d4" in out
+    print_plan(plan_rows([shape(2)], 1000, run_seconds=[12.5]), "timed")
+    assert "device-hours" not in capsys.readouterr().out
     with pytest.raises(UserError, match="no sizes"):
         plan_rows([], 10)
     with pytest.raises(UserError, match="2 images for 1 sizes"):

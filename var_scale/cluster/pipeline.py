@@ -34,9 +34,11 @@ class Study:
         c, data = self.config, self.config.data
         if data.leaves and (data.images_train or data.images_val):
             raise UserError(f"study {c.name}: data.leaves and data.images_* are both given; set data.leaves=null to use your images")
-        side = c.tokenizer.patch_nums[-1] * (c.tokenizer.patch if c.tokenizer.arch == "patch" else 16)
+        side = c.tokenizer.image_size
         if data.leaves and data.leaves.size != side:
             raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
+        if c.tokenizer.weights and self.spec.device == "auto" and not Path(c.tokenizer.weights).exists():
+            raise UserError(f"tokenizer.weights: {c.tokenizer.weights} does not exist; give the file of the trained tokenizer")
 
     def with_files(self) -> Config:
         """The config with this study's own data and tokenizer filled in where none are given."""
@@ -66,13 +68,26 @@ class Study:
         return ":".join(str(read_json(path, "manifest")["digest"]) for path in paths) if all(path.exists() for path in paths) else None
 
     def complete(self) -> bool:
-        """Whether report and runs are there for this very study and its data. A diverged run has ended too."""
-        stamp = self.report / "complete.json"
+        """Whether runs and report are there for this very study and its data. Images, tokens and checkpoints may have been removed
+        to save space: a finished study does not need them."""
+        path = self.report / "complete.json"
+        if not path.exists() or not self.ended():
+            return False
+        stamp = read_json(path)
         return (
-            stamp.exists()
-            and read_json(stamp) == {"identity": self.identity(), "data_hash": self.data_hash()}
-            and all(run.status()["state"] in ENDED for _, run in self.runs())
+            stamp.get("identity") == self.identity()
+            and self.data_hash() in (None, stamp.get("data_hash"))
+            and all((self.report / name).exists() for name in stamp.get("files", ["report.html"]))
         )
+
+    def ended(self) -> bool:
+        """Whether no run is left to do. A diverged run has ended too."""
+        return all(run.status()["state"] in ENDED for _, run in self.runs())
+
+    def mark_complete(self) -> None:
+        """Keep what the report belongs to, and its files."""
+        files = sorted(path.name for path in self.report.iterdir() if path.is_file())
+        write_json(self.report / "complete.json", {"identity": self.identity(), "data_hash": self.data_hash(), "files": files})
 
 
 def run_study(config: Config, runs: Path) -> Path:
@@ -87,24 +102,32 @@ def run_study(config: Config, runs: Path) -> Path:
         raise UserError(f"{study.folder}: another process is running this study; wait for it or stop it")
     check_runs(study)
     write_config(config, study.folder / "study.yaml")
-    prepare_data(study)
-    show_plan(study)
-    train_all(study)
+    if not study.ended():
+        prepare_data(study)
+        show_plan(study)
+        train_all(study)
     make_report(study)
-    write_json(study.report / "complete.json", {"identity": study.identity(), "data_hash": study.data_hash()})
+    study.mark_complete()
     say(f"done. Report: {study.report / 'report.html'}")
     return study.report
 
 
-def check_runs(study: Study) -> None:
-    """Refuse folders of other runs, and batches that do not divide, before anything is spent."""
+def check_batches(study: Study) -> None:
+    """Refuse batches that do not divide over the processes of a run here."""
     from var_scale.cluster.local import process_count
-    from var_scale.config.load import load
     from var_scale.data.order import rank_slice
 
+    for config, _ in study.runs():
+        rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
+
+
+def check_runs(study: Study) -> None:
+    """Refuse folders of other runs, and batches that do not divide, before anything is spent."""
+    from var_scale.config.load import load
+
+    check_batches(study)
     data_hash = study.data_hash()
     for config, run in study.runs():
-        rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
         described = run.path / "run.json"
         if data_hash and described.exists() and read_json(described, "run description")["data_hash"] != data_hash:
             raise UserError(f"{run.path}: this run saw other tokens than the study has now; give the study another name, or remove it")
@@ -125,6 +148,19 @@ def prepare_data(study: Study) -> None:
         tokenize_stage(config)
 
 
+def require_inputs(config: Config) -> None:
+    """Refuse a run without its tokens or tokenizer before its folder is made."""
+    from var_scale.data.manifest import load_manifest
+
+    if not config.data.tokens_train or not config.data.tokens_val:
+        raise UserError("data.tokens_train and data.tokens_val are needed for training; make them with `var-scale data tokenize`")
+    if not config.tokenizer.weights or not Path(config.tokenizer.weights).exists():
+        raise UserError(f"tokenizer.weights: {config.tokenizer.weights or 'nothing'} is given but does not exist; train it with "
+                        "`var-scale tokenizer train`, or give its file")  # fmt: skip
+    for folder in (config.data.tokens_train, config.data.tokens_val):
+        load_manifest(Path(folder))
+
+
 def make_leaves(config: Config) -> None:
     """Generate the embedded image set as WebDataset shards."""
     from var_scale.data.embedded import LeavesSettings, write_leaves
@@ -141,10 +177,9 @@ def make_leaves(config: Config) -> None:
 def train_tokenizer_stage(config: Config, folder: Path) -> None:
     """Train the small tokenizer on the image shards."""
     from var_scale.data.loader import ImageData
-    from var_scale.model.load import new_tokenizer
     from var_scale.train.tokenizer import train_tokenizer
 
-    size = None if config.data.leaves else new_tokenizer(config.tokenizer).image_size  # images of others are resized and cropped
+    size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
     train, val = (ImageData(Path(str(p)), size) for p in (config.data.images_train, config.data.images_val))
     train_tokenizer(config, train, val, folder)
 
@@ -170,7 +205,7 @@ def tokenize_stage(config: Config) -> None:
         with torch.inference_mode():
             manifest = tokenize_folder(
                 Path(source), Path(target), encode, identity, config.tokenizer.patch_nums, config.tokenizer.vocab_size,
-                samples_per_shard=config.data.samples_per_shard, size=None if config.data.leaves else vae.image_size,
+                samples_per_shard=config.data.samples_per_shard, size=None if config.data.leaves else config.tokenizer.image_size,
                 views=config.data.views if split == "train" else 1,
             )  # fmt: skip
         say(f"tokens {split}: {manifest.num_samples:,} x {sum(p * p for p in config.tokenizer.patch_nums)} ({target})")

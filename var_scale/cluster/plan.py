@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from var_scale.cluster.local import process_count
-from var_scale.cluster.pipeline import Study
+from var_scale.cluster.pipeline import Study, check_batches
 from var_scale.config.schema import Config
 from var_scale.cost.from_config import shape_of
+from var_scale.cost.time import find_device
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import progress
 from var_scale.study.plan import PlanRow, plan_rows, print_plan
@@ -18,6 +19,8 @@ EXCHANGE_SECONDS = 0.012  # a step's exchange between ranks, seen there too
 def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     """Print the plan; with `save` keep it, and the measured step times, as plan.json in the study's folder."""
     configs = [config for config, _ in study.runs()]
+    if study.spec.device == "auto":
+        check_batches(study)
     steps = [Schedule.of(c.train, c.train_samples).total_steps for c in configs]
     on_this_machine = study.spec.device == "auto"
     world = process_count(configs[0].engine) if on_this_machine else study.spec.devices
@@ -28,7 +31,7 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         [n * c.train.batch_size for n, c in zip(steps, configs, strict=True)],
         names=[c.name for c in configs],
         device="cpu" if on_this_machine else study.spec.device,
-        devices=study.spec.devices,
+        devices=world,
         mfu=None if on_this_machine else study.spec.mfu,
         run_seconds=_measured_seconds(study, configs, steps, world) if on_this_machine else None,
         micro_batch=max(1, configs[0].train.batch_size // configs[0].train.accumulate // world),
@@ -36,7 +39,13 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         world=world,
         stage=stage,
     )
-    print_plan(rows)
+    if on_this_machine:
+        rests_on = f"a step of each size timed on this machine, {world} process{'' if world == 1 else 'es'} a run"
+    else:
+        device, spec = find_device(study.spec.device), study.spec
+        peak = f"{device.peak / 1e12:g} TFLOP/s each, at an ASSUMED {spec.mfu:.0%} of it (study.mfu)"
+        rests_on = f"{spec.devices} x {device.name} a run, {peak}"
+    print_plan(rows, rests_on)
     if save:
         write_json(study.folder / "plan.json", {"rows": [row.to_json() for row in rows], "steps": _cached(study)})
     return rows

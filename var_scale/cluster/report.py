@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
 from var_scale.cluster.pipeline import Study
 from var_scale.config.schema import Config
+from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.progress import say
@@ -24,19 +31,27 @@ def build_report(study: Study) -> None:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     for metric in METRICS:
         _say_law(metric, result.fits[metric, "power"], result.holdouts[metric, "power"])
-    write_report(study.folder, result, _facts(study) | _missing(study, result))
-    _samples(study, {r.name for r in result.gate.kept})
+    missing = _missing(study, result)
+    for title, text in missing.items():
+        say(f"{title}: {text}")
+    pictures = {}
+    if samples := _samples(study, {r.name for r in result.gate.kept}):
+        pictures["samples"] = samples
+    if (reconstructions := study.folder / "tokenizer" / "reconstructions.png").exists():
+        pictures["reconstructions"] = reconstructions
+    write_report(study.folder, result, _facts(study) | missing, pictures)
 
 
 def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
-    """One line a law: predicted against measured, then the law of all sizes."""
+    """One line a law: predicted against measured and against the step it had to predict, then the law of all sizes."""
     if held.prediction is None:
         say(f"{metric}: no hold-out test ({held.reason})")
     else:
         p = held.prediction
         where = "inside" if held.inside else "outside"
         say(f"{metric}: predicted {p.value:.4f} [{p.low:.4f}, {p.high:.4f}] for {', '.join(held.held)}, measured {held.measured:.4f}, "
-            f"{where} the 95 % interval ({held.relative_error:+.2%}); all sizes: {fit.equation}")  # fmt: skip
+            f"{where} the 95 % interval (off by {held.relative_error:+.2%}, {held.gain_fraction:.0%} of the step); "
+            f"all sizes: {fit.equation}")  # fmt: skip
 
 
 def _missing(study: Study, result: StudyResult) -> dict[str, str]:
@@ -76,8 +91,31 @@ def _facts(study: Study) -> dict[str, str]:
             where = f"{env['processor']}, {env['cores']} cores, device {env['device']}, {env['world_size']} processes"
             facts["Machine"] = f"{where}, precision {env['choices']['precision']}"
             break
-    facts["Samples"] = "samples.png: the largest model, a row a class" if study.spec.sample_classes else "none"
+    if baseline := _baseline(study):
+        facts["Without a model"] = baseline
     return facts
+
+
+def _baseline(study: Study) -> str:
+    """What a guess scores on the validation tokens: uniform, and by the frequency of each code at each scale."""
+    config = study.with_files()
+    folder = Path(str(config.data.tokens_val))
+    try:
+        data = TokenData(folder)
+    except UserError:
+        return ""  # the tokens were removed after the runs
+    tokens_NL, _ = data.gather(np.arange(min(8192, data.num_samples)))
+    edges = np.cumsum([0, *(side * side for side in config.tokenizer.patch_nums)])
+    vocab = config.tokenizer.vocab_size
+    losses, errors = [], []
+    for start, stop in pairwise(edges):
+        share_V = np.bincount(tokens_NL[:, start:stop].ravel(), minlength=vocab) / tokens_NL[:, start:stop].size
+        losses.append(-float((share_V[share_V > 0] * np.log(share_V[share_V > 0])).sum()))
+        errors.append(1 - float(share_V.max()))
+    weights = np.diff(edges) / edges[-1]
+    return (f"a uniform guess over {vocab} codes has loss {math.log(vocab):.4f}; guessing each code as often as it occurs at its scale "
+            f"has L_last {losses[-1]:.4f}, L_avg {weights @ losses:.4f}, Err_last {errors[-1]:.4f}, Err_avg {weights @ errors:.4f} "
+            f"({len(tokens_NL):,} of {data.num_samples:,} validation samples)")  # fmt: skip
 
 
 def _recipe(config: Config) -> str:
@@ -88,19 +126,25 @@ def _recipe(config: Config) -> str:
     return f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
 
 
-def _samples(study: Study, healthy: set[str]) -> None:
-    """A grid of images from the largest healthy run."""
+def _samples(study: Study, healthy: set[str]) -> Path | None:
+    """A grid of images from the largest healthy run; an earlier picture stays when its checkpoints were removed since."""
     import torch
 
     from var_scale.evaluate.samples import load_run, sample_images, write_grid
+    from var_scale.train.checkpoint import checkpoints
 
+    path = study.report / "samples.png"
     runs = [(config, run) for config, run in study.runs() if config.name in healthy]
-    if not runs or not study.spec.sample_classes:
-        return
+    if not runs:
+        return None
     config, run = runs[-1]
     spec = study.spec
+    if not checkpoints(run.checkpoints):
+        say(f"samples of {config.name}: it has no checkpoint any more" + (", the picture of before stays" if path.exists() else ""))
+        return path if path.exists() else None
     var, classes = load_run(run.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     labels = list(range(min(classes, spec.sample_classes)))
     images = sample_images(var, labels, spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)
-    write_grid(images, study.report / "samples.png", zoom=max(1, 96 // images.shape[2]))
-    say(f"samples of {config.name}: {study.report / 'samples.png'}")
+    write_grid(images, path, zoom=max(1, 96 // images.shape[2]))
+    say(f"samples of {config.name}: {path}")
+    return path

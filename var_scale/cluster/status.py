@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 
-from rich.console import Console
 from rich.table import Table
 
 from var_scale.cluster.pipeline import Study
-from var_scale.progress import duration
+from var_scale.progress import duration, print_table
 from var_scale.run_folder import RunFolder, take_lock
 
 
@@ -26,12 +25,14 @@ def _alive(run: RunFolder) -> bool:
 def status_table(study: Study) -> None:
     """State, step, loss, speed, time and reason of every run."""
     table = Table(title=f"study {study.config.name} ({study.folder})")
-    for column in ("run", "state", "step", "loss", "images/s", "time", "restarts", "since", "reason"):
+    for column in ("run", "state", "step", "train loss", "images/s", "time", "restarts", "since", "reason"):
         table.add_column(column, justify="left" if column in ("run", "state", "reason") else "right")
     for config, run in study.runs():
         status = run.status()
         if status["state"] in ("queued", "running") and not _alive(run):
             status |= {"state": "interrupted", "reason": "its processes are gone; the next run of the study continues it"}
+        if not run.config.exists():
+            status["state"] = "not started"
         rows = [row for row in run.read_metrics() if row["kind"] == "train"]
         last = rows[-1] if rows else None
         since = duration(time.time() - status["time"]) if "time" in status else ""
@@ -40,4 +41,4 @@ def status_table(study: Study) -> None:
             f"{last['loss']:.4f}" if last else "", f"{last['images_per_second']:,.0f}" if last else "",
             duration(last["seconds"]) if last else "", str(status.get("restarts", 0)), since, status.get("reason", ""),
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)

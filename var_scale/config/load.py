@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,26 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; the plain loader takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file with its includes merged below it, unchecked."""
     if path.resolve() in seen:
         raise UserError(f"{path}: includes itself; remove the circle of include: lines")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file in UTF-8; give a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -74,16 +89,23 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """`train.batch_size=64`, or `engine=fsdp` which takes the preset configs/engine/fsdp.yaml."""
+@dataclass(frozen=True)
+class Preset:
+    """The file that an override such as `engine=fsdp` names."""
+
+    tree: dict[str, Any]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.batch_size=64` as key and value; `engine=fsdp` takes the preset configs/engine/fsdp.yaml."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"{text}: an override is key=value, such as train.batch_size=64")
     field = Config.model_fields.get(key)
     if field is not None and (config_root() / key).is_dir():
-        return read_tree(find_config(f"{key}/{value}"))
+        return key, Preset(read_tree(find_config(f"{key}/{value}")))
     try:
-        return nested(key, yaml.safe_load(value))
+        return key, yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"{text}: the value is not valid YAML") from None
 
@@ -123,13 +145,13 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
     """Read a config by path or preset name, apply overrides in order, check it."""
     tree = read_tree(find_config(name))
     for text in overrides:
-        change = parse_override(text)
-        key = text.partition("=")[0]
-        if isinstance(change.get(key), dict):
-            tree.pop(key, None)  # `engine=fsdp` takes the whole preset, nothing of the old section stays
-        tree = merge(tree, change)
-        if not isinstance(change.get(key), dict) and key.partition(".")[0] in ("tokenizer", "model", "train") and tree.get("study"):
-            tree = merge(tree, {"study": {"common": {key: yaml.safe_load(text.partition("=")[2])}}})  # stronger than a size's preset
+        key, value = parse_override(text)
+        if isinstance(value, Preset):
+            tree = {k: v for k, v in tree.items() if k != key} | value.tree  # nothing of the old section stays
+            continue
+        tree = merge(tree, nested(key, value))
+        if key.partition(".")[0] in ("tokenizer", "model", "train") and tree.get("study"):
+            tree = merge(tree, {"study": {"common": {key: value}}})  # stronger than a size's preset
     return check(tree, name)
 
 

@@ -63,7 +63,7 @@ class TokenizerConfig(Section):
 
     arch: Literal["cnn", "patch"] = Field("cnn", description="cnn: the official network; patch: a small one for small images")
     weights: str | None = Field(None, description="trained weights (.pth or .safetensors); none: trained by the study")
-    patch_nums: tuple[Positive, ...] = Field(PATCH_NUMS_256, description="side of the token grid at each scale")
+    patch_nums: tuple[Positive, ...] = Field(PATCH_NUMS_256, min_length=1, description="side of the token grid at each scale")
     vocab_size: Positive = Field(4096, description="codebook entries V")
     latent_channels: Positive = Field(32, description="channels of a code vector, Cvae")
     share_quant_resi: int = Field(4, ge=0, description="number of shared phi convolutions; 0: one a scale, 1: one for all")
@@ -73,6 +73,11 @@ class TokenizerConfig(Section):
     patch: Positive = Field(8, description="pixels a side of one latent cell (arch: patch)")
     hidden: Positive = Field(128, description="channels of arch: patch")
     train: TokenizerTrainConfig = TokenizerTrainConfig()
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the images it takes: 16 a latent cell for the official network."""
+        return self.patch_nums[-1] * (self.patch if self.arch == "patch" else 16)
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
@@ -203,6 +208,8 @@ class StudySpec(Section):
         for name, values in (("depths", self.depths), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} lists a value twice")
+        if strangers := sorted(set(self.overrides) - set(self.depths)):
+            raise ValueError(f"overrides names depth {strangers[0]}, which is not one of depths {list(self.depths)}")
         return self
 
 

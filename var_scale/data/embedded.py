@@ -41,7 +41,7 @@ class LeavesSettings:
     size: int = 32
     num_classes: int = 10
     species: int = 512
-    leaves: int = 16
+    leaves: int = 8
     zipf: float = 1.1
     seed: int = 0
 

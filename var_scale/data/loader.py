@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from var_scale.data.manifest import Manifest, ShardInfo, load_manifest
 from var_scale.data.order import epoch_views, global_batch_indices, rank_slice
-from var_scale.data.shards import read_index
+from var_scale.data.shards import decode_image, read_index
 from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import eval_transform, train_transform
 from var_scale.errors import UserError
@@ -166,11 +165,8 @@ class ImageData:
         """Sample `index` as an RGB PIL image. UserError, naming shard and sample, if it cannot be decoded."""
         shards = self._shards
         number, offset, size = int(shards.shard_of[index]), int(shards.offsets[index]), int(shards.sizes[index])
-        try:
-            return Image.open(io.BytesIO(shards.mapped(number)[offset:offset + size].tobytes())).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            path = self.folder / shards.shard(number).name
-            raise UserError(f"{path}: sample {index} (byte {offset}) is not a readable image ({error}); mend or remove it") from None
+        where = f"{self.folder / shards.shard(number).name}: sample {index} (byte {offset})"
+        return decode_image(shards.mapped(number)[offset : offset + size].tobytes(), where)
 
     def _still(self, index: int) -> np.ndarray:
         image = self.decode(index)

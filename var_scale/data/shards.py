@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from var_scale.data.manifest import MANIFEST_NAME, TOKEN_FIELDS, Manifest, ShardInfo, load_manifest, missing_files
 from var_scale.data.tar_index import INDEX_DTYPE, PAYLOADS, index_tar, npy_header
 from var_scale.errors import UserError
 from var_scale.files import atomic_file, disk_errors, read_json, remove_tree, sha256_file, write_json
-from var_scale.progress import progress
+from var_scale.progress import progress, say
 
 __all__ = ["INDEX_DTYPE", "ShardSetWriter", "describe_folder", "index_folder", "index_tar", "npy_bytes", "read_index", "verify_folder"]
 
@@ -52,8 +55,12 @@ class ShardSetWriter:
     def _existing_manifest(self) -> Manifest | None:
         if not (self.folder / MANIFEST_NAME).exists():
             return None
-        manifest = load_manifest(self.folder)
+        manifest = load_manifest(self.folder, check_files=False)
         self._require_same({key: getattr(manifest, key) for key in self._settings}, self._settings)
+        if lost := missing_files(self.folder, manifest):
+            say(f"{lost[0].split(':')[0]} is missing or cut; the shards are made again")
+            (self.folder / MANIFEST_NAME).unlink()
+            return None
         return manifest
 
     def _earlier_shards(self) -> list[ShardInfo]:
@@ -112,11 +119,10 @@ class ShardSetWriter:
 
         name = f"{self.split}-{len(self._shards):06d}.tar"
         first = self.completed_samples()
-        with atomic_file(self.folder / name) as file:
-            tar = webdataset.TarWriter(file, mtime=0, encoder=False)  # a fixed mtime makes shards equal byte for byte
+        # a fixed mtime makes shards equal byte for byte
+        with atomic_file(self.folder / name) as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
             for number, (payload, label, extension) in enumerate(self._buffer):
                 tar.write({"__key__": f"{first + number:09d}", extension: payload, "cls": str(label).encode()})
-            tar.close()
         with disk_errors(self.folder / name):
             shard = _index_shard(self.folder, name, self.kind)[0]
             write_json(self._records / f"{len(self._shards):06d}.json", asdict(shard))
@@ -168,9 +174,31 @@ def read_index(folder: Path, shard: ShardInfo) -> np.ndarray:
     return np.fromfile(Path(folder) / shard.index, dtype=INDEX_DTYPE)
 
 
+def decode_image(payload: bytes, where: str) -> Image.Image:
+    """An encoded image as RGB, wholly decoded. UserError that begins with `where` if it cannot be."""
+    try:
+        return Image.open(io.BytesIO(payload)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} is not a readable image ({error}); mend or remove it") from None
+
+
+def _decode_all(tar: Path, records: np.ndarray) -> None:
+    """Decode every image of a shard, in threads (Pillow decodes outside Python's lock)."""
+    mapped = np.memmap(tar, np.uint8, "r")
+
+    def decode(number: int) -> None:
+        start, size = int(records["offset"][number]), int(records["size"][number])
+        decode_image(mapped[start : start + size].tobytes(), f"{tar}: sample {number} (byte {start})")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(decode, range(len(records))):
+            pass
+
+
 def index_folder(folder: Path, kind: str = "image", split: str = "train", num_classes: int | None = None,
                  source: dict[str, Any] | None = None, tokens: dict[str, Any] | None = None) -> Manifest:
-    """Adopt anybody's WebDataset tars: write an index beside each `*.tar` of `folder` (sorted by name) and the manifest.
+    """Adopt anybody's WebDataset tars: decode every image, write an index beside each `*.tar` of `folder` (sorted by name) and the
+    manifest.
 
     `num_classes` None: one more than the largest label. `tokens` is needed for kind "tokens". UserError as in `index_tar`.
     """
@@ -178,6 +206,8 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
     names = sorted(path.name for path in folder.glob("*.tar"))
     if kind not in PAYLOADS:
         raise UserError(f"{folder}: kind {kind!r} is not one of {', '.join(PAYLOADS)}")
+    if not split:
+        raise UserError(f"{folder}: the split has no name; give one such as train")
     if not names:
         raise UserError(f"{folder}: no *.tar file here; give the folder that holds the shards")
     if kind == "tokens" and sorted(tokens or ()) != sorted(TOKEN_FIELDS):
@@ -188,6 +218,8 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
             shard, records = _index_shard(folder, name, kind)
             if tokens is not None:
                 _check_tokens(folder / name, records, tokens)
+            if kind == "image":
+                _decode_all(folder / name, records)
             largest = max(largest, int(records["label"].max()))
             if num_classes is not None and largest >= num_classes:
                 raise UserError(f"{folder / name}: class {largest} is outside 0..{num_classes - 1}; give the right number of classes")
@@ -207,7 +239,8 @@ def _check_tokens(path: Path, records: np.ndarray, tokens: dict[str, Any]) -> No
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """Every problem of a folder, a line each (none: sound): manifest, sizes, sha256, indices against the tars."""
+    """Every problem of a folder, a line each (none: sound): manifest, sizes, sha256, indices against the tars, images that cannot be
+    decoded."""
     folder = Path(folder)
     try:
         manifest = load_manifest(folder, check_files=False)
@@ -230,6 +263,8 @@ def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[
         records = index_tar(folder / shard.name, manifest.kind)
         if manifest.tokens is not None:
             _check_tokens(folder / shard.name, records, manifest.tokens)
+        if manifest.kind == "image":
+            _decode_all(folder / shard.name, records)
     except UserError as error:
         return [str(error)]
     if not np.array_equal(records, read_index(folder, shard)):

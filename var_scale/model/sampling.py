@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from var_scale.errors import UserError
+from var_scale.errors import UserError, require_positive
 
 if TYPE_CHECKING:
     from var_scale.model.var import VAR
@@ -70,6 +70,7 @@ def guide(logits_2BlV: Tensor, B: int, t: float) -> Tensor:
 def resolve_labels(var: VAR, B: int, label_B: int | Tensor | None, rng: torch.Generator | None) -> Tensor:
     """Labels as a tensor (B,): None draws classes uniformly, an int is repeated (negative: no class), a tensor is taken as it is."""
     device = var.lvl_1L.device
+    require_positive(B=B)
     if label_B is None:
         return torch.multinomial(var.uniform_prob, num_samples=B, replacement=True, generator=rng).reshape(B)
     if isinstance(label_B, int):

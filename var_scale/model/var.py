@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from var_scale.errors import UserError
+from var_scale.errors import UserError, require_positive
 from var_scale.model.attention import backend_name, block_causal_bias, level_index
 from var_scale.model.block import AdaLNBeforeHead, AdaLNSelfAttn
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
@@ -62,6 +62,7 @@ class VAR(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
+        require_positive(depth=depth, embed_dim=embed_dim, num_heads=num_heads, num_classes=num_classes, patch_nums=patch_nums)
         if embed_dim % num_heads:
             raise UserError(f"model: width {embed_dim} does not divide into {num_heads} heads; change width, heads or depth")
         self.Cvae, self.V = vae_local.Cvae, vae_local.V

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_scale.errors import UserError
+from var_scale.errors import UserError, require_positive
 from var_scale.model.networks import CH_MULT, Decoder, Encoder, patch_decoder, patch_encoder
 from var_scale.model.quantizer import MultiScaleQuantizer, PatchNum
 
@@ -41,6 +41,7 @@ class VQVAE(nn.Module):
         hidden: int = 128,
     ) -> None:
         super().__init__()
+        require_positive(vocab_size=vocab_size, z_channels=z_channels, ch=ch, patch=patch, hidden=hidden, v_patch_nums=v_patch_nums)
         self.test_mode = test_mode
         self.V, self.Cvae = vocab_size, z_channels
         self.arch, self.ch, self.patch, self.hidden = arch, ch, patch, hidden

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_scale.study.fit import NOISE_FLOOR, fit_law, floor_strip
+from var_scale.study.fit import fit_law, floor_strip
 from var_scale.study.frontier import Frontier, fit_frontier
 from var_scale.study.gate import GateResult, gate
-from var_scale.study.holdout import HoldOut, hold_out
+from var_scale.study.holdout import HoldOut, hold_out, noise_floor
 from var_scale.study.laws import Form, LawFit
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
 
@@ -71,10 +71,9 @@ def fit_study(
     noise = {metric: seed_noise(kept, metric) for metric in METRICS}
     for metric in METRICS:
         names, ns, values = size_means(kept, metric, size)
-        floor_sd = max(NOISE_FLOOR, 0.0 if math.isnan(noise[metric]) else noise[metric])
         for form in FORMS:
             fits[metric, form] = fit_law(form, ns, values, metric=metric, floor=assumed[metric], rows=names, excluded=left_out,
-                                         noise_floor=floor_sd, seed=seed)  # fmt: skip
+                                         noise_floor=noise_floor(kept, metric), seed=seed)  # fmt: skip
             holdouts[metric, form] = hold_out(kept, metric, form, floor=assumed[metric], size=size, seed=seed)
         strips[metric] = floor_strip(ns, values) if values else []
         by_size[metric] = {}

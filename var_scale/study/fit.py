@@ -150,6 +150,10 @@ def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFi
     names = ("E", "a", "alpha")
     params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS[common["variable"]])}
     intervals = {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    if high[2] >= ALPHA_BOUNDS[1] / 1.02:  # draws ran into the bound of the search: the data do not bound the exponent
+        intervals |= {name: (intervals[name][0], math.inf) for name in ("a", "alpha")}
+    if low[2] <= ALPHA_BOUNDS[0] * 1.02:
+        intervals |= {name: (0.0, intervals[name][1]) for name in ("a", "alpha")}
     r = pearson(np.log(x), np.log(y - floor)) if floor < y.min() else math.nan
     return LawFit(form="power_floor", status="converged", params=params, intervals=intervals, r=r,
                   draws=tuple(map(tuple, draws.tolist())), **result, **common)  # fmt: skip

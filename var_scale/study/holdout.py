@@ -12,6 +12,12 @@ from var_scale.study.laws import Form, LawFit, Prediction, plain
 from var_scale.study.record import RunRecord, seed_noise, size_means
 
 
+def noise_floor(records: Sequence[RunRecord], metric: str) -> float:
+    """Relative deviation of a run that intervals assume at least: between seeds where there are some, never below NOISE_FLOOR."""
+    noise = seed_noise(records, metric)
+    return NOISE_FLOOR if math.isnan(noise) else max(NOISE_FLOOR, noise)
+
+
 @dataclass(frozen=True)
 class HoldOut:
     """Prediction of the largest size from the smaller ones. Without a converged fit `prediction` is None and `reason` says why."""
@@ -42,8 +48,17 @@ class HoldOut:
     @property
     def gain_fraction(self) -> float:
         """|predicted - measured| over |previous - measured|: below 1 the law beats guessing the next smaller size's value."""
-        step = abs(self.previous - self.measured)
-        return abs(self.prediction.value - self.measured) / step if self.prediction and step > 0 else math.nan
+        return abs(self.prediction.value - self.measured) / self.step if self.prediction and self.step > 0 else math.nan
+
+    @property
+    def step(self) -> float:
+        """|previous - measured|: what the largest size gained over the next smaller one."""
+        return abs(self.previous - self.measured)
+
+    @property
+    def width_fraction(self) -> float:
+        """Width of the prediction interval over the step. Above 2 or so, hardly any result could have failed the test."""
+        return (self.prediction.high - self.prediction.low) / self.step if self.prediction and self.step > 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -51,7 +66,8 @@ class HoldOut:
         value: dict[str, Any] = plain({
             "metric": self.metric, "form": self.form, "held": self.held, "n": self.n, "measured": self.measured, "previous": self.previous,
             "predicted": p.value if p else None, "low": p.low if p else None, "high": p.high if p else None,
-            "relative_error": self.relative_error, "inside": self.inside, "gain_fraction": self.gain_fraction, "reason": self.reason,
+            "relative_error": self.relative_error, "inside": self.inside, "gain_fraction": self.gain_fraction,
+            "width_fraction": self.width_fraction, "reason": self.reason,
         })  # fmt: skip
         return value | {"fit": self.fit.to_json() if self.fit else None}
 
@@ -69,11 +85,10 @@ def hold_out(
     held = [record for record in records if record.size(size) == sizes[-1]]
     train = [record for record in records if record.size(size) < sizes[-1]]
     train_names, ns, values = size_means(train, metric, size)
-    noise = seed_noise(train, metric)
     measured = size_means(held, metric, size)[2][0]
     left_out = [(record.name, "held_out", "the largest size, kept out to test the law") for record in held]
     fit = fit_law(form, ns, values, metric=metric, floor=floor, rows=train_names, excluded=left_out, seed=seed,
-                  noise_floor=max(NOISE_FLOOR, 0.0 if math.isnan(noise) else noise))  # fmt: skip
+                  noise_floor=noise_floor(train, metric))  # fmt: skip
     prediction = fit.at(sizes[-1]) if fit.converged else None
     names = tuple(record.name for record in held)
     return HoldOut(metric, form, names, float(sizes[-1]), measured, prediction, values[-1], fit, fit.reason)

@@ -48,7 +48,7 @@ class LawFit:
     reason: str = ""
     params: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95 % confidence intervals of `params`"""
+    """95 % confidence intervals of `params`; infinite or zero where the data do not bound it"""
     objective: float = math.nan
     r: float = math.nan
     """Pearson correlation of ln x and ln (L - E): descriptive, it hardly depends on whether the law is right"""
@@ -85,13 +85,31 @@ class LawFit:
         if self.form == "chinchilla":
             return f"L = {p['E']:.4f} + {p['A']:.4g} N^-{p['alpha']:.4f} + {p['B']:.4g} D^-{p['beta']:.4f}"
         floor = f"{p['E']:.4f} + " if p["E"] > 0 else ""
-        unit = UNITS[self.variable]
-        if 1e-6 < p["beta"] < 1e6:
-            base, text = "", f"({p['beta']:.3g} {self.variable}/{unit:.0e})"
-        else:  # a small exponent puts beta beyond reading; the value at the middle of the ladder says the same
-            middle = math.exp(float(np.log(self.x).mean()))
-            base, text = f"{p['a'] * middle ** -p['alpha']:.4g} ", f"({self.variable}/{middle:.3g})"
-        return f"{self.metric} = {floor}{base}{text}^-{p['alpha']:.4f}".replace("e+0", "e").replace("e+", "e")
+        middle = math.exp(float(np.log(self.x).mean()))  # a small exponent puts the paper's beta beyond reading; this never is
+        text = f"{p['a'] * middle ** -p['alpha']:.4g} ({self.variable}/{middle:.3g})^-{p['alpha']:.4f}"
+        return f"{self.metric} = {floor}{text}".replace("e+0", "e").replace("e+", "e")
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom left for the error estimate: points - parameters."""
+        return len(self.x) - PARAMETERS[self.form]
+
+    def curvature(self) -> tuple[float, float]:
+        """A bend of the power law: coefficient of (ln x)^2 beside the straight line in ln (L - E), and its two-sided p-value
+        (Student's t, n - 3 degrees of freedom). NaN, NaN with fewer than four points."""
+        from scipy.stats import t
+
+        n = len(self.x)
+        if self.form != "power" or n < 4:
+            return math.nan, math.nan
+        u = np.log(np.asarray(self.x))
+        basis = np.stack([np.ones(n), u, (u - u.mean()) ** 2], axis=1)
+        q, r = np.linalg.qr(basis)
+        weights = q.T @ np.asarray(self.residuals)
+        left = np.asarray(self.residuals) - q @ weights
+        sd = max(math.sqrt(float(left @ left) / (n - 3)), self.noise_floor)
+        bend, error = weights[2] / r[2, 2], sd / abs(r[2, 2])
+        return float(bend), float(2 * t.sf(abs(bend) / error, n - 3))
 
     def predict(self, x: float | Sequence[float] | Array) -> Array:
         """The fitted law at x (parameters or FLOPs)."""

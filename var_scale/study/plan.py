@@ -12,7 +12,7 @@ from var_scale.cost.params import count_params
 from var_scale.cost.shape import ModelShape
 from var_scale.cost.time import seconds as device_seconds
 from var_scale.errors import UserError
-from var_scale.progress import duration
+from var_scale.progress import duration, print_table, say
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class PlanRow:
     """expected wall time"""
     measured: bool
     """the time was measured on this machine, not computed from an assumed share of the peak"""
+    devices: int
+    """devices the run takes for that time"""
     held_out: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -70,35 +72,36 @@ def plan_rows(
                 flops=work, flops_6nd=flops.training_6nd * counts[i],
                 memory=count_memory(shape, micro_batch, precision, world, stage).total,
                 seconds=run_seconds[i] if run_seconds else device_seconds(work, device, devices, mfu),
-                measured=run_seconds is not None, held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
+                measured=run_seconds is not None, devices=devices, held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
             )
         )  # fmt: skip
     return rows
 
 
-def print_plan(rows: Sequence[PlanRow]) -> None:
-    """Print the plan as a table, with the totals and what the times rest on."""
-    from rich.console import Console
+def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
+    """Print the plan as a table with its totals; `rests_on` says where the times come from. Times that were not measured here
+    come with the device-hours they cost."""
     from rich.table import Table
 
-    table = Table(title=f"plan: {len(rows)} runs")
+    hours = not all(row.measured for row in rows)
+    table = Table(title=f"plan: {len(rows)} runs, one after the other")
     table.add_column("run")
-    for column in ("depth", "parameters", "N (paper)", "images", "tokens", "train FLOP", "memory/rank", "time"):
+    for column in ("depth", "parameters", "N", "images", "tokens", "train FLOP", "memory/rank", "time", *(["device-hours"] * hours)):
         table.add_column(column, justify="right")
     table.add_column("held out", justify="center")
     for row in rows:
         table.add_row(row.name, str(row.depth), short(row.params_total), short(row.params_paper), short(row.images), short(row.tokens),
-                      f"{row.flops:.2e}", _bytes(row.memory), duration(row.seconds), "yes" if row.held_out else "")  # fmt: skip
+                      f"{row.flops:.2e}", _bytes(row.memory), duration(row.seconds), *([_hours([row])] * hours),
+                      "yes" if row.held_out else "")  # fmt: skip
     total, flops = sum(row.seconds for row in rows), sum(row.flops for row in rows)
     table.add_section()
-    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", duration(total), "")
-    # no terminal: a width that does not cut columns
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    console.print(table)
-    console.print(
-        "times: measured on this machine" if all(row.measured for row in rows) else "times: peak of the device x an ASSUMED share of it"
-    )
+    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", duration(total), *([_hours(rows)] * hours), "")
+    print_table(table)
+    say(f"N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations estimated\ntimes: {rests_on}")
+
+
+def _hours(rows: Sequence[PlanRow]) -> str:
+    return f"{sum(row.seconds * row.devices for row in rows) / 3600:,.0f}"
 
 
 def short(value: float) -> str:

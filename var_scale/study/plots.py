@@ -64,7 +64,7 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
     if held.prediction and held.fit:
         p = held.prediction
         span = np.geomspace(min(held.fit.x), p.x, 50)
-        axis.plot(span, held.fit.predict(span) - floor, color=HELD, lw=1.1, ls=(0, (4, 3)), label="law without the largest size")
+        axis.plot(span, held.fit.predict(span) - floor, color=HELD, lw=1.4, ls=(0, (4, 3)), zorder=4, label="law without the largest size")
         bars = [[p.value - p.low], [p.high - p.value]]
         axis.errorbar(
             [p.x], [p.value - floor], yerr=bars, color=HELD, capsize=4, lw=1.4, fmt="_", ms=9, label="its 95 % prediction interval"

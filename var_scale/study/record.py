@@ -158,13 +158,19 @@ def write_runs_csv(records: Sequence[RunRecord], path: Path) -> None:
     write_text(Path(path), out.getvalue())
 
 
+def read_table(path: Path) -> str:
+    """The text of a CSV file."""
+    try:
+        return Path(path).read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path}: this table does not exist; give a CSV file or a study folder with a report") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file in UTF-8; give a CSV file") from None
+
+
 def read_runs_csv(path: Path) -> list[RunRecord]:
     """Records from a table that `write_runs_csv` (or a person) wrote; a bad cell is named by line and column."""
-    try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        raise UserError(f"{path}: this table of runs does not exist") from None
-    records, reader = [], csv.DictReader(io.StringIO(text))
+    records, reader = [], csv.DictReader(io.StringIO(read_table(path)))
     for line, row in enumerate(reader, 2):
         values: dict[str, Any] = {}
         for field in fields(RunRecord):

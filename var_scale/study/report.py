@@ -18,19 +18,25 @@ from var_scale.study.plan import short
 from var_scale.study.plots import write_plots
 from var_scale.study.record import METRICS, write_runs_csv
 
+WEAK = 2.0  # intervals wider than this many steps make a weak hold-out test
 CAPTIONS = {
     "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of the law. "
             "Orange: the law of all sizes but the largest and its 95 % prediction interval for the largest run, which it never saw.",
     "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law.",
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
+    "samples": "Samples of the largest healthy model, a row a class.",
+    "reconstructions": "Validation images above what the tokenizer makes of them: the best that any model on these tokens can draw.",
 }  # fmt: skip
 
 
-def write_report(study_dir: Path, result: StudyResult, extra: Mapping[str, str] | None = None) -> Path:
-    """Write STUDY/report/ and return the path of report.html. `extra` adds lines to "What was measured" (title: text)."""
+def write_report(
+    study_dir: Path, result: StudyResult, extra: Mapping[str, str] | None = None, shown: Mapping[str, Path] | None = None
+) -> Path:
+    """Write STUDY/report/ and return the path of report.html. `extra` adds lines to "What was measured" (title: text), `shown`
+    PNG files that exist already: samples, reconstructions."""
     folder = Path(study_dir) / "report"
-    pictures = write_plots(result, folder)
+    pictures = write_plots(result, folder) | dict(shown or {})
     document = build_document(Path(study_dir).resolve().name, result, pictures, extra or {})
     write_runs_csv(result.records, folder / "runs.csv")
     write_json(folder / "fit.json", result.to_json())
@@ -50,9 +56,10 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
     _test(doc, result)
     _floors(doc, result)
     _compute(doc, result, pictures)
-    for picture in ("residuals", "per_scale"):
+    titles = {"residuals": "Residuals", "per_scale": "Scales", "samples": "Samples", "reconstructions": "Tokenizer"}
+    for picture, title in titles.items():
         if picture in pictures:
-            doc.heading({"residuals": "Residuals", "per_scale": "Scales"}[picture])
+            doc.heading(title)
             doc.picture(pictures[picture], CAPTIONS[picture])
     _caveats(doc, result)
     return doc
@@ -64,11 +71,31 @@ def headline(result: StudyResult) -> str:
     if not fit.converged:
         return f"**There is no law yet**: {fit.reason}. {len(result.gate.kept)} of {len(result.records)} runs passed the health gate."
     low, high = fit.intervals["alpha"]
-    text = (f"Over {octaves(result):.1f} octaves of model size the average loss follows `{fit.equation}`, "
-            f"exponent {fit.params['alpha']:.4f} (95 % interval {low:.4f} to {high:.4f}), {assumed(result, 'loss_avg')}.")  # fmt: skip
+    text = (f"Over {octaves(result):.1f} octaves of model size the average loss follows `{fit.equation}`. "
+            f"{assumed(result, 'loss_avg')}, the exponent is {fit.params['alpha']:.4f} (95 % interval {low:.4f} to {high:.4f}); "
+            f"{free_floor(result, 'loss_avg')}.")  # fmt: skip
     if held.prediction is None:
         return f"{text} The hold-out test could not be made: {held.reason}."
-    return f"{text} Held out, {', '.join(held.held)} is predicted within {100 * abs(held.relative_error):.2f} % ({verdict(held)})."
+    return f"{text} {held_sentence(held)}"
+
+
+def free_floor(result: StudyResult, metric: str) -> str:
+    """What the points say about exponent and floor when no floor is assumed."""
+    fit = result.fits[metric, "power_floor"]
+    if not fit.converged:
+        return f"with E left free there is no fit ({fit.reason})"
+    low, high = fit.intervals["E"]
+    known = "" if low > 0 or high < 0.5 * min(fit.y) else "; these points do not determine E, so they do not determine the exponent either"
+    return f"with E left free it is {span(fit.intervals['alpha'])} and E {span(fit.intervals['E'], 2)}{known}"
+
+
+def held_sentence(held: HoldOut) -> str:
+    """The hold-out test in words: miss, size of the miss against the step it had to predict, and what the test was worth."""
+    text = (f"Held out, {', '.join(held.held)} is predicted within {100 * abs(held.relative_error):.2f} %, "
+            f"{100 * held.gain_fraction:.0f} % of the gain from the next smaller size ({verdict(held)}).")  # fmt: skip
+    if held.inside and held.width_fraction > WEAK:
+        text += f" The interval is {held.width_fraction:.1f} times as wide as that gain: a weak test that only a large miss fails."
+    return text
 
 
 def verdict(held: HoldOut) -> str:
@@ -82,7 +109,7 @@ def verdict(held: HoldOut) -> str:
 
 def assumed(result: StudyResult, metric: str) -> str:
     floor = result.floors[metric]
-    return f"with an assumed irreducible part E = {floor:g}" if floor else "without an irreducible part (E = 0)"
+    return f"With an assumed irreducible part E = {floor:g}" if floor else "If nothing of it is irreducible (E = 0)"
 
 
 def octaves(result: StudyResult) -> float:
@@ -96,7 +123,11 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def span(interval: tuple[float, float] | None, digits: int = 4) -> str:
-    return f"{number(interval[0], digits)} to {number(interval[1], digits)}" if interval else "n/a"
+    """low to high; an open end where the data do not bound it."""
+    if not interval or any(map(math.isnan, interval)):
+        return "n/a"
+    low, high = interval
+    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(high) else f"{low:.{digits}f} or more (not bounded)"
 
 
 def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> None:
@@ -150,6 +181,8 @@ def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> N
     )
     if "laws" in pictures:
         doc.picture(pictures["laws"], CAPTIONS["laws"])
+    if bend := _bends(result):
+        doc.paragraph(bend)
     doc.paragraph(
         "With the irreducible part E fitted (variable projection, bootstrap intervals). A fit that did not converge shows its reason only."
     )
@@ -166,11 +199,30 @@ def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> N
     doc.table(["metric", "E", "E, 95 %", "α", "α, 95 %", "active bounds"], rows)
 
 
+def _bends(result: StudyResult) -> str:
+    """Whether the points bend away from the straight line: the largest residual and a test of a quadratic term."""
+    fits = [fit for metric in METRICS if (fit := result.fits[metric, "power"]).converged]
+    if not fits:
+        return ""
+    worst = {fit.metric: max(zip(fit.residuals, fit.rows, strict=True), key=lambda item: abs(item[0])) for fit in fits}
+    tests = {fit.metric: fit.curvature() for fit in fits}
+    bent = [metric for metric, (_, p) in tests.items() if p < 0.05]
+    text = "Largest residual: " + ", ".join(f"{metric} {100 * value:+.2f} % at {name}" for metric, (value, name) in worst.items()) + ". "
+    shown = ", ".join(f"{metric} p = {p:.2f}" for metric, (_, p) in tests.items() if math.isfinite(p))
+    if not shown:
+        return text + "Too few sizes to test for a bend."
+    if bent:
+        text += f"**The law bends** for {', '.join(bent)}: a quadratic term in ln N is significant, so the form is wrong over this range"
+    else:
+        text += "A quadratic term in ln N is not significant"
+    return f"{text} ({shown}; with {fits[0].freedom - 1} degrees of freedom only a strong bend would be)."
+
+
 def _law_row(fit: LawFit) -> list[str]:
     if not fit.converged:
         return [fit.metric, f"not converged: {fit.reason}", "", "", "", "", "", ""]
     p = fit.params
-    beta = f"{p['beta']:.4g}" if math.isfinite(p["beta"]) else "n/a"
+    beta = f"{p['beta']:.4g}" if 1e-6 < p["beta"] < 1e6 else "n/a"  # a small exponent puts it beyond meaning
     return [fit.metric, f"`{fit.equation}`", f"{p['E']:g}", number(p["alpha"]), span(fit.intervals["alpha"]), beta, number(fit.r),
             f"{100 * fit.residual_sd:.2f} %"]  # fmt: skip
 
@@ -181,13 +233,16 @@ def _test(doc: Document, result: StudyResult) -> None:
     for (metric, form), held in result.holdouts.items():
         p = held.prediction
         if p is None:
-            rows.append([metric, form, "", "", "", "", "", "", verdict(held)])
+            rows.append([metric, form, *[""] * 7, verdict(held)])
         else:
-            rows.append([metric, form, ", ".join(held.held), number(p.value), span((p.low, p.high)), number(held.measured),
+            freedom = str(held.fit.freedom) if held.fit else ""
+            rows.append([metric, form, ", ".join(held.held), freedom, number(p.value), span((p.low, p.high)), number(held.measured),
                          f"{100 * held.relative_error:+.2f} %", f"{100 * held.gain_fraction:.0f} %", verdict(held)])  # fmt: skip
-    doc.table(["metric", "form", "held out", "predicted", "95 % prediction", "measured", "error", "of the step", "verdict"], rows)
+    doc.table(["metric", "form", "held out", "freedom", "predicted", "95 % prediction", "measured", "error", "of the step",
+               "verdict"], rows)  # fmt: skip
     doc.paragraph(
-        "`of the step`: the miss as a share of the gain from the next smaller size to the largest. Below 100 % the law beats no law at all."
+        "`of the step`: the miss as a share of the gain from the next smaller size to the largest; below 100 % the law beats no law. "
+        "`freedom`: points less parameters; with one degree of freedom the interval rests on a single number and cannot fail a law."
     )
 
 

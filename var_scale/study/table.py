@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,12 +13,15 @@ from var_scale.progress import say
 from var_scale.study.fit import fit_law
 from var_scale.study.gate import gate
 from var_scale.study.laws import Form
-from var_scale.study.record import RunRecord, read_runs_csv, size_means
+from var_scale.study.record import RunRecord, read_runs_csv, read_table, size_means
 
 
 def study_columns(study: Path, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two columns of a study's runs.csv, of the runs that pass the gate, one point each size."""
-    result = gate(read_runs_csv(study / "report" / "runs.csv"))
+    table = study / "report" / "runs.csv"
+    if not table.exists():
+        raise UserError(f"{study}: no report/runs.csv here; give a CSV file, or the folder of a study with a report, such as runs/tiny")
+    result = gate(read_runs_csv(table))
     for item in result.excluded:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     numbers = [field.name for field in fields(RunRecord) if field.type in ("int", "float")]
@@ -28,21 +33,19 @@ def study_columns(study: Path, x: str, y: str) -> tuple[list[float], list[float]
 
 def read_columns(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two columns of a CSV."""
-    if not path.exists():
-        raise UserError(f"{path}: this table does not exist; give a CSV file or a study folder with a report")
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        for name in (x, y):
-            if name not in names:
-                raise UserError(f"{path}: has no column {name}; columns: {', '.join(names)}")
-        xs, ys = [], []
-        for line, row in enumerate(reader, 2):
-            try:
-                xs.append(float(row[x]))
-                ys.append(float(row[y]))
-            except (TypeError, ValueError):
-                raise UserError(f"{path}: line {line}: {x}={row[x]!r}, {y}={row[y]!r} are not both numbers; correct the line") from None
+    reader = csv.DictReader(io.StringIO(read_table(path)))
+    names = list(reader.fieldnames or [])
+    for name in (x, y):
+        if names.count(name) != 1:
+            text = "has no column" if name not in names else "has more than one column"
+            raise UserError(f"{path}: {text} {name}; columns: {', '.join(names)}")
+    xs, ys = [], []
+    for line, row in enumerate(reader, 2):
+        try:
+            xs.append(float(row[x]))
+            ys.append(float(row[y]))
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: line {line}: {x}={row[x]!r}, {y}={row[y]!r} are not both numbers; correct the line") from None
     return xs, ys
 
 
@@ -54,6 +57,8 @@ def fit_table(table: Path, x: str, y: str, form: Form, floor: float) -> None:
     fit = fit_law(form, xs, ys, metric=y, floor=floor, variable="C" if x.startswith("flops") else "N")
     if not fit.converged:
         raise UserError(f"{table}: no {form} law of {y} against {x}: {fit.reason}")
-    say(f"{fit.equation}   ({len(xs)} points, r = {fit.r:.4f}, descriptive; residual sd {fit.residual_sd:.2g})")
+    say(f"{fit.equation}   ({len(xs)} points, r = {fit.r:.4f}, descriptive; residual sd {fit.residual_sd:.2g} with {fit.freedom} degrees "
+        "of freedom)")  # fmt: skip
     for name, (low, high) in fit.intervals.items():
-        say(f"  {name:6} {fit.params[name]:.6g}   95 % interval {low:.6g} to {high:.6g}")
+        end = f"to {high:.6g}" if math.isfinite(high) else "or more: the points do not bound it"
+        say(f"  {name:6} {fit.params[name]:.6g}   95 % interval {low:.6g} {end}")
