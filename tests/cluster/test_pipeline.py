@@ -34,7 +34,13 @@ MINI = [
 def study(runs: Path) -> subprocess.Popen[str]:
     """Start the study in a process group of its own."""
     command = [sys.executable, "-m", "var_scale.cli", "study", "run", *MINI, "--runs", str(runs)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            preexec_fn=hear_sigint)  # noqa: PLW1509
+
+
+def hear_sigint() -> None:
+    """Tests that were started in the background of a shell inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
