@@ -1,0 +1,35 @@
+"""Launch parameters of the AdaLN kernels, each with its reason. Nothing here was measured on a GPU yet; see kernels/README.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_C = 8192
+"""Widest row: one program holds it in registers."""
+
+
+@dataclass(frozen=True)
+class AdaLNConfig:
+    """Warps and pipeline depth for one width."""
+
+    block_c: int
+    """the power of two from C up: lanes past C are masked, they cost no bytes"""
+    forward_warps: int
+    backward_warps: int
+    backward_stages: int = 3
+    """tl.range with 3 stages turns the row loads into cp.async prefetch; a plain loop loads and waits at every row"""
+
+
+def config_for(C: int) -> AdaLNConfig:
+    """Parameters for rows of C elements.
+
+    Backward: 8 warps keep 2048 lanes at about 64 registers a thread without spills (ahead-of-time compilation for sm_90), so four
+    programs share an SM and enough loads are in flight; with 4 warps it takes 128. Rows past 2048 take 16.
+    """
+    block = 1 << max(5, (C - 1).bit_length())
+    return AdaLNConfig(block, forward_warps=4 if block <= 2048 else 8, backward_warps=min(16, max(1, block // 256)))
+
+
+def splits(B: int, L: int, multiprocessors: int) -> int:
+    """Programs a sample in the backward pass: two a multiprocessor over the batch, never more than rows."""
+    return max(1, min(L, -(-2 * multiprocessors // B)))

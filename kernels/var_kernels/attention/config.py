@@ -1,0 +1,30 @@
+"""Launch parameters of block-causal attention, each with its reason. Nothing here was measured on a GPU yet; see kernels/README.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_D = 256
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile sides (queries, keys), warps and pipeline depth of the forward kernel and of the two backward kernels."""
+
+    block_m: int = 64
+    """with 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60"""
+    block_n: int = 64
+    warps: int = 4
+    """64 x 64 with 4 warps takes 128 registers a thread on sm_90: four programs share a multiprocessor and hide each other's softmax"""
+    stages: int = 3
+    backward_warps: int = 4
+    backward_stages: int = 2
+    backward_inner: int = 64
+    """rows of the tiles that the backward loops run over. On Ampere 32: there the operands of a product lie in registers, and 64 spill"""
+
+
+def config_for(D: int, generation: int) -> AttentionConfig:
+    """For heads of D channels on a GPU generation (9: Hopper). Wide heads take smaller pipelines, so that tiles and accumulators fit."""
+    if D > 64:
+        return AttentionConfig(block_n=32, stages=2, warps=8, backward_warps=8, backward_stages=1, backward_inner=32)
+    return AttentionConfig(backward_inner=32) if generation < 9 else AttentionConfig()

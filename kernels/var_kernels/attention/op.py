@@ -1,0 +1,231 @@
+"""The public functions: block_attention for training (packed qkv, differentiable) and cached_attention for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from var_kernels.attention import reference
+from var_kernels.attention.config import MAX_D, AttentionConfig, config_for
+from var_kernels.attention.reference import MAX_LOG_SCALE
+from var_kernels.attention.schedule import Pattern, Visible, everything, scales, tiles_on
+from var_kernels.dispatch import INTERPRETED, generation, use_triton
+
+
+def block_attention(
+    qkv_BL3HD: Tensor, patch_nums: Sequence[int], log_scale_H: Tensor | None = None, sm_scale: float = 1.0, pattern: Pattern = "full"
+) -> Tensor:
+    """Attention of all tokens of a scale schedule, each over the scales its pattern lets it see; returns (B, L, H D).
+
+    `qkv_BL3HD` is the packed projection, read as it lies. With `log_scale_H` the reference's attn_l2_norm: q <- q/|q| exp(min(s, ln 100)),
+    k <- k/|k|, no other scale; without it q k^T is multiplied by `sm_scale`. `pattern`: full, own, or how many scales (schedule.py).
+    ValueError: L is not the schedule's length, or an unknown pattern.
+    """
+    B, L, three, H, D = qkv_BL3HD.shape
+    schedule = tuple(int(side) for side in patch_nums)
+    if three != 3 or sum(side * side for side in schedule) != L:
+        raise ValueError(f"attention: qkv {tuple(qkv_BL3HD.shape)} does not hold the tokens of patch_nums {schedule}")
+    arguments = (qkv_BL3HD, log_scale_H, list(schedule), str(pattern), float(sm_scale))
+    if torch.compiler.is_compiling():
+        return attention_op(*arguments)[0].reshape(B, L, H * D)
+    if not use_triton(qkv_BL3HD):
+        return reference.attention(*_split(qkv_BL3HD), scales(schedule, pattern), log_scale_H, sm_scale).reshape(B, L, H * D)
+    return _Function.apply(*arguments)[0].reshape(B, L, H * D)
+
+
+def cached_attention(q_BlHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, sm_scale: float = 1.0) -> Tensor:
+    """Queries of the scale that is being sampled over all keys so far (views of a cache), without gradients; (B, l, H, D).
+
+    q and k come normalised where the model does so: the cache keeps normalised keys."""
+    visible = everything(q_BlHD.shape[1], k_BLHD.shape[1])
+    if not use_triton(q_BlHD):
+        return reference.attention(q_BlHD, k_BLHD, v_BLHD, visible, None, sm_scale)
+    return launch_forward(q_BlHD, k_BLHD, v_BLHD, None, visible, sm_scale)[0]
+
+
+def _split(packed_BL3HD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q, k, v."""
+    q_BLHD, k_BLHD, v_BLHD = packed_BL3HD.unbind(2)
+    return q_BLHD, k_BLHD, v_BLHD
+
+
+def _pattern(text: str) -> Pattern:
+    return int(text) if text.isdigit() else text
+
+
+def _settings(config: AttentionConfig, D: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel of a call shares. float32 products are exact unless the user allows TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"D": D, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+            "UPCAST": INTERPRETED, "PRECISION": "tf32" if tf32 else "ieee"}  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Batch, token and head stride of each; the channels of a head must lie side by side."""
+    out: tuple[int, ...] = ()
+    for t in tensors:
+        assert t.stride(3) == 1, "attention: the channels of a head must be contiguous"
+        out += (t.stride(0), t.stride(1), t.stride(2))
+    return out
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_scale: Tensor | None, visible: Visible, sm_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Triton forward: (o (B, L, H, D), lse in log2 units, 1/|q|, 1/|k|), the last three (B, H, L) float32."""
+    from var_kernels.attention import triton as kernels
+
+    B, Lq, H, D = q.shape
+    Lk = k.shape[1]
+    if D > MAX_D:
+        raise ValueError(f"attention: heads of {D} channels are wider than {MAX_D}; use another back-end")
+    config, norm = config_for(D, generation(q.device)), log_scale is not None
+    settings = _settings(config, D, q.dtype)
+    o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
+    lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
+    inv_q = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
+    inv_k = torch.empty(B, H, Lk if norm else 0, dtype=torch.float32, device=q.device)
+    tiles = tiles_on(visible, config.block_m, q.device)
+    if norm:
+        kernels.inverse_norms[(-(-Lk // 64), B * H)](k, inv_k, *_strides(k), H, Lk, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
+    kernels.forward[(len(tiles.table), B * H)](
+        q, k, v, o, lse, inv_q, inv_k, log_scale, tiles.table, tiles.lo, tiles.hi, sm_scale, *_strides(q, k, v), H, Lq, Lk,
+        NORM=norm, STAGES=config.stages, num_warps=config.warps, **settings,
+    )  # fmt: skip
+    return o, lse, inv_q, inv_k
+
+
+def launch_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, log_scale: Tensor | None,
+    visible: Visible, sm_scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> Tensor:  # fmt: skip
+    """The Triton backward: writes dq, dk, dv (any views with contiguous channels), returns the gradient of `log_scale` (H,) float32."""
+    from var_kernels.attention import triton as kernels
+
+    B, Lq, H, D = q.shape
+    Lk = k.shape[1]
+    config, norm = config_for(D, generation(q.device)), log_scale is not None
+    settings = _settings(config, D, q.dtype)
+    do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
+    delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
+    kernels.weighted_dots[(-(-Lq // 64), B * H)](o, do, delta, *_strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
+    by_key = tiles_on(visible.transposed(), config.block_n, q.device)
+    common = settings | {"NORM": norm, "STAGES": config.backward_stages, "num_warps": config.backward_warps}
+    kernels.backward_keys[(len(by_key.table), B * H)](
+        q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dk, dv, by_key.table, by_key.lo, by_key.hi, sm_scale,
+        *_strides(q, k, v, do, dk, dv), H, Lq, Lk, **common | {"BLOCK_M": config.backward_inner},
+    )  # fmt: skip
+    by_query = tiles_on(visible, config.block_m, q.device)
+    parts = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
+    kernels.backward_queries[(len(by_query.table), B * H)](
+        q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dq, parts, by_query.table, by_query.lo, by_query.hi, sm_scale,
+        *_strides(q, k, v, do, dq), H, Lq, Lk, **common | {"BLOCK_N": config.backward_inner},
+    )  # fmt: skip
+    if log_scale is None:
+        return parts.new_zeros(H)
+    return torch.where(log_scale.float() < MAX_LOG_SCALE, parts.sum((0, 2)), 0.0)
+
+
+def _forward(qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float) -> tuple[Tensor, ...]:
+    visible = scales(tuple(schedule), _pattern(pattern))
+    qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
+    return launch_forward(*_split(qkv), log_scale, visible, sm_scale)
+
+
+def _backward(
+    do: Tensor, qkv: Tensor, log_scale: Tensor | None, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, schedule: list[int],
+    pattern: str, sm_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    visible = scales(tuple(schedule), _pattern(pattern))
+    dscale = launch_backward(do, *_split(qkv), o, lse, inv_q, inv_k, log_scale, visible, sm_scale, *_split(dqkv))
+    return dqkv, dscale.to(log_scale.dtype) if log_scale is not None else dscale
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, log_scale, ctx.schedule, ctx.pattern, ctx.sm_scale = inputs
+    ctx.save_for_backward(qkv, log_scale, *output)
+
+
+def _gradients(ctx: Any, do: Tensor, backward: Any) -> tuple[Any, ...]:
+    qkv, log_scale, *rest = ctx.saved_tensors
+    dqkv, dscale = backward(do, qkv, log_scale, *rest, ctx.schedule, ctx.pattern, ctx.sm_scale)
+    return dqkv, dscale if log_scale is not None else None, None, None, None
+
+
+class _Function(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, do, _backward)
+
+
+@torch.library.custom_op("var_kernels::attention", mutates_args=(), device_types="cuda")
+def attention_op(
+    qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`block_attention` as torch.compile sees it."""
+    return _forward(qkv, log_scale, schedule, pattern, sm_scale)  # type: ignore[return-value]
+
+
+@attention_op.register_kernel("cpu")
+def _(qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, L, _, H, _ = qkv.shape
+    o = reference.attention(*_split(qkv), scales(tuple(schedule), _pattern(pattern)), log_scale, sm_scale).contiguous()
+    empty = torch.zeros(B, H, L, dtype=torch.float32)  # the CPU backward takes nothing from them
+    norms = torch.zeros(B, H, L if log_scale is not None else 0, dtype=torch.float32)
+    return o, empty, norms, norms.clone()
+
+
+@attention_op.register_fake
+def _(qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, L, _, H, D = qkv.shape
+    norms = qkv.new_empty(B, H, L if log_scale is not None else 0, dtype=torch.float32)
+    return qkv.new_empty(B, L, H, D), qkv.new_empty(B, H, L, dtype=torch.float32), norms, torch.empty_like(norms)
+
+
+@torch.library.custom_op("var_kernels::attention_backward", mutates_args=(), device_types="cuda")
+def attention_backward_op(
+    do: Tensor, qkv: Tensor, log_scale: Tensor | None, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, schedule: list[int],
+    pattern: str, sm_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Its backward, as torch.compile sees it."""
+    return _backward(do, qkv, log_scale, o, lse, inv_q, inv_k, schedule, pattern, sm_scale)
+
+
+@attention_backward_op.register_kernel("cpu")
+def _(
+    do: Tensor, qkv: Tensor, log_scale: Tensor | None, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, schedule: list[int],
+    pattern: str, sm_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    visible = scales(tuple(schedule), _pattern(pattern))
+    dqkv, dscale = reference.backward(do, *_split(qkv), visible, log_scale, sm_scale)
+    return dqkv, dscale if log_scale is not None else qkv.new_zeros(qkv.shape[3], dtype=torch.float32)
+
+
+@attention_backward_op.register_fake
+def _(
+    do: Tensor, qkv: Tensor, log_scale: Tensor | None, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, schedule: list[int],
+    pattern: str, sm_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dscale = qkv.new_empty(qkv.shape[3], dtype=torch.float32) if log_scale is None else log_scale.new_empty(log_scale.shape)
+    return qkv.new_empty(qkv.shape), dscale
+
+
+def _backward_through_op(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, do, attention_backward_op)
+
+
+attention_op.register_autograd(_backward_through_op, setup_context=_save)

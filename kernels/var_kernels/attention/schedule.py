@@ -1,0 +1,102 @@
+"""Which keys a query sees, and the tiles that follow from it. Plain integers, no GPU; cached by its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Pattern = str | int
+"""full: its own scale and all earlier ones (the paper); own: its own scale; k: its own and the k - 1 before it."""
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Query i sees the keys [lo[i], hi[i])."""
+
+    lo: tuple[int, ...]
+    hi: tuple[int, ...]
+    keys: int
+
+    def transposed(self) -> Visible:
+        """Key j is seen by the queries [lo[j], hi[j]): a range, because lo and hi never fall."""
+        lo, hi = [], []
+        for key in range(self.keys):
+            queries = [i for i in range(len(self.lo)) if self.lo[i] <= key < self.hi[i]]
+            lo.append(queries[0] if queries else 0)
+            hi.append(queries[-1] + 1 if queries else 0)
+            assert len(queries) == hi[-1] - lo[-1], "the queries of a key are not a range"
+        return Visible(tuple(lo), tuple(hi), len(self.lo))
+
+    def pairs(self) -> int:
+        """(query, key) pairs that are computed."""
+        return sum(hi - lo for lo, hi in zip(self.lo, self.hi, strict=True))
+
+
+@lru_cache(maxsize=64)
+def scales(patch_nums: tuple[int, ...], pattern: Pattern = "full") -> Visible:
+    """The visible keys of every token of a scale schedule."""
+    back = {"full": len(patch_nums), "own": 1}.get(pattern, pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(back, int) or back < 1:
+        raise ValueError(f"attention pattern {pattern!r} is not known; take full, own, or how many scales a query sees (1 or more)")
+    starts = [0]
+    for side in patch_nums:
+        starts.append(starts[-1] + side * side)
+    lo, hi = [], []
+    for number, side in enumerate(patch_nums):
+        lo += [starts[max(0, number + 1 - back)]] * side * side
+        hi += [starts[number + 1]] * side * side
+    return Visible(tuple(lo), tuple(hi), starts[-1])
+
+
+@lru_cache(maxsize=256)
+def everything(queries: int, keys: int) -> Visible:
+    """Every query sees every key: a scale that is being sampled, with the cache of all keys so far."""
+    return Visible((0,) * queries, (keys,) * queries, keys)
+
+
+def tile_rows(visible: Visible, block: int) -> list[tuple[int, int, int, int, int, int]]:
+    """Cut the rows into tiles of at most `block`, on the borders between scales: rows that see the same keys need no mask inside a tile.
+    Small neighbouring scales share one. Each tile: (start, stop, lo, hi, full_lo, full_hi); every row of it sees [full_lo, full_hi).
+    The longest come first, so that the last programs of a launch are short ones."""
+    rows = len(visible.lo)
+    borders = [0, *(i for i in range(1, rows) if (visible.lo[i], visible.hi[i]) != (visible.lo[i - 1], visible.hi[i - 1])), rows]
+    cuts: list[tuple[int, int]] = []
+    for start, stop in pairwise(borders):
+        if cuts and stop - cuts[-1][0] <= block:
+            cuts[-1] = (cuts[-1][0], stop)
+        else:
+            cuts += [(i, min(i + block, stop)) for i in range(start, stop, block)]
+    tiles = []
+    for start, stop in cuts:
+        lo, hi = visible.lo[start:stop], visible.hi[start:stop]
+        tiles.append((start, stop, min(lo), max(hi), max(lo), min(hi)))
+    return sorted(tiles, key=lambda tile: tile[3] - tile[2], reverse=True)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile table on a device: table (T, 6), lo and hi of every row, all int32."""
+
+    table: Tensor
+    lo: Tensor
+    hi: Tensor
+
+
+@lru_cache(maxsize=512)
+def tiles_on(visible: Visible, block: int, device: torch.device) -> Tiles:
+    """`tile_rows` as tensors; made once for each schedule and device."""
+    table, lo, hi = (torch.tensor(v, dtype=torch.int32, device=device) for v in (tile_rows(visible, block), visible.lo, visible.hi))
+    return Tiles(table, lo, hi)
+
+
+def mask(visible: Visible, device: torch.device | str = "cpu") -> Tensor:
+    """(queries, keys) bool, true where the pair is computed: for the reference and for back-ends that want a tensor."""
+    lo, hi = (torch.tensor(v, device=device)[:, None] for v in (visible.lo, visible.hi))
+    keys = torch.arange(visible.keys, device=device)[None, :]
+    return (keys >= lo) & (keys < hi)
+
+

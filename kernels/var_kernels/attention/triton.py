@@ -1,0 +1,231 @@
+"""Block-causal attention: online softmax over the keys of a tile's scales, forward and backward, without an L x L mask anywhere.
+
+Tiles end where scales end (schedule.py), so that all rows of a tile see the same keys; only the last, partly filled block is masked.
+The L2 norm of q and k is not applied to the tiles: q k^T of the raw ones is multiplied by 1/|q|, 1/|k| and the head's scale in float32,
+which spares a rounding and keeps k going straight from shared memory into the tensor cores. The gradients are taken in two kernels, one a
+tile of keys and one a tile of queries, each summing in its own registers: no atomics, so two runs agree bit for bit.
+
+UPCAST casts the operands of tl.dot to float32: for Triton's interpreter, whose bfloat16 arithmetic is wrong.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1e-12)
+"""the smallest norm that q and k are divided by, as in F.normalize"""
+
+
+@triton.jit
+def dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a b in float32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def tile(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0."""
+    d = tl.arange(0, BLOCK_D)
+    place = base + rows[:, None] * stride + d[None, :]
+    if BLOCK_D == D:
+        return tl.load(place, mask=valid[:, None], other=0.0)
+    return tl.load(place, mask=valid[:, None] & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def put(base, rows, stride, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of `tile`, in the type of `base`."""
+    d = tl.arange(0, BLOCK_D)
+    tl.store(base + rows[:, None] * stride + d[None, :], values.to(base.dtype.element_ty), mask=valid[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def inverse_norms(x, out, x_b, x_l, x_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out (B, H, L) = 1 / max(|x|, 1e-12) of each head's vector."""
+    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
+    tl.store(out + tl.program_id(1).to(tl.int64) * L + rows, 1.0 / tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), NORM_EPS), mask=rows < L)
+
+
+@triton.jit
+def weighted_dots(x, y, out, x_b, x_l, x_h, y_b, y_l, y_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out (B, H, L) = sum over D of x y: the term of the softmax backward, from o and its gradient."""
+    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
+    c = tile(y + b * y_b + h * y_h, rows, y_l, rows < L, D, BLOCK_D).to(tl.float32)
+    tl.store(out + tl.program_id(1).to(tl.int64) * L + rows, tl.sum(a * c, axis=1), mask=rows < L)
+
+
+@triton.jit
+def head_factor(log_scale, h, sm_scale, NORM: tl.constexpr):
+    """exp(min(s_h, ln 100)), or sm_scale."""
+    if NORM:
+        return tl.exp(tl.minimum(tl.load(log_scale + h).to(tl.float32), 4.605170185988092))
+    return sm_scale
+
+
+@triton.jit
+def attend(
+    acc, top, total, q, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, inv_k,
+    MASKED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the online softmax. `factor` (rows,) holds the scale of q in units of log2."""
+    keys = n + tl.arange(0, BLOCK_N)
+    valid = keys < kv_hi
+    k = tile(k_base, keys, k_l, valid, D, BLOCK_D)
+    s = dot(q, tl.trans(k), UPCAST, PRECISION)
+    if NORM:
+        s *= tl.load(inv_k + keys, mask=valid, other=0.0)[None, :]
+    s *= factor[:, None]
+    if MASKED:
+        s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, axis=1))
+    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has not met a key of its own yet
+    p = tl.exp2(s - safe[:, None])
+    fade = tl.exp2(top - safe)
+    v = tile(v_base, keys, v_l, valid, D, BLOCK_D)
+    acc = acc * fade[:, None] + dot(p.to(v.dtype), v, UPCAST, PRECISION)
+    return acc, new, total * fade + tl.sum(p, axis=1)
+
+
+@triton.jit
+def forward(
+    q, k, v, o, lse, inv_q, inv_k, log_scale, tiles, row_lo, row_hi, sm_scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, H, Lq, Lk,
+    NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: o (B, L, H, D), lse (B, H, L) in units of log2, and 1/|q|."""
+    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    start, stop, kv_lo, kv_hi = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    full_lo, full_hi = tl.load(table + 4), tl.load(table + 5)
+    rows = start + tl.arange(0, BLOCK_M)
+    mine = rows < stop
+    lo, hi = tl.load(row_lo + rows, mask=mine, other=0), tl.load(row_hi + rows, mask=mine, other=0)
+    q_tile = tile(q + b * q_b + h * q_h, rows, q_l, mine, D, BLOCK_D)
+    scale = head_factor(log_scale, h, sm_scale, NORM)
+    factor = tl.full([BLOCK_M], LOG2E, tl.float32) * scale
+    if NORM:
+        wide = q_tile.to(tl.float32)
+        inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), NORM_EPS)
+        tl.store(inv_q + bh * Lq + rows, inverse, mask=mine)
+        factor *= inverse
+    k_base, v_base, norms = k + b * k_b + h * k_h, v + b * v_b + h * v_h, inv_k + bh * Lk
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # keys that only some rows see, then keys that all rows see, then the rest
+    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
+    middle = kv_lo + head * BLOCK_N
+    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
+    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
+    for i in tl.range(0, whole, num_stages=STAGES):
+        acc, top, total = attend(acc, top, total, q_tile, factor, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l, norms,
+                                 False, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    for i in tl.range(0, head + tail):
+        n = tl.where(i < head, kv_lo + i * BLOCK_N, middle + (whole + i - head) * BLOCK_N)
+        acc, top, total = attend(acc, top, total, q_tile, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, norms,
+                                 True, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    put(o + (b * Lq * H + h) * D, rows, H * D, mine, acc / total[:, None], D, BLOCK_D)
+    tl.store(lse + bh * Lq + rows, top + tl.log2(total), mask=mine)
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dk, dv, tiles, key_lo, key_hi, sm_scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, H, Lq, Lk,
+    NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys: a loop over the queries that see any of them. `tiles` is the transposed table."""
+    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    start, stop, first, last = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    keys = start + tl.arange(0, BLOCK_N)
+    mine = keys < stop
+    lo, hi = tl.load(key_lo + keys, mask=mine, other=0), tl.load(key_hi + keys, mask=mine, other=0)
+    k_tile = tile(k + b * k_b + h * k_h, keys, k_l, mine, D, BLOCK_D)
+    v_tile = tile(v + b * v_b + h * v_h, keys, v_l, mine, D, BLOCK_D)
+    scale = head_factor(log_scale, h, sm_scale, NORM)
+    k_factor = tl.full([BLOCK_N], 1.0, tl.float32)
+    if NORM:
+        k_factor = tl.load(inv_k + bh * Lk + keys, mask=mine, other=0.0)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    q_base, do_base = q + b * q_b + h * q_h, do + b * do_b + h * do_h
+    for i in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+        rows = i + tl.arange(0, BLOCK_M)
+        valid = rows < last
+        q_tile, do_tile = tile(q_base, rows, q_l, valid, D, BLOCK_D), tile(do_base, rows, do_l, valid, D, BLOCK_D)
+        factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+        if NORM:
+            factor *= tl.load(inv_q + bh * Lq + rows, mask=valid, other=0.0)
+        s = dot(k_tile, tl.trans(q_tile), UPCAST, PRECISION) * (k_factor * LOG2E)[:, None] * factor[None, :]
+        seen = (rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None])
+        p = tl.where(seen, tl.exp2(s - tl.load(lse + bh * Lq + rows, mask=valid, other=0.0)[None, :]), 0.0)
+        dv_acc += dot(p.to(do_tile.dtype), do_tile, UPCAST, PRECISION)
+        dp = dot(v_tile, tl.trans(do_tile), UPCAST, PRECISION)
+        ds = p * (dp - tl.load(delta + bh * Lq + rows, mask=valid, other=0.0)[None, :])
+        dk_acc += dot((ds * factor[None, :]).to(q_tile.dtype), q_tile, UPCAST, PRECISION)
+    if NORM:  # through k / |k|: the part along k is lost
+        normal = k_tile.to(tl.float32) * k_factor[:, None]
+        along = tl.where(k_factor < 1.0 / NORM_EPS, tl.sum(normal * dk_acc, axis=1), 0.0)
+        dk_acc = (dk_acc - normal * along[:, None]) * k_factor[:, None]
+    put(dk + b * dk_b + h * dk_h, keys, dk_l, mine, dk_acc, D, BLOCK_D)
+    put(dv + b * dv_b + h * dv_h, keys, dv_l, mine, dv_acc, D, BLOCK_D)
+
+
+@triton.jit
+def backward_queries(
+    q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dq, dscale, tiles, row_lo, row_hi, sm_scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dq_b, dq_l, dq_h, H, Lq, Lk,
+    NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries, and each query's part of the gradient of its head's scale: dscale (B, H, L). Their sum is taken outside:
+    Triton 3.7 cannot compile it here for Blackwell (a sum to one number of a sum over a tile in tensor memory)."""
+    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    start, stop, kv_lo, kv_hi = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    rows = start + tl.arange(0, BLOCK_M)
+    mine = rows < stop
+    lo, hi = tl.load(row_lo + rows, mask=mine, other=0), tl.load(row_hi + rows, mask=mine, other=0)
+    q_tile = tile(q + b * q_b + h * q_h, rows, q_l, mine, D, BLOCK_D)
+    do_tile = tile(do + b * do_b + h * do_h, rows, do_l, mine, D, BLOCK_D)
+    row_lse, row_delta = tl.load(lse + bh * Lq + rows, mask=mine, other=0.0), tl.load(delta + bh * Lq + rows, mask=mine, other=0.0)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * head_factor(log_scale, h, sm_scale, NORM)
+    inverse = factor
+    if NORM:
+        inverse = tl.load(inv_q + bh * Lq + rows, mask=mine, other=0.0)
+        factor *= inverse
+    k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in tl.range(kv_lo, kv_hi, BLOCK_N, num_stages=STAGES):
+        keys = n + tl.arange(0, BLOCK_N)
+        valid = keys < kv_hi
+        k_tile, v_tile = tile(k_base, keys, k_l, valid, D, BLOCK_D), tile(v_base, keys, v_l, valid, D, BLOCK_D)
+        s = dot(q_tile, tl.trans(k_tile), UPCAST, PRECISION) * (factor * LOG2E)[:, None]
+        norms = tl.full([BLOCK_N], 1.0, tl.float32)
+        if NORM:
+            norms = tl.load(inv_k + bh * Lk + keys, mask=valid, other=0.0)
+            s *= norms[None, :]
+        seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+        p = tl.where(seen, tl.exp2(s - row_lse[:, None]), 0.0)
+        ds = p * (dot(do_tile, tl.trans(v_tile), UPCAST, PRECISION) - row_delta[:, None])
+        if NORM:
+            ds *= norms[None, :]
+        acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST, PRECISION)
+    if NORM:
+        normal = q_tile.to(tl.float32) * inverse[:, None]
+        along = tl.sum(normal * acc, axis=1)
+        tl.store(dscale + bh * Lq + rows, along * head_factor(log_scale, h, sm_scale, NORM), mask=mine)
+        acc -= normal * tl.where(inverse < 1.0 / NORM_EPS, along, 0.0)[:, None]
+    put(dq + b * dq_b + h * dq_h, rows, dq_l, mine, acc * factor[:, None], D, BLOCK_D)

@@ -1,0 +1,11 @@
+"""Launch parameters of the cross-entropy kernel, each with its reason. Nothing here was measured on a GPU yet; see kernels/README.md."""
+
+from __future__ import annotations
+
+MAX_V = 16384
+"""One program holds a row of logits: 16384 float32 are 16 registers a thread with 32 warps."""
+
+
+def warps_for(block_v: int) -> int:
+    """16 logits a thread: V = 4096 takes 8 warps, so that eight programs share a multiprocessor."""
+    return min(32, max(1, block_v // 512))

@@ -1,0 +1,148 @@
+"""The public function: the output projection and its cross-entropy in one operator. Differentiable, and opaque to torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from var_kernels.cross_entropy import reference
+from var_kernels.cross_entropy.config import MAX_V, warps_for
+from var_kernels.dispatch import compute_dtype, use_triton
+from var_kernels.numerics import upcast
+
+
+def linear_cross_entropy(
+    x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits = x W^T + b and their cross-entropy: (loss (N,), cross-entropy without smoothing (N,), likeliest code (N,)).
+
+    Only the loss has a gradient. The logits are made in autocast's type (else that of x), and the forward pass leaves their gradient, up to
+    the factor of each row, in their place: nothing else of size N V is kept, and nothing waits for the GPU. `target_N` int64 in 0..V-1.
+    ValueError: V above 16384.
+    """
+    if weight_VC.shape[0] > MAX_V:
+        raise ValueError(f"linear_cross_entropy: a vocabulary of {weight_VC.shape[0]} is larger than {MAX_V}")
+    if not use_triton(x_NC):
+        return reference.cross_entropy(F.linear(x_NC, weight_VC, bias_V), target_N, smoothing)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_NC, weight_VC, bias_V))
+    arguments = (x_NC.to(compute_dtype(x_NC)), weight_VC, bias_V, target_N, float(smoothing), gradient)
+    loss, ce, best, _ = linear_ce_op(*arguments) if torch.compiler.is_compiling() else _Function.apply(*arguments)
+    return loss, ce, best
+
+
+def launch(logits: Tensor, target: Tensor, smoothing: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernel on logits (N, V), overwritten by their gradient if `gradient`: (loss, cross-entropy, likeliest code)."""
+    from var_kernels.cross_entropy import triton as kernels
+
+    N, V = logits.shape
+    loss, ce = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    best = torch.empty(N, dtype=torch.int64, device=logits.device)
+    block = 1 << (V - 1).bit_length()
+    kernels.cross_entropy[(N,)](logits, target.contiguous(), loss, ce, best, V, logits.stride(0), smoothing, GRADIENT=gradient,
+                                BLOCK_V=block, num_warps=warps_for(block))  # fmt: skip
+    return loss, ce, best
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _logits(x, weight, bias)
+    loss, ce, best = launch(logits, target, smoothing, gradient)
+    return loss, ce, best, logits if gradient else logits.new_empty(0)
+
+
+def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from the gradient of each row's loss.
+
+    The rows' factors go through x and through the product, never through the N V numbers. They are taken relative to the largest, so that
+    1 / N does not underflow in float16.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        largest = dloss.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        factor = (dloss / largest)[:, None]
+        dx = ((dlogits @ weight.to(x.dtype)) * dloss[:, None]).to(x.dtype)
+        dweight = ((dlogits.t() @ (x * factor).to(x.dtype)).float() * largest).to(weight.dtype)
+        dbias = (dlogits.t() @ factor.to(x.dtype)).float().squeeze(1) * largest
+    return dx, dweight, dbias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _, _ = inputs
+    ctx.save_for_backward(x, weight, output[3])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, dloss: Tensor, backward: Any) -> tuple[Any, ...]:
+    dx, dweight, dbias = backward(dloss, *ctx.saved_tensors)
+    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None, None, None
+
+
+class _Function(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, dloss, _backward)
+
+
+@torch.library.custom_op("var_kernels::linear_cross_entropy", mutates_args=(), device_types="cuda")
+def linear_ce_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` as torch.compile sees it; the last output is d loss / d logits, empty without `gradient`."""
+    return _forward(x, weight, bias, target, smoothing, gradient)
+
+
+@linear_ce_op.register_kernel("cpu")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _logits(x, weight, bias)
+    loss, ce, best = reference.cross_entropy(logits, target, smoothing)
+    if not gradient:
+        return loss.float(), ce.clone().float(), best, logits.new_empty(0)
+    dlogits = upcast(logits).softmax(-1) - smoothing / logits.shape[1]
+    dlogits.scatter_add_(1, target[:, None], torch.full_like(dlogits[:, :1], smoothing - 1.0).expand(-1, 1))
+    return loss.float(), ce.clone().float(), best, dlogits.to(logits.dtype)
+
+
+@linear_ce_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, V = x.shape[0], weight.shape[0]
+    loss = x.new_empty(N, dtype=torch.float32)
+    return loss, torch.empty_like(loss), x.new_empty(N, dtype=torch.int64), x.new_empty((N, V) if gradient else (0,))
+
+
+@torch.library.custom_op("var_kernels::linear_cross_entropy_backward", mutates_args=())
+def linear_ce_backward_op(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Its backward: two matrix products, the same on every device."""
+    return _backward(dloss, x, weight, dlogits)
+
+
+@linear_ce_backward_op.register_fake
+def _(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+def _backward_through_op(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, dloss, linear_ce_backward_op)
+
+
+linear_ce_op.register_autograd(_backward_through_op, setup_context=_save)

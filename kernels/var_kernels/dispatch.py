@@ -1,0 +1,50 @@
+"""Where the Triton kernels run, and what else the operators share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MINIMUM_CAPABILITY = (8, 0)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""the kernels run in Triton's interpreter: tests without a GPU"""
+
+
+@lru_cache(maxsize=16)
+def why_not(device: torch.device) -> str:
+    """Why the kernels cannot run on `device`; empty when they can."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the kernels need an NVIDIA GPU, not {device.type}"
+    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"the kernels need compute capability 8.0 (Ampere), {name} has {torch.cuda.get_device_capability(device)}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    return ""
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the operators run as Triton kernels for `x`; otherwise in their PyTorch form."""
+    return x.is_cuda and not why_not(x.device)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 4 where there is none (tests in the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@lru_cache(maxsize=16)
+def generation(device: torch.device) -> int:
+    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell; 9 where there is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type matrix products run in: autocast's when it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,0 +1,11 @@
+"""What the references of all operators share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: half precision is computed in float32, float64 stays float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

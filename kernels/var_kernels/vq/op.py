@@ -1,0 +1,52 @@
+"""The public function: nearest code of each vector. Not differentiable (the straight-through estimator is the caller's)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from var_kernels.dispatch import use_triton
+from var_kernels.vq import config, reference
+
+
+def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor, precision: str = "ieee") -> Tensor:
+    """Index int64 (N,) of the nearest code of each vector; the lowest index among equals.
+
+    `precision`: "ieee", exact float32 products; "tf32", as the official code runs on NVIDIA GPUs, with another code for a few vectors.
+    """
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"nearest_code: precision={precision!r} is not known; take ieee or tf32")
+    if not use_triton(z_NZ) or z_NZ.shape[1] > config.MAX_Z:
+        return reference.nearest_code(z_NZ, codebook_VZ)
+    return nearest_code_op(z_NZ.detach(), codebook_VZ.detach(), precision)
+
+
+def launch(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    """The Triton search."""
+    from var_kernels.vq import triton as kernels
+
+    (N, Z), V = z.shape, codebook.shape[0]
+    z = z if z.stride(1) == 1 else z.contiguous()
+    codebook = codebook if codebook.stride(1) == 1 else codebook.contiguous()
+    index = torch.empty(N, dtype=torch.int64, device=z.device)
+    kernels.nearest_code[(-(-N // config.BLOCK_N),)](
+        z, codebook, codebook.float().square().sum(1), index, N, V, Z, z.stride(0), codebook.stride(0), BLOCK_N=config.BLOCK_N,
+        BLOCK_V=config.BLOCK_V, BLOCK_Z=max(16, 1 << (Z - 1).bit_length()), PRECISION=precision, num_warps=config.WARPS,
+    )  # fmt: skip
+    return index
+
+
+@torch.library.custom_op("var_kernels::nearest_code", mutates_args=(), device_types="cuda")
+def nearest_code_op(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    """`nearest_code` as torch.compile sees it."""
+    return launch(z, codebook, precision)
+
+
+@nearest_code_op.register_kernel("cpu")
+def _(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    return reference.nearest_code(z, codebook)
+
+
+@nearest_code_op.register_fake
+def _(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=torch.int64)

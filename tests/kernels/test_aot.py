@@ -1,0 +1,37 @@
+"""Every kernel compiles ahead of time for Ampere, Hopper and Blackwell, without spills, with wide loads and tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REGISTERS = {"adaln.forward": 64, "adaln.backward": 128, "cross_entropy": 96, "mlp": 64}
+"""registers a thread that the number of programs on a multiprocessor was planned with; attention may take all 255"""
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_machine_code(architecture: str) -> None:
+    """Budgets, not equalities: register counts differ between versions of Triton."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
+    process = subprocess.run([sys.executable, "-m", "var_kernels.aot", architecture, "--json"], capture_output=True, text=True,
+                             env=environment, check=False)  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    builds = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(builds) >= 20
+    for build in builds:
+        name = build["name"]
+        assert build["stack"] == 0, f"{name} spills {build['stack']} bytes on {architecture}"
+        assert build["registers"] * 32 * build["warps"] <= 65536 and build["shared"] <= 99 * 1024, build
+        budget = next((limit for start, limit in REGISTERS.items() if name.startswith(start)), 255)
+        assert build["registers"] <= budget, build
+        assert build["narrow_loads"] == 0, build
+        if name != "adaln.finish":  # float32 sums, 256 columns a program
+            assert build["wide_loads"] > 0, build
+        if build["matrix"]:
+            assert build["tensor_core"] > 0, build

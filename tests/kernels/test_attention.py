@@ -1,0 +1,131 @@
+"""Attention over a scale schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.kernels.compare import DEVICE, check
+from var_kernels.attention import Visible, mask, op, reference, scales
+from var_kernels.attention.schedule import tile_rows
+
+PATCHES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the Triton kernels wherever they run."""
+    monkeypatch.setattr(op, "use_triton", lambda _: True)
+
+
+def brute_force_mask(patch_nums: tuple[int, ...], back: int) -> torch.Tensor:
+    """From the definition: query of scale i sees key of scale j when i - back < j <= i."""
+    level = torch.cat([torch.full((side * side,), number) for number, side in enumerate(patch_nums)])
+    return (level[None, :] <= level[:, None]) & (level[None, :] > level[:, None] - back)
+
+
+@pytest.mark.parametrize("patch_nums", [(1,), (1, 2), (1, 2, 3, 4), (3, 4, 7), PATCHES_256])
+@pytest.mark.parametrize(("pattern", "back"), [("full", 99), ("own", 1), (2, 2), (3, 3)])
+def test_schedule_is_the_definition(patch_nums: tuple[int, ...], pattern: str | int, back: int) -> None:
+    """Mask, its transpose, and tiles that cover every row once and never leave out a visible key."""
+    visible = scales(patch_nums, pattern)
+    expected = brute_force_mask(patch_nums, back)
+    assert torch.equal(mask(visible), expected) and visible.pairs() == int(expected.sum())
+    assert torch.equal(mask(visible.transposed()), expected.t())
+    for block in (16, 64):
+        tiles = tile_rows(visible, block)
+        assert sorted(row for start, stop, *_ in tiles for row in range(start, stop)) == list(range(len(visible.lo)))
+        for start, stop, lo, hi, full_lo, full_hi in tiles:
+            part = expected[start:stop]
+            assert stop - start <= block and not part[:, :lo].any() and not part[:, hi:].any() and part[:, full_lo:full_hi].all()
+
+
+def test_tiles_of_the_paper() -> None:
+    """Twelve tiles of 64 queries at 256 pixels, the first five scales in one; 1.13 pairs computed for each useful one."""
+    visible = scales(PATCHES_256)
+    tiles = tile_rows(visible, 64)
+    assert len(tiles) == 12 and (0, 55) in [tile[:2] for tile in tiles]
+    assert visible.pairs() == 286_434
+    computed = sum(64 * 64 * math.ceil((hi - lo) / 64) for _, _, lo, hi, _, _ in tiles)
+    assert computed / visible.pairs() == pytest.approx(1.130, abs=2e-3)
+
+
+UP_TO_6 = (1, 2, 3, 4, 5, 6)
+CASES = [((1, 2, 3), "full", 16), (UP_TO_6, "full", 64), (UP_TO_6, "own", 64), ((1, 3, 5, 9), 2, 12), ((1,), "full", 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize(("patch_nums", "pattern", "D"), CASES)
+def test_block_attention(patch_nums: tuple[int, ...], pattern: str | int, D: int, l2_norm: bool, dtype: torch.dtype) -> None:
+    """Forward and all gradients, reading packed qkv; heads of 12 channels are padded to 16 inside."""
+    B, H, L = 2, 2, sum(side * side for side in patch_nums)
+    qkv, g = torch.randn(B, L, 3, H, D, device=DEVICE).to(dtype), torch.randn(B, L, H * D, device=DEVICE).to(dtype)
+    scale = 0.25 / math.sqrt(D)
+    inputs = [qkv, torch.tensor([1.4, 0.3], device=DEVICE)] if l2_norm else [qkv]
+
+    def reference_form(qkv: torch.Tensor, log_scale: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.attention(*qkv.unbind(2), scales(patch_nums, pattern), log_scale, scale).reshape(B, L, H * D)
+
+    def ours(qkv: torch.Tensor, log_scale: torch.Tensor | None = None) -> torch.Tensor:
+        return op.block_attention(qkv, patch_nums, log_scale, scale, pattern)
+
+    def eager(qkv: torch.Tensor, log_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """As the model composes it under autocast: norms and softmax in float32, products in the dtype of v."""
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        factor = scale
+        if log_scale is not None:
+            q = F.normalize(q.float(), dim=-1) * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)
+            q, k, factor = q.to(v.dtype), F.normalize(k.float(), dim=-1).to(v.dtype), 1.0
+        scores = (q @ k.transpose(2, 3)).float() * factor
+        p = scores.masked_fill(~mask(scales(patch_nums, pattern), DEVICE), -math.inf).softmax(-1)
+        return (p.to(v.dtype) @ v).transpose(1, 2).reshape(B, L, H * D)
+
+    if L == 1 and l2_norm:  # one key: the scale has no gradient at all, and a relative error no meaning
+        inputs = [qkv]
+    check(ours, reference_form, inputs, [g], eager, sums=[2])
+
+
+def test_the_scale_is_held_at_100() -> None:
+    """exp(s) is clamped at 100, and the gradient of a clamped scale is 0."""
+    qkv = torch.randn(1, 14, 3, 2, 16, device=DEVICE)
+    log_scale = torch.tensor([6.0, 1.0], device=DEVICE, requires_grad=True)
+    out = op.block_attention(qkv, (1, 2, 3), log_scale)
+    exact = reference.attention(*qkv.double().unbind(2), scales((1, 2, 3)), log_scale.double(), 1.0)
+    torch.testing.assert_close(out, exact.reshape(1, 14, 32).float(), rtol=1e-4, atol=1e-5)
+    out.square().sum().backward()
+    assert log_scale.grad is not None and float(log_scale.grad[0]) == 0.0 and float(log_scale.grad[1]) != 0.0
+
+
+def test_a_zero_vector_has_finite_gradients() -> None:
+    """|q| = 0 or |k| = 0 is divided by 1e-12, as F.normalize does."""
+    qkv = torch.randn(1, 5, 3, 1, 16, device=DEVICE)
+    qkv[0, 2, 0] = qkv[0, 3, 1] = 0.0
+    qkv.requires_grad_()
+    out = op.block_attention(qkv, (1, 2), torch.zeros(1, device=DEVICE))
+    exact = reference.attention(*qkv.detach().unbind(2), scales((1, 2)), torch.zeros(1, device=DEVICE), 1.0)
+    torch.testing.assert_close(out.detach(), exact.reshape(1, 5, 16), rtol=1e-5, atol=1e-6)
+    out.sum().backward()
+    assert qkv.grad is not None and torch.isfinite(qkv.grad).all()
+
+
+def test_cached_attention_is_the_last_scale_of_the_whole() -> None:
+    """Keys and values as views of a longer cache; also fewer and more queries than a tile."""
+    for queries, keys in ((1, 1), (9, 14), (64, 91), (70, 161)):
+        cache_k, cache_v = (torch.randn(2, 200, 2, 16, device=DEVICE) for _ in range(2))
+        q = torch.randn(2, queries, 2, 16, device=DEVICE)
+        out = op.cached_attention(q, cache_k[:, :keys], cache_v[:, :keys], 0.3)
+        scores = torch.einsum("blhd,bmhd->bhlm", q, cache_k[:, :keys]) * 0.3
+        torch.testing.assert_close(out, torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), cache_v[:, :keys]), rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_calls() -> None:
+    qkv = torch.randn(1, 14, 3, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="does not hold the tokens"):
+        op.block_attention(qkv, (1, 2))
+    with pytest.raises(ValueError, match="pattern 'half' is not known"):
+        op.block_attention(qkv, (1, 2, 3), pattern="half")
+    assert Visible((0,), (1,), 1).transposed() == Visible((0,), (1,), 1)

@@ -1,0 +1,124 @@
+"""The operators under autograd's checks, torch.compile, activation checkpointing and autocast; in their CPU form where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.compare import DEVICE
+from var_kernels import adaln, block_attention, gate_adaln, linear_cross_entropy, mlp, nearest_code, use_triton, why_not
+from var_kernels.adaln.op import adaln_op
+from var_kernels.attention.op import attention_op
+from var_kernels.cross_entropy.op import linear_ce_op
+from var_kernels.mlp.op import mlp_op
+from var_kernels.vq.op import nearest_code_op
+
+
+def randn(*shape: int, grad: bool = True) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, requires_grad=grad)
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    return randn(2, 24), randn(2, 24)
+
+
+OPS: dict[str, Callable[[], tuple[torch.library.CustomOpDef, tuple]]] = {
+    "adaln": lambda: (adaln_op, (randn(2, 5, 24), None, None, None, *rows(), 1e-6, torch.float32)),
+    "gate_adaln": lambda: (adaln_op, (randn(2, 5, 24), randn(2, 5, 24), randn(2, 24), randn(2, grad=False), *rows(), 1e-6, torch.float32)),
+    "attention": lambda: (attention_op, (randn(2, 14, 3, 2, 16), randn(2), [1, 2, 3], "full", 1.0)),
+    "attention, no norm": lambda: (attention_op, (randn(2, 14, 3, 2, 16), None, [1, 2, 3], "2", 0.25)),
+    "mlp": lambda: (mlp_op, (randn(2, 5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16), "preact")),
+    "mlp, input": lambda: (mlp_op, (randn(2, 5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16), "input")),
+    "cross_entropy": lambda: (linear_ce_op, (randn(9, 16), randn(40, 16), randn(40), torch.arange(9, device=DEVICE), 0.1, True)),
+    "nearest_code": lambda: (nearest_code_op, (randn(9, 16, grad=False), randn(40, 16, grad=False), "ieee")),
+}
+
+
+@pytest.fixture(autouse=True)
+def cpu_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP operator has no device of its own: without a GPU keep it out of the interpreter here."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("var_kernels.dispatch.INTERPRETED", False)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_opcheck(name: str) -> None:
+    """Schema, fake tensors, autograd registration, and agreement under aot autograd."""
+    operator, arguments = OPS[name]()
+    torch.library.opcheck(operator, arguments)
+
+
+def whole(x: torch.Tensor, y: torch.Tensor, ada: torch.Tensor, qkv: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """All differentiable operators in one function."""
+    gamma, scale, shift = ada.unbind(1)
+    x_new, h = gate_adaln(x, y, gamma, scale, shift)
+    h = h + block_attention(qkv, (1, 2, 3), weights[0])
+    h = mlp(h, *weights[1:5]) + adaln(x_new, scale, shift)
+    target = torch.arange(28, device=x.device)
+    return linear_cross_entropy(h.flatten(0, 1), weights[5], weights[6], target, 0.1)[0].mean()
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    weights = [randn(2), randn(64, 32), randn(64), randn(32, 64), randn(32), randn(40, 32), randn(40)]
+    return randn(2, 14, 32), randn(2, 14, 32), randn(2, 3, 32), randn(2, 14, 3, 2, 16), weights
+
+
+def leaves(inputs: tuple) -> list[torch.Tensor]:
+    return [*inputs[:4], *inputs[4]]
+
+
+def test_compile_has_no_graph_break_and_the_same_gradients() -> None:
+    """fullgraph: a break would be an error; the custom operators are taken while compiling."""
+    inputs = arguments()
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(whole(*inputs), leaves(inputs))
+    for got, expected in zip(torch.autograd.grad(compiled(*inputs), leaves(inputs)), eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing() -> None:
+    """Recomputed in the backward pass with the same result."""
+    inputs = arguments()
+    expected = torch.autograd.grad(whole(*inputs), leaves(inputs))
+    again = torch.autograd.grad(checkpoint(whole, *inputs, use_reentrant=False), leaves(inputs))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_autocast() -> None:
+    """Products in bfloat16, losses in float32, gradients in the type of each parameter."""
+    inputs = arguments()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss = whole(*inputs)
+    assert loss.dtype == torch.float32
+    exact = whole(*inputs)
+    assert float((loss - exact).detach().abs()) < 0.05 * float(exact.detach())
+    for leaf, gradient in zip(leaves(inputs), torch.autograd.grad(loss, leaves(inputs)), strict=True):
+        assert gradient.dtype == leaf.dtype and torch.isfinite(gradient).all()
+
+
+def test_gradcheck_of_the_definitions() -> None:
+    """The references in float64 against finite differences."""
+    from var_kernels.adaln import reference as norm
+    from var_kernels.attention import reference as attention
+    from var_kernels.attention import scales
+    from var_kernels.cross_entropy import reference as ce
+    from var_kernels.mlp import reference as two_layers
+
+    def d(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(lambda *t: norm.adaln(norm.gate_residual(t[0], t[1], t[2], None), *t[3:], 1e-6),
+                                    (d(2, 2, 5), d(2, 2, 5), d(2, 5), d(2, 5), d(2, 5)))  # fmt: skip
+    assert torch.autograd.gradcheck(lambda qkv, s: attention.attention(*qkv.unbind(2), scales((1, 2)), s, 1.0), (d(1, 5, 3, 2, 3), d(2)))
+    assert torch.autograd.gradcheck(lambda z: ce.cross_entropy(z, torch.tensor([1, 0, 3]), 0.1)[0], (d(3, 4),))
+    assert torch.autograd.gradcheck(two_layers.mlp, (d(2, 3), d(5, 3), d(5), d(3, 5), d(3)))
+
+
+def test_where_the_kernels_run() -> None:
+    """Only on NVIDIA GPUs from Ampere on, and the reason is said."""
+    cpu = torch.device("cpu")
+    assert "need an NVIDIA GPU" in why_not(cpu) and not use_triton(torch.ones(1))
+    assert nearest_code(torch.eye(3), torch.eye(3)).tolist() == [0, 1, 2]

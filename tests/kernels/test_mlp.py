@@ -1,0 +1,51 @@
+"""The two-layer MLP."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.compare import DEVICE, check
+from var_kernels.mlp import op, reference
+
+SHAPES = [(1, 1, 16, 64), (2, 5, 24, 96), (3, 14, 20, 130), (1, 91, 48, 192)]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the Triton kernels wherever they run."""
+    monkeypatch.setattr(op, "use_triton", lambda _: True)
+
+
+def weights(C: int, F: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    w1, w2 = torch.randn(F, C, device=DEVICE) / C**0.5, torch.randn(C, F, device=DEVICE) / F**0.5
+    return [t.to(dtype) for t in (w1, torch.randn(F, device=DEVICE), w2, torch.randn(C, device=DEVICE))]
+
+
+@pytest.mark.parametrize("save", ["preact", "both", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mlp(shape: tuple[int, int, int, int], dtype: torch.dtype, save: str) -> None:
+    """Forward and the gradients of input, weights and biases, whatever is kept."""
+    B, L, C, F = shape
+    x, g = (torch.randn(B, L, C, device=DEVICE).to(dtype) for _ in range(2))
+    check(lambda *t: op.mlp(*t, save=save), reference.mlp, [x, *weights(C, F, dtype)], [g])
+
+
+def test_what_is_kept() -> None:
+    """preact keeps one (tokens, F) tensor, both two, input none."""
+    x = torch.randn(3, 7, 16, device=DEVICE, requires_grad=True)
+    parameters = [t.requires_grad_() for t in weights(16, 64, torch.float32)]
+    for save, count in (("input", 0), ("preact", 1), ("both", 2)):
+        kept: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            op.mlp(x, *parameters, save=save)
+        assert kept.count(torch.Size((3, 7, 64))) == count, (save, kept)
+    with pytest.raises(ValueError, match="save='all' is not known"):
+        op.mlp(x, *parameters, save="all")
+
+
+def test_gelu_of_large_values() -> None:
+    """No overflow in the exponential: gelu(-large) = 0, gelu(large) = large."""
+    h = torch.tensor([-1e4, -60.0, -5.0, 0.0, 5.0, 60.0, 1e4], device=DEVICE)
+    torch.testing.assert_close(op.gelu(h), torch.nn.functional.gelu(h, approximate="tanh"), rtol=1e-6, atol=1e-6)
