@@ -35,7 +35,7 @@ def test_gate_adaln(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         x_new = reference.gate_residual(x, y, gamma, keep)
         return x_new, reference.adaln(x_new, scale, shift, 1e-6)
 
-    check(lambda *t: op.gate_adaln(*t, keep_B=keep), reference_form, [x, y, *conditions(B, C, dtype)], [gx, gh])
+    check(lambda *t: op.gate_adaptive_layer_norm(*t, keep_B=keep), reference_form, [x, y, *conditions(B, C, dtype)], [gx, gh])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,17 +44,17 @@ def test_adaln(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Without the gate."""
     B, L, C = shape
     x, g = (torch.randn(B, L, C, device=DEVICE).to(dtype) for _ in range(2))
-    check(op.adaln, lambda *t: reference.adaln(*t, 1e-6), [x, *conditions(B, C, dtype)[1:]], [g])
+    check(op.adaptive_layer_norm, lambda *t: reference.adaln(*t, 1e-6), [x, *conditions(B, C, dtype)[1:]], [g])
 
 
 def test_float32_residual_stream_and_condition_shapes() -> None:
     """x in float32 with y in bfloat16: x' stays float32, h is bfloat16; conditions (B, 1, C) in float32, as with shared AdaLN."""
     x, y = torch.randn(2, 5, 40, device=DEVICE), torch.randn(2, 5, 40, device=DEVICE).bfloat16()
     gamma, scale, shift = (torch.randn(2, 1, 40, device=DEVICE) for _ in range(3))
-    x_new, h = op.gate_adaln(x, y, gamma, scale, shift)
+    x_new, h = op.gate_adaptive_layer_norm(x, y, gamma, scale, shift)
     assert x_new.dtype == torch.float32 and h.dtype == torch.bfloat16
     torch.testing.assert_close(x_new, reference.gate_residual(x, y, gamma, None), rtol=1e-6, atol=1e-6)
-    assert op.adaln(x, scale, shift, out_dtype=torch.float16).dtype == torch.float16
+    assert op.adaptive_layer_norm(x, scale, shift, out_dtype=torch.float16).dtype == torch.float16
 
 
 def test_expanded_and_strided_gradients() -> None:
@@ -62,7 +62,7 @@ def test_expanded_and_strided_gradients() -> None:
     wide = torch.randn(2, 6, 64, device=DEVICE)
     x = wide[:, ::2].detach().requires_grad_()
     scale, shift = (torch.randn(2, 64, device=DEVICE, requires_grad=True) for _ in range(2))
-    op.adaln(x, scale, shift).sum().backward()
+    op.adaptive_layer_norm(x, scale, shift).sum().backward()
     assert x.grad is not None and shift.grad is not None
     torch.testing.assert_close(shift.grad, torch.full_like(shift, 3.0))
     assert float(x.grad.sum(-1).abs().max()) < 1e-4  # LN's gradient has no mean
@@ -72,14 +72,15 @@ def test_a_large_mean_does_not_hurt() -> None:
     """The variance is taken of the centred row: a mean of 1000 costs nothing but its own rounding."""
     x = torch.randn(1, 4, 96, device=DEVICE) + 1000.0
     zero = torch.zeros(1, 96, device=DEVICE)
-    torch.testing.assert_close(op.adaln(x, zero, zero), reference.adaln(x.double(), zero, zero, 1e-6).float(), rtol=1e-3, atol=1e-3)
+    exact = reference.adaln(x.double(), zero, zero, 1e-6).float()
+    torch.testing.assert_close(op.adaptive_layer_norm(x, zero, zero), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_wrong_shapes() -> None:
     x, row = torch.randn(2, 3, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)
     with pytest.raises(ValueError, match=r"scale has the shape \(2, 8\)"):
-        op.adaln(x, row[:, :8], row)
+        op.adaptive_layer_norm(x, row[:, :8], row)
     with pytest.raises(ValueError, match=r"y .* differ"):
-        op.gate_adaln(x, x[:, :2], row, row, row)
+        op.gate_adaptive_layer_norm(x, x[:, :2], row, row, row)
     with pytest.raises(ValueError, match="keep has the shape"):
-        op.gate_adaln(x, x, row, row, row, keep_B=torch.ones(3, device=DEVICE))
+        op.gate_adaptive_layer_norm(x, x, row, row, row, keep_B=torch.ones(3, device=DEVICE))

@@ -9,7 +9,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.compare import DEVICE
-from var_kernels import adaln, block_attention, gate_adaln, linear_cross_entropy, mlp, nearest_code, use_triton, why_not
+from var_kernels import (
+    adaptive_layer_norm,
+    block_attention,
+    gate_adaptive_layer_norm,
+    gelu_mlp,
+    linear_cross_entropy,
+    nearest_code,
+    use_triton,
+    why_not,
+)
 from var_kernels.adaln.op import adaln_op
 from var_kernels.attention.op import attention_op
 from var_kernels.cross_entropy.op import linear_ce_op
@@ -54,9 +63,9 @@ def test_opcheck(name: str) -> None:
 def whole(x: torch.Tensor, y: torch.Tensor, ada: torch.Tensor, qkv: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     """All differentiable operators in one function."""
     gamma, scale, shift = ada.unbind(1)
-    x_new, h = gate_adaln(x, y, gamma, scale, shift)
+    x_new, h = gate_adaptive_layer_norm(x, y, gamma, scale, shift)
     h = h + block_attention(qkv, (1, 2, 3), weights[0])
-    h = mlp(h, *weights[1:5]) + adaln(x_new, scale, shift)
+    h = gelu_mlp(h, *weights[1:5]) + adaptive_layer_norm(x_new, scale, shift)
     target = torch.arange(28, device=x.device)
     return linear_cross_entropy(h.flatten(0, 1), weights[5], weights[6], target, 0.1)[0].mean()
 

@@ -29,7 +29,7 @@ def test_mlp(shape: tuple[int, int, int, int], dtype: torch.dtype, save: str) ->
     """Forward and the gradients of input, weights and biases, whatever is kept."""
     B, L, C, F = shape
     x, g = (torch.randn(B, L, C, device=DEVICE).to(dtype) for _ in range(2))
-    check(lambda *t: op.mlp(*t, save=save), reference.mlp, [x, *weights(C, F, dtype)], [g])
+    check(lambda *t: op.gelu_mlp(*t, save=save), reference.mlp, [x, *weights(C, F, dtype)], [g])
 
 
 def test_what_is_kept() -> None:
@@ -39,10 +39,10 @@ def test_what_is_kept() -> None:
     for save, count in (("input", 0), ("preact", 1), ("both", 2)):
         kept: list[torch.Size] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
-            op.mlp(x, *parameters, save=save)
+            op.gelu_mlp(x, *parameters, save=save)
         assert kept.count(torch.Size((3, 7, 64))) == count, (save, kept)
     with pytest.raises(ValueError, match="save='all' is not known"):
-        op.mlp(x, *parameters, save="all")
+        op.gelu_mlp(x, *parameters, save="all")
 
 
 def test_gelu_of_large_values() -> None:

@@ -246,8 +246,8 @@ def test_bad_input_is_one_clear_line() -> None:
         var(label_B, x_BlZ[:, :5])
     with pytest.raises(UserError, match="does not divide"):
         build_var(tiny_vae(), depth=3, width=64)
-    with pytest.raises(UserError, match=r"not installed here: pip install"):
-        build_var(tiny_vae(), depth=2, attention="flash_attn")
+    with pytest.raises(UserError, match=r"flash_attn, which is not installed: pip install"):
+        build_var(tiny_vae(), depth=2, attention="flash")
     with pytest.raises(UserError, match="is not known; take one of auto, "):
         backend_name("flsh")
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.runs import final, losses, rewind, run, small_config
 from var_scale.errors import UserError
+from var_scale.files import read_json
 from var_scale.train.engine.deepspeed import engine_config
 
 ENGINES = {
@@ -74,3 +75,21 @@ def test_conflicting_deepspeed_keys_are_refused() -> None:
     for given, key in wrong:
         with pytest.raises(UserError, match=key):
             engine_config(given, 2, 8, 2, 2.0)
+
+
+@pytest.mark.parametrize("name", ["zero3", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("single", marks=pytest.mark.slow)])
+def test_fused_operators_on_engines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Triton kernel inside real training, in the interpreter: the same losses as plain PyTorch, and sharded weights are gathered
+    where a fused operator reads them."""
+    steps = {"steps": 3, "batch_size": 4, "base_lr": 0.3}
+    code, plain = run(small_config(tmp_path, train=steps, model={"kernels": "off"}), tmp_path / "plain")
+    assert code == 0
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("VAR_KERNELS_INTERPRET", "1")
+    config = small_config(tmp_path, train=steps, engine=ENGINES.get(name, {"name": "single"}))
+    code, folder = run(config, tmp_path / "fused")
+    assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+    env = read_json(folder.env)["choices"]
+    assert env["attention"].startswith("triton") and env["kernels"].startswith("on"), env
+    np.testing.assert_allclose(losses(folder), losses(plain), rtol=1e-5)
+    np.testing.assert_allclose(final(folder)["loss_per_scale"], final(plain)["loss_per_scale"], rtol=1e-5)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 OPTIONAL = {
-    "triton": "costs nothing today: the model runs on plain PyTorch",
-    "flash-attn": "costs nothing today: attention runs on PyTorch's sdpa",
-    "xformers": "costs nothing today: attention runs on PyTorch's sdpa",
+    "triton": "the fused kernels need it, on NVIDIA GPUs; elsewhere it costs nothing",
+    "flash-attn": "one choice of attention back-end (sampling) is missing",
+    "xformers": "one choice of attention back-end is missing",
 }
 
 
@@ -21,6 +21,8 @@ def doctor() -> None:
     """Print one table. Never fails because something is missing: it says so."""
     import torch
 
+    from var_kernels import why_not
+    from var_scale.model.attention import choose_backend
     from var_scale.train.telemetry import package_versions, processor_name
     from var_scale.train.world import choose_precision, fast_bf16
 
@@ -41,7 +43,9 @@ def doctor() -> None:
     fast = "fast here" if fast_bf16(device) else "not fast here, float32 is used"
     table.add_row("precision auto", choose_precision("auto", device), f"bf16 matrix products are {fast}")
     table.add_row("engines", "single ddp fsdp deepspeed", "nccl" if gpus else "gloo")
-    table.add_row("attention", "sdpa", "")
+    backend, why = choose_backend("auto", device)
+    table.add_row("attention auto", backend, why)
+    table.add_row("fused kernels", "off" if why_not(device) else "on", why_not(device))
     for name, version in package_versions().items():
         table.add_row(name, version or "missing", "" if version else OPTIONAL.get(name, "pip install var-scale again"))
     compiler = shutil.which("g++") or shutil.which("c++")

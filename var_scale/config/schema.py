@@ -104,7 +104,12 @@ class ModelConfig(Section):
     init_adaln_gamma: float = Field(1e-5, description="scale of the gate weights at the start")
     init_head: float = Field(0.02, description="scale of the head weights at the start")
     init_std: float = Field(-1.0, description="standard deviation at the start; negative: sqrt(1 / 3C)")
-    attention: Literal["auto", "sdpa"] = Field("auto", description="attention back-end")
+    attention: Literal["auto", "triton", "flex", "flash", "xformers", "sdpa"] = Field(
+        "auto", description="attention back-end; auto: triton on NVIDIA GPUs from Ampere on, else sdpa"
+    )
+    kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="fused AdaLN, MLP and cross-entropy; auto: on NVIDIA GPUs from Ampere on; on: everywhere, in PyTorch on CPUs"
+    )
 
     @property
     def channels(self) -> int:

@@ -1,21 +1,52 @@
-"""The attention product behind one name, and the block-causal mask.
+"""Attention back-ends behind one name each, and the block-causal mask.
 
-One path serves training and sampling. On one CPU core with L = 30, head dims 8 and 64, forward and backward, SDPA takes 1.05-1.15 times
-an explicit softmax, and at L = 130 and 680 0.65-0.8 times; so there is no second CPU path.
+| name | trains | samples | what it is |
+|---|---|---|---|
+| triton | yes | yes | var_kernels: packed qkv, norms fused, no mask tensor; NVIDIA GPUs from Ampere on |
+| flex | yes | yes | torch's FlexAttention with its block mask |
+| flash | no | yes | flash-attn: it has no block-causal mask, so only the unmasked attention of sampling |
+| xformers | yes | yes | memory_efficient_attention with a mask tensor |
+| sdpa | yes | yes | torch's scaled_dot_product_attention with a mask tensor; everywhere, the definition of the others |
+
+On one CPU core with L = 30, head dims 8 and 64, forward and backward, sdpa takes 1.05-1.15 times an explicit softmax, and at L = 130 and
+680 0.65-0.8 times; so there is no second CPU path.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from var_kernels import block_attention, cached_attention, use_triton, why_not
+from var_kernels.attention import scales
+from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_scale.errors import UserError
 
 # (q, k, v: (B, H, L, D); bias: (1, 1, Lq, Lk), 0 or -inf, or None; scale) -> (B, H, L, D)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+@dataclass(frozen=True)
+class ScaleMask:
+    """The block-causal mask of a scale schedule: as the schedule, and as a tensor only for back-ends that need one."""
+
+    patch_nums: tuple[int, ...]
+    buffer_11LL: Tensor
+    """the bias of the whole schedule"""
+    dtype: torch.dtype
+
+    @property
+    def bias_11LL(self) -> Tensor:
+        """0 where the query's scale >= the key's, else -inf."""
+        end = sum(side * side for side in self.patch_nums)
+        return self.buffer_11LL[:, :, :end, :end].to(self.dtype)
 
 
 def sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:
@@ -30,11 +61,62 @@ def sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | Non
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=bias_11LL, scale=scale)
 
 
-BACKENDS: dict[str, Attention] = {"sdpa": sdpa}
-INSTALL: dict[str, str] = {
-    "flash_attn": "pip install 'var-scale[gpu]' on a Linux machine with an NVIDIA GPU, then register_backend it",
-    "xformers": "pip install 'var-scale[gpu]' on a Linux machine with an NVIDIA GPU, then register_backend it",
-}
+def xformers(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:
+    """xformers.ops.memory_efficient_attention."""
+    from xformers.ops import memory_efficient_attention
+
+    B, H, L, _ = q_BHLD.shape
+    bias = None if bias_11LL is None else bias_11LL.to(q_BHLD.dtype).expand(B, H, L, -1)
+    q, k, v = (t.transpose(1, 2) for t in (q_BHLD, k_BHLD, v_BHLD))
+    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+
+
+def flash(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:
+    """flash_attn.flash_attn_func, without a mask; needs float16 or bfloat16."""
+    if bias_11LL is not None:
+        raise UserError("attention=flash: flash-attn has no block-causal mask, it only samples; train with triton, flex, xformers or sdpa")
+    if q_BHLD.dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(f"attention=flash: flash-attn takes bfloat16 or float16, not {q_BHLD.dtype}; sample under autocast")
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(t.transpose(1, 2) for t in (q_BHLD, k_BHLD, v_BHLD)), softmax_scale=scale).transpose(1, 2)
+
+
+FLEX_BLOCK = 64
+"""block of FlexAttention's mask: at 256 pixels its default of 128 skips 0.8 % of the pairs, 64 skips 25 %"""
+
+
+@lru_cache(maxsize=32)
+def _flex_mask(patch_nums: tuple[int, ...], device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    hi_L = torch.tensor(scales(patch_nums).hi, device=device)
+    L = len(hi_L)
+    return create_block_mask(lambda b, h, q, kv: kv < hi_L[q], None, None, L, L, device=device.type, BLOCK_SIZE=FLEX_BLOCK)
+
+
+@lru_cache(maxsize=1)
+def _flex_kernel() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: ScaleMask | None, scale: float) -> Tensor:
+    """FlexAttention; compiled on GPUs, plain (slow) on CPUs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if mask is None:
+        return sdpa(q_BHLD, k_BHLD, v_BHLD, None, scale)
+    block_mask = _flex_mask(mask.patch_nums, q_BHLD.device)
+    if not q_BHLD.is_cuda:
+        return flex_attention(q_BHLD, k_BHLD, v_BHLD, block_mask=block_mask, scale=scale)  # type: ignore[return-value]
+    options = {"BLOCK_M": FLEX_BLOCK, "BLOCK_N": FLEX_BLOCK}
+    return _flex_kernel()(q_BHLD, k_BHLD, v_BHLD, block_mask=block_mask, scale=scale, kernel_options=options)
+
+
+BACKENDS: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers, "flash": flash}
+PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}
 
 
 def register_backend(name: str, attention: Attention) -> None:
@@ -43,14 +125,72 @@ def register_backend(name: str, attention: Attention) -> None:
 
 
 def backend_name(name: str) -> str:
-    """The back-end that `name` stands for; `auto` is sdpa. UserError for one that is unknown or not installed."""
-    name = "sdpa" if name == "auto" else name
-    if name not in BACKENDS:
-        known = ", ".join(["auto", *sorted(BACKENDS)])
-        if name in INSTALL:
-            raise UserError(f"attention back-end {name!r} is not installed here: {INSTALL[name]}; or take one of {known}")
-        raise UserError(f"attention back-end {name!r} is not known; take one of {known}, or add it with register_backend")
+    """`name`, checked. UserError for a back-end that is unknown or not installed."""
+    known = ["auto", "triton", "flex", *sorted(BACKENDS)]
+    if name not in known:
+        raise UserError(f"attention back-end {name!r} is not known; take one of {', '.join(known)}, or add it with register_backend")
+    package = PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"attention back-end {name!r} needs {package}, which is not installed: pip install 'var-scale[gpu]' on a Linux "
+                        "machine with an NVIDIA GPU; or take another, such as auto")  # fmt: skip
     return name
+
+
+def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
+    """The back-end that runs on `device`, and why. UserError when one was asked for by name and cannot run there."""
+    reason = why_not(device)
+    if name == "auto":
+        return ("sdpa", reason) if reason else ("triton", "the fused kernels run on this GPU")
+    if name == "triton" and reason:
+        raise UserError(f"attention=triton: {reason}; take auto or sdpa")
+    return name, "asked for by name"
+
+
+def attend(
+    qkv_BL3HD: Tensor, mask: Tensor | ScaleMask | None, log_scale_H: Tensor | None, scale: float, backend: str, cache: KVCache | None
+) -> Tensor:
+    """Self-attention of packed q, k, v by a back-end's name; returns (B, L, C).
+
+    With `log_scale_H`: q <- q/|q| exp(min(s_h, ln 100)), k <- k/|k|. `mask`: the scale mask, a bias (1, 1, L, L), or None. With a `cache`
+    the queries also see all earlier keys, and there is no mask.
+    """
+    B, L, _, H, D = qkv_BL3HD.shape
+    if backend == "auto":
+        backend = "triton" if use_triton(qkv_BL3HD) and not isinstance(mask, Tensor) else "sdpa"
+    if backend == "triton" and isinstance(mask, ScaleMask) and cache is None:
+        return block_attention(qkv_BL3HD, mask.patch_nums, log_scale_H, scale)
+    q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    if log_scale_H is not None:
+        # Under autocast the norm promotes to float32; the product runs in the dtype of v.
+        q_BHLD, k_BHLD = F.normalize(qkv_BL3HD[:, :, :2].permute(2, 0, 3, 1, 4), dim=-1).unbind(0)
+        q_BHLD = (q_BHLD * log_scale_H.clamp_max(MAX_LOG_SCALE).exp().view(1, H, 1, 1)).to(v_BHLD.dtype)
+        k_BHLD = k_BHLD.to(v_BHLD.dtype)
+    if cache is not None:
+        k_BHLD, v_BHLD = cache.extend(k_BHLD, v_BHLD)
+    if backend == "triton":
+        if mask is not None:
+            raise UserError("attention=triton takes the block-causal mask of the model, not a tensor; take sdpa for a mask of your own")
+        return cached_attention(q_BHLD.transpose(1, 2), k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2), scale).reshape(B, L, H * D)
+    if backend == "flex":
+        o_BHLD = flex(q_BHLD, k_BHLD, v_BHLD, mask if isinstance(mask, ScaleMask) else None, scale)
+    else:
+        bias_11LL = mask.bias_11LL if isinstance(mask, ScaleMask) else mask
+        o_BHLD = BACKENDS[backend](q_BHLD, k_BHLD, v_BHLD, bias_11LL, scale)
+    return o_BHLD.transpose(1, 2).reshape(B, L, H * D)
+
+
+class KVCache:
+    """Keys (after normalisation) and values of the scales already sampled, (B, H, L, D), for one block."""
+
+    def __init__(self) -> None:
+        self.k_BHLD: Tensor | None = None
+        self.v_BHLD: Tensor | None = None
+
+    def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append and return everything so far."""
+        self.k_BHLD = k_BHlD if self.k_BHLD is None else torch.cat((self.k_BHLD, k_BHlD), dim=2)
+        self.v_BHLD = v_BHlD if self.v_BHLD is None else torch.cat((self.v_BHLD, v_BHlD), dim=2)
+        return self.k_BHLD, self.v_BHLD
 
 
 def level_index(patch_nums: Sequence[int]) -> Tensor:

@@ -8,21 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from var_scale.model.attention import BACKENDS, backend_name
+from var_kernels import adaptive_layer_norm, gate_adaptive_layer_norm, gelu_mlp, use_triton
+from var_kernels.dispatch import compute_dtype
+from var_scale.model.attention import KVCache, ScaleMask, attend, backend_name
+
+KERNELS = ("auto", "on", "off")
+Pending = tuple[Tensor, Tensor, Tensor | None]
+"""a branch that is not added yet: its output (B, L, C), its gate (B, 1, C), and the factor of each sample (B,) or None"""
 
 
-def drop_path(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: bool) -> Tensor:
-    """Zero a residual branch for whole samples and scale the others by 1 / (1 - rate).
+def fused(kernels: str, x: Tensor) -> bool:
+    """Whether the fused operators take over for `x`. on: also where they run in their PyTorch form."""
+    return kernels == "on" or (kernels == "auto" and use_triton(x))
+
+
+def keep_factor(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: bool) -> Tensor | None:
+    """The factor (B,) of a residual branch for each sample, 0 or 1 / (1 - rate); None where all stay as they are.
 
     `keep_B` (B,) bool says which samples keep it; None draws them while training, and keeps all otherwise.
     """
     if keep_B is None:
         if not training or rate == 0:
-            return x_BLC
-        keep_B11 = x_BLC.new_empty(x_BLC.shape[0], 1, 1).bernoulli_(1 - rate)
-    else:
-        keep_B11 = keep_B.to(x_BLC.dtype).view(-1, 1, 1)
-    return x_BLC * (keep_B11 / (1 - rate))
+            return None
+        return x_BLC.new_empty(x_BLC.shape[0]).bernoulli_(1 - rate) / (1 - rate)
+    return keep_B.to(x_BLC.dtype) / (1 - rate)
+
+
+def drop_path(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: bool) -> Tensor:
+    """Zero a residual branch for whole samples and scale the others by 1 / (1 - rate); see `keep_factor`."""
+    factor_B = keep_factor(x_BLC, rate, keep_B, training)
+    return x_BLC if factor_B is None else x_BLC * factor_B.view(-1, 1, 1)
 
 
 class DropPath(nn.Module):
@@ -36,23 +51,13 @@ class DropPath(nn.Module):
         """Same shape in and out."""
         return drop_path(x_BLC, self.rate, keep_B, self.training)
 
+    def factor(self, x_BLC: Tensor, keep_B: Tensor | None) -> Tensor | None:
+        """The factor (B,) of each sample, for operators that apply it themselves."""
+        return keep_factor(x_BLC, self.rate, keep_B, self.training)
+
     def extra_repr(self) -> str:
         """One line for print(model)."""
         return f"rate={self.rate:.4f}"
-
-
-class KVCache:
-    """Keys (after normalisation) and values of the scales already sampled, (B, H, L, D), for one block."""
-
-    def __init__(self) -> None:
-        self.k_BHLD: Tensor | None = None
-        self.v_BHLD: Tensor | None = None
-
-    def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append and return everything so far."""
-        self.k_BHLD = k_BHlD if self.k_BHLD is None else torch.cat((self.k_BHLD, k_BHlD), dim=2)
-        self.v_BHLD = v_BHlD if self.v_BHLD is None else torch.cat((self.v_BHLD, v_BHlD), dim=2)
-        return self.k_BHLD, self.v_BHLD
 
 
 class BiasedLinear(nn.Linear):
@@ -73,7 +78,6 @@ class SelfAttention(nn.Module):
     """
 
     zero_k_bias: Tensor
-    max_log_scale = math.log(100)
 
     def __init__(self, channels: int, heads: int, l2_norm: bool, attention: str = "auto") -> None:
         super().__init__()
@@ -93,21 +97,13 @@ class SelfAttention(nn.Module):
         """Start with an empty key-value cache, or drop it. While it is on, queries also see the keys of all earlier calls."""
         self.cache = KVCache() if enable else None
 
-    def forward(self, x_BLC: Tensor, attn_bias: Tensor | None) -> Tensor:
-        """(B, L, C) -> (B, L, C). `attn_bias` (1, 1, L, L) or None."""
-        B, L, C = x_BLC.shape
+    def forward(self, x_BLC: Tensor, attn_bias: Tensor | ScaleMask | None) -> Tensor:
+        """(B, L, C) -> (B, L, C). `attn_bias`: the model's mask, a tensor (1, 1, L, L), or None."""
+        B, L, _ = x_BLC.shape
         qkv_BLC3 = self.mat_qkv(x_BLC, torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)))
-        qkv_3BHLD = qkv_BLC3.view(B, L, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q_BHLD, k_BHLD, v_BHLD = qkv_3BHLD.unbind(0)
-        if self.l2_norm:
-            # Under autocast the norm promotes to float32; the product runs in the dtype of v.
-            q_BHLD, k_BHLD = F.normalize(qkv_3BHLD[:2], dim=-1).unbind(0)
-            q_BHLD = (q_BHLD * self.scale_mul_1H11.clamp_max(self.max_log_scale).exp()).to(v_BHLD.dtype)
-            k_BHLD = k_BHLD.to(v_BHLD.dtype)
-        if self.cache is not None:
-            k_BHLD, v_BHLD = self.cache.extend(k_BHLD, v_BHLD)
-        o_BHLD = BACKENDS[self.backend](q_BHLD, k_BHLD, v_BHLD, attn_bias, self.scale)
-        return self.proj(o_BHLD.transpose(1, 2).reshape(B, L, C))
+        qkv_BL3HD = qkv_BLC3.view(B, L, 3, self.heads, self.head_dim)
+        log_scale_H = self.scale_mul_1H11.view(-1) if self.l2_norm else None
+        return self.proj(attend(qkv_BL3HD, attn_bias, log_scale_H, self.scale, self.backend, self.cache))
 
     def extra_repr(self) -> str:
         """One line for print(model)."""
@@ -117,19 +113,33 @@ class SelfAttention(nn.Module):
 class FFN(nn.Module):
     """Linear, GELU (tanh form), linear."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, kernels: str = "auto") -> None:
         super().__init__()
+        self.kernels = kernels
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
+        """(B, L, C) -> (B, L, C). The fused form reads the weights of both layers here: ZeRO-3 must gather this module as a whole."""
+        if fused(self.kernels, x_BLC):
+            return gelu_mlp(x_BLC, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
 
 
 def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
     return x_BLC * (scale_B1C + 1) + shift_B1C
+
+
+def norm_after(
+    x_BLC: Tensor, pending: Pending | None, scale_B1C: Tensor, shift_B1C: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Add the pending branch to x, then AdaLN: (h, x)."""
+    if pending is None:
+        return adaptive_layer_norm(x_BLC, scale_B1C, shift_B1C, eps, out_dtype), x_BLC
+    y_BLC, gamma_B1C, keep_B = pending
+    x_BLC, h_BLC = gate_adaptive_layer_norm(x_BLC, y_BLC, gamma_B1C, scale_B1C, shift_B1C, keep_B, eps, out_dtype)
+    return h_BLC, x_BLC
 
 
 class AdaLNSelfAttn(nn.Module):
@@ -149,27 +159,38 @@ class AdaLNSelfAttn(nn.Module):
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
         attention: str = "auto",
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
-        self.C, self.shared_aln = channels, shared_aln
+        self.C, self.shared_aln, self.kernels = channels, shared_aln, kernels
         self.drop_path = DropPath(drop_path_rate)
         self.attn = SelfAttention(channels, heads, attn_l2_norm, attention)
-        self.ffn = FFN(channels, round(channels * mlp_ratio))
+        self.ffn = FFN(channels, round(channels * mlp_ratio), kernels)
         self.ln_wo_grad = nn.LayerNorm(channels, eps=norm_eps, elementwise_affine=False)
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, channels) / channels**0.5)
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
-    def forward(self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | ScaleMask | None = None, keep: Tensor | None = None,
+        pending: Pending | None = None, defer: bool = False,
+    ) -> Tensor | tuple[Tensor, Pending]:  # fmt: skip
         """x (B, L, C) -> (B, L, C); the first three names are the official ones.
 
         `cond_BD` is the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C). `keep` says which samples keep the branches
-        of this block: (B,) for both, (2, B) for attention and MLP; None draws it while training.
+        of this block: (B,) for both, (2, B) for attention and MLP; None draws it while training. With `defer` the MLP's branch is
+        returned beside x, not added, and `pending` is that of the block before: gate, sum and the next norm are one pass over memory.
         """
         ada_B16C = cond_BD + self.ada_gss if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         keep_attn, keep_ffn = (keep, keep) if keep is None or keep.ndim == 1 else keep.unbind(0)
+        if defer:
+            out = compute_dtype(x)
+            h_BLC, x = norm_after(x, pending, scale1, shift1, self.ln_wo_grad.eps, out)
+            branch = (self.attn(h_BLC, attn_bias), gamma1, self.drop_path.factor(x, keep_attn))
+            h_BLC, x = norm_after(x, branch, scale2, shift2, self.ln_wo_grad.eps, out)
+            return x, (self.ffn(h_BLC), gamma2, self.drop_path.factor(x, keep_ffn))
         h_BLC = self.attn(modulate(self.ln_wo_grad(x), scale1, shift1), attn_bias)
         x = x + self.drop_path(h_BLC * gamma1, keep_attn)
         h_BLC = self.ffn(modulate(self.ln_wo_grad(x), scale2, shift2))
@@ -185,7 +206,9 @@ class AdaLNBeforeHead(nn.Module):
         self.ln_wo_grad = nn.LayerNorm(channels, eps=norm_eps, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
+    def forward(self, x_BLC: Tensor, cond_BC: Tensor, pending: Pending | None = None, defer: bool = False) -> Tensor:
+        """(B, L, C) -> (B, L, C), in the compute dtype with `defer`, which adds the last block's branch first."""
         scale_B1C, shift_B1C = self.ada_lin(cond_BC).view(-1, 1, 2, self.C).unbind(2)
+        if defer:
+            return norm_after(x_BLC, pending, scale_B1C, shift_B1C, self.ln_wo_grad.eps, compute_dtype(x_BLC))[0]
         return modulate(self.ln_wo_grad(x_BLC), scale_B1C, shift_B1C)

@@ -31,6 +31,7 @@ def build_var(
     cond_drop_rate: float = 0.1,
     drop_path_rate: float | None = None,
     attention: str = "auto",
+    kernels: str = "auto",
     init_adaln: float = 0.5,
     init_adaln_gamma: float = 1e-5,
     init_head: float = 0.02,
@@ -56,6 +57,7 @@ def build_var(
             attn_l2_norm=attn_l2_norm,
             patch_nums=vae.patch_nums if patch_nums is None else patch_nums,
             attention=attention,
+            kernels=kernels,
         )
         var.init_weights(init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head, init_std=init_std)
     return var if meta else var.to(device)
@@ -115,7 +117,7 @@ def build_vae_var(
 ) -> tuple[VQVAE, VAR]:
     """The official builder, arguments in the official order: (frozen VQVAE, VAR of width 64 x depth with `depth` heads).
 
-    `flash_if_available` False asks for sdpa by name; `fused_if_available` is accepted and changes nothing.
+    `flash_if_available` False asks for sdpa by name, `fused_if_available` False for no fused operators.
     """
     vae = build_vae(V=V, Cvae=Cvae, ch=ch, share_quant_resi=share_quant_resi, patch_nums=patch_nums, device=device)
     var = build_var(
@@ -125,6 +127,7 @@ def build_vae_var(
         shared_aln=shared_aln,
         attn_l2_norm=attn_l2_norm,
         attention="auto" if flash_if_available else "sdpa",
+        kernels="auto" if fused_if_available else "off",
         init_adaln=init_adaln,
         init_adaln_gamma=init_adaln_gamma,
         init_head=init_head,

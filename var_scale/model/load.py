@@ -54,8 +54,8 @@ def build_model(config: Config, vae: VQVAE, device: torch.device) -> VAR:
     var = build_var(
         vae, depth=m.depth, width=m.channels, heads=m.num_heads, mlp_ratio=m.mlp_ratio, num_classes=config.classes,
         patch_nums=config.tokenizer.patch_nums, shared_aln=m.shared_aln, attn_l2_norm=m.attn_l2_norm, cond_drop_rate=m.cond_drop_rate,
-        drop_path_rate=m.drop_path_rate, attention=m.attention, init_adaln=m.init_adaln, init_adaln_gamma=m.init_adaln_gamma,
-        init_head=m.init_head, init_std=m.init_std, device=device,
+        drop_path_rate=m.drop_path_rate, attention=m.attention, kernels=m.kernels, init_adaln=m.init_adaln,
+        init_adaln_gamma=m.init_adaln_gamma,        init_head=m.init_head, init_std=m.init_std, device=device,
     )  # fmt: skip
     var.eval_label_drop = config.train.eval_label_dropout
     return var

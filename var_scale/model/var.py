@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from var_kernels import linear_cross_entropy, why_not
 from var_scale.errors import UserError, require_positive
-from var_scale.model.attention import backend_name, block_causal_bias, level_index
-from var_scale.model.block import AdaLNBeforeHead, AdaLNSelfAttn
+from var_scale.model.attention import ScaleMask, backend_name, block_causal_bias, choose_backend, level_index
+from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pending, fused
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
 
@@ -33,6 +36,19 @@ def residual_dtype(x: Tensor) -> torch.dtype:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+class Head(nn.Linear):
+    """The output projection, alone or with its cross-entropy."""
+
+    def forward(  # type: ignore[override]
+        self, x_BLC: Tensor, target_BL: Tensor | None = None, smoothing: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, L, V); with `target_BL` (loss with label smoothing, cross-entropy, likeliest code), each (B, L)."""
+        if target_BL is None:
+            return F.linear(x_BLC, self.weight, self.bias)
+        loss, ce, best = linear_cross_entropy(x_BLC.flatten(0, 1), self.weight, self.bias, target_BL.flatten(), smoothing)
+        return loss.view_as(target_BL), ce.view_as(target_BL), best.view_as(target_BL)
 
 
 class VAR(nn.Module):
@@ -60,6 +76,7 @@ class VAR(nn.Module):
         attn_l2_norm: bool = False,
         patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         attention: str = "auto",
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         require_positive(depth=depth, embed_dim=embed_dim, num_heads=num_heads, num_classes=num_classes, patch_nums=patch_nums)
@@ -69,7 +86,9 @@ class VAR(nn.Module):
         self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
         self.num_classes, self.cond_drop_rate, self.eval_label_drop = num_classes, cond_drop_rate, False
         self.shared_aln, self.attn_l2_norm, self.mlp_ratio = shared_aln, attn_l2_norm, mlp_ratio
-        self.attention = backend_name(attention)
+        self.attention, self.kernels = backend_name(attention), kernels
+        if kernels not in KERNELS:
+            raise UserError(f"kernels={kernels!r} is not known; take one of {', '.join(KERNELS)}")
         self.prog_si = -1
         self.patch_nums = tuple(patch_nums)
         ends = [0]
@@ -95,12 +114,13 @@ class VAR(nn.Module):
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(embed_dim, 6 * embed_dim))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            AdaLNSelfAttn(embed_dim, num_heads, mlp_ratio, rate, norm_eps, shared_aln, attn_l2_norm, attention) for rate in rates
+            AdaLNSelfAttn(embed_dim, num_heads, mlp_ratio, rate, norm_eps, shared_aln, attn_l2_norm, attention, kernels)
+            for rate in rates
         )
         self.register_buffer("lvl_1L", level_index(self.patch_nums).view(1, self.L))
         self.register_buffer("attn_bias_for_masking", block_causal_bias(self.patch_nums))
         self.head_nm = AdaLNBeforeHead(embed_dim, norm_eps)
-        self.head = nn.Linear(embed_dim, self.V)
+        self.head = Head(embed_dim, self.V)
 
     @property
     def rng(self) -> torch.Generator:
@@ -133,8 +153,11 @@ class VAR(nn.Module):
         *,
         label_drop_B: Tensor | None = None,
         path_keep_DB: Tensor | None = None,
-    ) -> Tensor:
-        """Teacher-forced logits (B, L, V) float32; with `prog_si` only of the first scales.
+        target_BL: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced logits (B, L, V) float32; with `prog_si` only of the first scales. With `target_BL`, for which the fused
+        operators are needed, no logits but (loss with `label_smoothing`, cross-entropy, likeliest code), each (B, L).
 
         label_B (B,) int64 classes, num_classes meaning none. x_BLCv_wo_first_l (B, L - first, Cvae) from `idxBl_to_var_input`; None
         where there is one scale only. label_drop_B (B,) bool: labels to drop; None draws them while training (and in evaluation if
@@ -154,11 +177,32 @@ class VAR(nn.Module):
             x_BLC = x_BLC + (self.lvl_embed(self.lvl_1L[:, :end]) + self.pos_1LC[:, :end])
         dtype = residual_dtype(x_BLC)
         ada = self.shared_ada_lin(cond_BC).to(dtype)
-        attn_bias = self.attn_bias_for_masking[:, :, :end, :end].to(dtype)
+        shown = self.patch_nums[: self.prog_si + 1] if self.prog_si >= 0 else self.patch_nums
+        mask = ScaleMask(shown, self.attn_bias_for_masking, dtype)
         x_BLC = x_BLC.to(dtype)
-        for i, block in enumerate(self.blocks):
-            x_BLC = block(x_BLC, ada, attn_bias, None if path_keep_DB is None else path_keep_DB[i])
+        keep = [None] * self.depth if path_keep_DB is None else path_keep_DB
+        if fused(self.kernels, x_BLC):
+            return self._fused(x_BLC, ada, cond_BC, mask, keep, target_BL, label_smoothing)
+        for block, keep_B in zip(self.blocks, keep, strict=True):
+            x_BLC = block(x_BLC, ada, mask, keep_B)
         return self.get_logits(x_BLC, cond_BC)
+
+    def _fused(
+        self, x_BLC: Tensor, ada: Tensor, cond_BC: Tensor, mask: ScaleMask, keep: Any, target_BL: Tensor | None, smoothing: float
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Blocks, norm and head with the fused operators: every branch is added in the pass that takes the next norm."""
+        pending: Pending | None = None
+        for block, keep_B in zip(self.blocks, keep, strict=True):
+            x_BLC, pending = block(x_BLC, ada, mask, keep_B, pending, defer=True)
+        h_BLC = self.head_nm(x_BLC, cond_BC, pending, defer=True)
+        return self.head(h_BLC).float() if target_BL is None else self.head(h_BLC, target_BL, smoothing)
+
+    def choices(self) -> dict[str, str]:
+        """What `auto` stands for on the device of the weights: back-end and operators, each with the reason."""
+        device = self.lvl_1L.device
+        backend, why = choose_backend(self.attention, device)
+        on, reason = fused(self.kernels, self.pos_1LC), why_not(device) or "they run here"
+        return {"attention": f"{backend} ({why})", "kernels": f"{'on' if on else 'off'} (asked: {self.kernels}; {reason})"}
 
     def _checked_input(self, label_B: Tensor, x_BlZ: Tensor | None, end: int) -> Tensor:
         """The input of the later scales, empty where there is only the first; UserError if it or the labels do not fit."""

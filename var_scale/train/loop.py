@@ -111,7 +111,7 @@ class Run:
         )  # fmt: skip
         var = self.engine.train_step_module().var
         choices = {"engine": c.engine.name, "zero_stage": c.engine.zero_stage if c.engine.name == "deepspeed" else None,
-                   "precision": self.precision, "attention": var.attention}  # fmt: skip
+                   "precision": self.precision, **var.choices()}  # fmt: skip
         env = environment(self.world, choices)
         say(" ".join(f"{k}={v}" for k, v in choices.items() if v is not None) + f" world={self.world.size} device={env['device']}")
         self.telemetry = Telemetry(self.folder, c, env)

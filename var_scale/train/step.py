@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from var_scale.model.block import fused
+from var_scale.model.var import VAR
+
 
 def split_scales(tokens_BL: torch.Tensor, patch_nums: tuple[int, ...]) -> list[torch.Tensor]:
     """(B, L) tokens to one (B, pn*pn) tensor a scale."""
@@ -24,7 +27,7 @@ class TrainStep(nn.Module):
         label_smoothing: of the cross-entropy.
     """
 
-    def __init__(self, var: nn.Module, quantizer: nn.Module, patch_nums: tuple[int, ...], bf16: bool, label_smoothing: float):
+    def __init__(self, var: VAR, quantizer: nn.Module, patch_nums: tuple[int, ...], bf16: bool, label_smoothing: float):
         super().__init__()
         self.var = var
         self.frozen: tuple[Any] = (quantizer,)  # a tuple hides it from parameters() and state_dict()
@@ -42,6 +45,11 @@ class TrainStep(nn.Module):
             x_BLZ = self.frozen[0].idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
         enabled = self.bf16 and self.training  # evaluation is float32, as in the reference
         kwargs: dict[str, Any] = {"label_drop_B": label_drop_B, "path_keep_DB": path_keep_D2B}
+        if fused(self.var.kernels, x_BLZ):
+            kwargs |= {"target_BL": tokens_BL, "label_smoothing": self.label_smoothing}
+            with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
+                loss_BL, ce_BL, best_BL = self.var(label_B, x_BLZ, **kwargs)
+            return loss_BL.mean(), ce_BL.detach(), best_BL == tokens_BL
         with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
             logits_BLV = self.var(label_B, x_BLZ, **kwargs)
         logits_BLV = logits_BLV.float()

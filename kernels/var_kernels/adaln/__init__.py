@@ -1,5 +1,5 @@
 """Gated residual and adaptive layer norm."""
 
-from var_kernels.adaln.op import adaln, gate_adaln
+from var_kernels.adaln.op import adaptive_layer_norm, gate_adaptive_layer_norm
 
-__all__ = ["adaln", "gate_adaln"]
+__all__ = ["adaptive_layer_norm", "gate_adaptive_layer_norm"]

@@ -1,4 +1,4 @@
-"""The public functions: gate_adaln (gated residual, then AdaLN) and adaln. Differentiable, and opaque to torch.compile."""
+"""The public functions: adaptive layer norm, alone and after a gated residual. Differentiable, and opaque to torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from var_kernels.dispatch import multiprocessors, use_triton
 from var_kernels.numerics import upcast
 
 
-def gate_adaln(
+def gate_adaptive_layer_norm(
     x_BLC: Tensor, y_BLC: Tensor, gamma_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, keep_B: Tensor | None = None,
     eps: float = 1e-6, out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -31,8 +31,10 @@ def gate_adaln(
     return x_new, h
 
 
-def adaln(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None) -> Tensor:
-    """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaln` without the residual: for the first block and the head."""
+def adaptive_layer_norm(
+    x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaptive_layer_norm` without the residual: for the first block and the head."""
     out = out_dtype or x_BLC.dtype
     if not use_triton(x_BLC):
         return reference.adaln(x_BLC, scale_BC, shift_BC, eps, out)

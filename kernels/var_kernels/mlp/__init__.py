@@ -1,5 +1,5 @@
 """The two-layer MLP."""
 
-from var_kernels.mlp.op import mlp
+from var_kernels.mlp.op import gelu_mlp
 
-__all__ = ["mlp"]
+__all__ = ["gelu_mlp"]

@@ -14,14 +14,14 @@ from var_kernels.mlp import config, reference
 SAVE = ("preact", "both", "input")
 
 
-def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: str = "preact") -> Tensor:
+def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: str = "preact") -> Tensor:
     """gelu(x W1^T + b1) W2^T + b2, x (..., C), w1 (F, C), w2 (C, F), in autocast's type, else that of x.
 
     `save` says what is kept for the backward pass beside x: "preact", h = x W1^T + b1 (2 F bytes a token in bf16; a = gelu(h) is made again
     in the kernel that needs h anyway); "both", h and a; "input", nothing (one more matrix product).
     """
     if save not in SAVE:
-        raise ValueError(f"mlp: save={save!r} is not known; take one of {', '.join(SAVE)}")
+        raise ValueError(f"gelu_mlp: save={save!r} is not known; take one of {', '.join(SAVE)}")
     if not use_triton(x):
         return reference.mlp(x, w1, b1, w2, b2)
     arguments = (x.to(compute_dtype(x)), w1, b1, w2, b2, save)
@@ -115,7 +115,7 @@ class _Function(torch.autograd.Function):
 
 @torch.library.custom_op("var_kernels::mlp", mutates_args=())
 def mlp_op(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`mlp` as torch.compile sees it: (y, h, a), the last two empty unless `save` keeps them."""
+    """`gelu_mlp` as torch.compile sees it: (y, h, a), the last two empty unless `save` keeps them."""
     return _forward(x, w1, b1, w2, b2, save)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from var_scale.errors import UserError
+from var_scale.model.block import FFN
 from var_scale.train.engine.base import MOMENT_KEYS, Engine, Moments, StepStats
 from var_scale.train.optim import build_optimizer
 from var_scale.train.step import TrainStep
@@ -53,6 +54,8 @@ class DeepSpeedEngine(Engine):
 
         self.stage = int(given.get("zero_optimization", {}).get("stage", 0))
         named = [(name, p) for name, p in step_module.var.named_parameters()]
+        if self.stage == 3:  # the fused MLP reads the weights of its layers itself: they are gathered as one
+            deepspeed.utils.set_z3_leaf_modules(step_module, [FFN])
         config = engine_config(given, dist.get_world_size(), batch_size, accumulate, clip)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=step_module, optimizer=build_optimizer(named, betas), config=config, dist_init_required=False

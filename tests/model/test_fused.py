@@ -1,0 +1,123 @@
+"""The model with the fused operators and the other attention back-ends: the same numbers as plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.test_var import tiny
+from var_kernels.adaln import op as adaln_op
+from var_kernels.attention import op as attention_op
+from var_scale.errors import UserError
+from var_scale.model import VAR
+from var_scale.model.attention import choose_backend
+from var_scale.train.step import TrainStep
+
+LABELS = torch.tensor([0, 3, 1])
+VARIANTS: list[dict[str, Any]] = [
+    {}, {"shared_aln": True}, {"attn_l2_norm": False}, {"drop_path_rate": 0.5}, {"patch_nums": (1,)}, {"depth": 1, "mlp_ratio": 2.5},
+]  # fmt: skip
+
+
+def pair(**kwargs: Any) -> tuple[VAR, VAR]:
+    """The same weights without and with the fused operators."""
+    kwargs = {"depth": 3} | kwargs
+    plain, fused = tiny(kernels="off", **kwargs), tiny(kernels="on", **kwargs)
+    fused.load_state_dict(plain.state_dict())
+    return plain.train(), fused.train()
+
+
+def losses(var: VAR, smoothing: float = 0.1) -> list[torch.Tensor]:
+    """Loss, cross-entropies, correctness, and the gradients of all weights; labels and paths drawn beforehand."""
+    torch.manual_seed(1)
+    tokens = torch.randint(var.V, (3, var.L))
+    keep = torch.rand(var.depth, 2, 3) < 0.6
+    step = TrainStep(var, var.vae_quant_proxy[0], var.patch_nums, bf16=False, label_smoothing=smoothing)
+    loss, ce, correct = step(tokens, LABELS, torch.tensor([False, True, False]), keep)
+    return [loss.detach(), ce, correct, *torch.autograd.grad(loss, list(var.parameters()), allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_fused_training_step(kwargs: dict[str, Any]) -> None:
+    """Loss, per-token results and all gradients."""
+    plain, fused = pair(**kwargs)
+    for number, (a, b) in enumerate(zip(losses(plain), losses(fused), strict=True)):
+        torch.testing.assert_close(b, a, rtol=2e-4, atol=2e-6, msg=lambda text, number=number: f"result {number}: {text}")
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS[:3], ids=str)
+def test_fused_logits_and_sampling(kwargs: dict[str, Any]) -> None:
+    """Logits, those of the first scales only, and the images of a seed."""
+    plain, fused = (var.eval() for var in pair(**kwargs))
+    x = torch.randn(3, plain.L - 1, plain.Cvae)
+    for stage in (-1, 2):
+        plain.prog_si = fused.prog_si = stage
+        torch.testing.assert_close(fused(LABELS, x), plain(LABELS, x), rtol=1e-4, atol=1e-4)
+    plain.prog_si = fused.prog_si = -1
+    images = [var.autoregressive_infer_cfg(3, LABELS, g_seed=0, cfg=2.0, top_k=9) for var in (plain, fused)]
+    torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
+
+
+def test_drawn_paths_and_labels_are_the_same() -> None:
+    """Without given noise both draw it from the same stream in the same order."""
+    plain, fused = pair(drop_path_rate=0.5)
+    x = torch.randn(3, plain.L - 1, plain.Cvae)
+    outs = []
+    for var in (plain, fused):
+        torch.manual_seed(7)
+        outs.append(var(LABELS, x))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast() -> None:
+    """In bfloat16 both are as far from float32."""
+    plain, fused = (var.eval() for var in pair())
+    x = torch.randn(3, plain.L - 1, plain.Cvae)
+    exact = plain(LABELS, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        errors = [float((var(LABELS, x).detach() - exact).norm() / exact.norm()) for var in (plain, fused)]
+    assert errors[1] < 1.5 * errors[0] < 0.1
+
+
+@pytest.mark.parametrize("attn_l2_norm", [True, False])
+def test_flex(attn_l2_norm: bool) -> None:
+    """FlexAttention with its block mask, forward (it has no backward on CPUs), also of the first scales only."""
+    plain, flex = tiny(attn_l2_norm=attn_l2_norm), tiny(attn_l2_norm=attn_l2_norm, attention="flex")
+    flex.load_state_dict(plain.state_dict())
+    x = torch.randn(3, plain.L - 1, plain.Cvae)
+    with torch.no_grad():
+        for stage in (-1, 1):
+            plain.prog_si = flex.prog_si = stage
+            torch.testing.assert_close(flex.eval()(LABELS, x), plain.eval()(LABELS, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU tests/kernels/test_gpu.py does it on the GPU")
+@pytest.mark.parametrize("attn_l2_norm", [True, False])
+def test_triton_attention_and_norms_in_the_interpreter(attn_l2_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels inside the model: training step, gradients, sampling with the cache."""
+    plain = tiny(attn_l2_norm=attn_l2_norm, kernels="off")
+    triton = tiny(attn_l2_norm=attn_l2_norm, attention="triton", kernels="on")
+    triton.load_state_dict(plain.state_dict())
+    for module in (adaln_op, attention_op):
+        monkeypatch.setattr(module, "use_triton", lambda _: True)
+    for a, b in zip(losses(plain.train()), losses(triton.train()), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+    images = [var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5) for var in (plain, triton)]
+    torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
+
+
+def test_choices_are_said_and_wrong_ones_refused() -> None:
+    """auto says why; triton by name on a CPU, flash for training and masks of one's own for triton are errors."""
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu)[0] == "sdpa" and "NVIDIA GPU" in choose_backend("auto", cpu)[1]
+    with pytest.raises(UserError, match="attention=triton: the kernels need an NVIDIA GPU"):
+        choose_backend("triton", cpu)
+    choices = tiny().choices()
+    assert choices["attention"].startswith("sdpa (") and choices["kernels"].startswith("off (asked: auto")
+    with pytest.raises(UserError, match="kernels='yes' is not known"):
+        tiny(kernels="yes")
+    block = tiny(attention="triton").blocks[0]
+    with pytest.raises(UserError, match="takes the block-causal mask of the model"):
+        block(torch.randn(1, 5, 32), torch.randn(1, 32), torch.zeros(1, 1, 5, 5))
