@@ -226,6 +226,13 @@ def sample(args: argparse.Namespace) -> None:
     say(f"{len(classes)} classes x {args.per_class} images: {args.out}")
 
 
+def bench_kernels(args: argparse.Namespace) -> None:
+    """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
+    from var_kernels.bench.run import run
+
+    run(args.operators, args.shapes, args.out)
+
+
 def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run."""
     from var_scale.study.table import fit_table
@@ -291,6 +298,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=_number(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
     sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
     sub.add_argument("--zoom", type=_number(int, 1), default=1, help="enlarge the picture")
+
+    sub = command(family("bench", "timings of this machine: kernels"), "kernels", bench_kernels)
+    sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
+    sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")

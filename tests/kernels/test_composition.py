@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,31 @@ def test_where_the_kernels_run() -> None:
     cpu = torch.device("cpu")
     assert "need an NVIDIA GPU" in why_not(cpu) and not use_triton(torch.ones(1))
     assert nearest_code(torch.eye(3), torch.eye(3)).tolist() == [0, 1, 2]
+
+
+def test_readme_shows_the_results_that_are_there() -> None:
+    """kernels/README.md is what `python -m var_kernels.bench.table` makes of the results."""
+    from var_kernels.bench.table import fill, table
+
+    kernels = Path(__file__).parents[2] / "kernels"
+    text = (kernels / "README.md").read_text()
+    assert fill(text, kernels / "bench" / "results") == text
+    time = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    forms = {"ours": {"forward": time}, "eager": {"forward": time | {"p50": 5.0}}, "flex": {"failed": "no"}}
+    row = {"shape": "d16", "operator": "x", "forms": forms}
+    shown = table({"device": "H", "date": "d", "commit": None, "versions": {"torch": "1", "triton": "2"}, "command": "c",
+                   "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e12}, "rows": [row]})  # fmt: skip
+    assert "| d16 | x | forward | 2.0000 | eager 2.50, flex: no |" in shown
+
+
+def test_bench_runs(tmp_path: Path) -> None:
+    """On a CPU it takes a small shape; wrong forms are named, not timed."""
+    from var_kernels.bench import run
+    from var_kernels.bench.operators import TRY, Problem
+
+    out = tmp_path / "r.json"
+    rows = run.run(["nearest_code"], ["d16 B=32 L=680"], out)
+    assert rows[0]["forms"]["ours"]["forward"]["p50"] > 0 and json.loads(out.read_text())["versions"]["torch"]
+    problem = Problem("x", TRY[0], [torch.ones(3)], [], {"eager": lambda t: t, "ours": lambda t: 2 * t})
+    ceilings = {"copy_bytes_per_s": 1.0, "product_flop_per_s": 1.0}
+    assert "relative error" in run.run_problem(problem, torch.device("cpu"), ceilings)["forms"]["ours"]["wrong"]

@@ -24,7 +24,7 @@ def gate_adaptive_layer_norm(
     Source: the reference block, x = x + drop_path(f(x) * gamma), ln_wo_grad(x).mul(scale + 1).add(shift); computed in float32.
     """
     out = out_dtype or y_BLC.dtype
-    if not use_triton(x_BLC):
+    if not (torch.compiler.is_compiling() or use_triton(x_BLC)):
         x_new = reference.gate_residual(x_BLC, y_BLC, gamma_BC, keep_B)
         return x_new, reference.adaln(x_new, scale_BC, shift_BC, eps, out)
     x_new, h, _, _ = _run(x_BLC, y_BLC, _flat(gamma_BC), keep_B, _flat(scale_BC), _flat(shift_BC), eps, out)
@@ -36,7 +36,7 @@ def adaptive_layer_norm(
 ) -> Tensor:
     """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaptive_layer_norm` without the residual: for the first block and the head."""
     out = out_dtype or x_BLC.dtype
-    if not use_triton(x_BLC):
+    if not (torch.compiler.is_compiling() or use_triton(x_BLC)):
         return reference.adaln(x_BLC, scale_BC, shift_BC, eps, out)
     return _run(x_BLC, None, None, None, _flat(scale_BC), _flat(shift_BC), eps, out)[1]
 

@@ -25,7 +25,7 @@ def linear_cross_entropy(
     """
     if weight_VC.shape[0] > MAX_V:
         raise ValueError(f"linear_cross_entropy: a vocabulary of {weight_VC.shape[0]} is larger than {MAX_V}")
-    if not use_triton(x_NC):
+    if not (torch.compiler.is_compiling() or use_triton(x_NC)):
         return reference.cross_entropy(F.linear(x_NC, weight_VC, bias_V), target_N, smoothing)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_NC, weight_VC, bias_V))
     arguments = (x_NC.to(compute_dtype(x_NC)), weight_VC, bias_V, target_N, float(smoothing), gradient)

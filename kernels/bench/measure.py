@@ -1,0 +1,52 @@
+"""How a time is taken, and the two ceilings of a device: a copy and a matrix product, in the same process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds at the 20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def measure(function: Callable[[], object], device: torch.device, milliseconds: float = 200.0) -> Time:
+    """Time `function` after a warm-up. On a GPU through triton.testing.do_bench, which empties the L2 cache before each call."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return Time(*do_bench(function, warmup=25, rep=milliseconds, quantiles=list(QUANTILES)))
+    function()
+    times, end = [], time.perf_counter() + milliseconds / 1e3
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return Time(cuts[1], statistics.median(times), cuts[7])
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that is far larger than the L2 cache (8 GB on a GPU)."""
+    count = 1 << (32 if device.type == "cuda" else 25)
+    source = torch.empty(count, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * count / (1e-3 * measure(lambda: target.copy_(source), device).p50)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a large square matrix product on random numbers (zeros run faster)."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / (1e-3 * measure(lambda: a @ b, device).p50)

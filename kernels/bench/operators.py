@@ -1,0 +1,161 @@
+"""What is timed: each operator at a shape, its floor, and the forms that compete."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from var_kernels import adaptive_layer_norm, block_attention, gate_adaptive_layer_norm, gelu_mlp, linear_cross_entropy, nearest_code
+from var_kernels.attention import mask, scales
+
+PATCHES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 30: (1, 2, 3, 4)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's width C, heads of 64 channels, at batch B and L tokens."""
+
+    name: str
+    C: int
+    B: int
+    L: int
+    V: int = 4096
+
+    @property
+    def heads(self) -> int:
+        return self.C // 64
+
+
+SHAPES = [
+    *(Shape(f"d{d} B={B} L=680", 64 * d, B, 680) for d in (16, 24, 30) for B in (32, 96)),
+    *(Shape(f"d{d} B=8 L=2240", 64 * d, 8, 2240) for d in (16, 36)),
+]
+TRY = [Shape("try", 128, 2, 30, 256)]
+"""a shape for a look at the bench itself where there is no GPU"""
+
+
+@dataclass
+class Problem:
+    """One operator at one shape. `forms` share inputs; each returns the differentiable outputs."""
+
+    name: str
+    shape: Shape
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+    forms: dict[str, Callable[..., Any]]
+    bytes: tuple[float, float] = (0.0, 0.0)
+    """floor of the memory traffic, forward and backward"""
+    flops: tuple[float, float] = (0.0, 0.0)
+    """useful FLOPs, forward and backward"""
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Problem]:
+    """All operators at a shape; random inputs."""
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype).requires_grad_()
+
+    B, L, C, H = shape.B, shape.L, shape.C, shape.heads
+    n, half = B * L * C, dtype.itemsize
+    ada = torch.randn(B, 6, C, device=device).to(dtype)
+    gamma, scale, shift = (ada[:, i].detach().requires_grad_() for i in (0, 2, 4))
+    grad = torch.randn(B, L, C, device=device).to(dtype)
+
+    def eager_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return (F.layer_norm(x.float(), (C,), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
+
+    def eager_gate(x: Tensor, y: Tensor, gamma: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + y * gamma.unsqueeze(1)
+        return x, eager_norm(x, scale, shift)
+
+    yield Problem("adaptive_layer_norm", shape, [randn(B, L, C), scale, shift], [grad],
+                  compete(eager_norm, adaptive_layer_norm, device), bytes=(2 * n * half, 3 * n * half))  # fmt: skip
+    yield Problem("gate_adaptive_layer_norm", shape, [randn(B, L, C), randn(B, L, C), gamma, scale, shift], [grad, grad.clone()],
+                  compete(eager_gate, gate_adaptive_layer_norm, device), bytes=(4 * n * half, 6 * n * half))  # fmt: skip
+
+    yield _attention(shape, randn(B, L, 3, H, 64), torch.full((H,), math.log(4.0), device=device, requires_grad=True), grad)
+
+    hidden = 4 * C
+    weights = [randn(hidden, C, scale=C**-0.5), randn(hidden), randn(C, hidden, scale=hidden**-0.5), randn(C)]
+
+    def eager_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+    yield Problem("gelu_mlp", shape, [randn(B, L, C), *weights], [grad], compete(eager_mlp, gelu_mlp, device),
+                  flops=(4 * n * hidden, 8 * n * hidden))  # fmt: skip
+
+    N, V = B * L, shape.V
+    target = torch.randint(V, (N,), device=device)
+
+    def eager_ce(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w, b).float(), target, reduction="none")
+
+    def fused_ce(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, b, target)[0]
+
+    yield Problem("linear_cross_entropy", shape, [randn(N, C), randn(V, C, scale=C**-0.5), randn(V)],
+                  [torch.full((N,), 1 / N, device=device)], compete(eager_ce, fused_ce, device), bytes=(2 * N * V * half, 0),
+                  flops=(2 * N * V * C, 4 * N * V * C))  # fmt: skip
+
+    codes = torch.randn(4096, 32, device=device)
+    vectors = torch.randn(N, 32, device=device)
+
+    def eager_vq(z: Tensor, c: Tensor) -> Tensor:
+        return (c.square().sum(1) - 2 * z @ c.t()).argmin(1)
+
+    yield Problem("nearest_code", shape, [vectors, codes], [], compete(eager_vq, nearest_code, device), flops=(2 * N * 4096 * 32, 0))
+
+
+def compete(eager: Callable[..., Any], ours: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Eager PyTorch, torch.compile of it (on GPUs), ours."""
+    compiled = {"compile": torch.compile(eager, dynamic=False)} if device.type == "cuda" else {}
+    return {"eager": eager, **compiled, "ours": ours}
+
+
+def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Problem:
+    """Block-causal attention with L2 norms: sdpa with a mask, compiled, FlexAttention, xformers where installed, ours."""
+    patch_nums = PATCHES[shape.L]
+    visible = scales(patch_nums)
+    bias = torch.zeros(shape.L, shape.L, device=qkv.device, dtype=qkv.dtype).masked_fill_(~mask(visible, qkv.device), -math.inf)
+
+    def normed(qkv: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        q = F.normalize(q.float(), dim=-1) * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)
+        return q.to(v.dtype), F.normalize(k.float(), dim=-1).to(v.dtype), v
+
+    def eager(qkv: Tensor, log_scale: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(*normed(qkv, log_scale), attn_mask=bias, scale=1.0)
+        return out.transpose(1, 2).flatten(2)
+
+    forms = compete(eager, lambda qkv, log_scale: block_attention(qkv, patch_nums, log_scale), qkv.device)
+    if qkv.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        hi = torch.tensor(visible.hi, device=qkv.device)
+        for block in (64, 128):
+            blocks = create_block_mask(lambda b, h, i, j: j < hi[i], None, None, shape.L, shape.L, device="cuda", BLOCK_SIZE=block)
+
+            def flex(qkv: Tensor, log_scale: Tensor, blocks: Any = blocks, block: int = block) -> Tensor:
+                options = {"BLOCK_M": block, "BLOCK_N": block}
+                out = flex_attention(*normed(qkv, log_scale), block_mask=blocks, scale=1.0, kernel_options=options)
+                return out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+
+            forms[f"flex {block}"] = torch.compile(flex, dynamic=False)
+    if qkv.is_cuda and importlib.util.find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention
+
+        def xformers(qkv: Tensor, log_scale: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in normed(qkv, log_scale))
+            return memory_efficient_attention(q, k, v, attn_bias=bias.expand(shape.B, shape.heads, -1, -1), scale=1.0).flatten(2)
+
+        forms["xformers"] = xformers
+    useful = 4 * shape.B * shape.heads * 64 * visible.pairs()
+    return Problem("block_attention", shape, [qkv, log_scale], [grad], forms, flops=(useful, 2.5 * useful))

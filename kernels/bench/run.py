@@ -1,0 +1,145 @@
+"""`var-scale bench kernels`: time every operator in every form, forward, backward and both, and write it down.
+
+Each form is first compared with the eager one in float32; a form that is wrong is reported as such and not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from var_kernels.bench.measure import Time, copy_rate, measure, product_rate
+from var_kernels.bench.operators import SHAPES, TRY, Problem, problems
+
+TOLERANCE = 0.02
+
+
+def outputs(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]:
+    """The outputs that gradients are given for; all of them where there is none."""
+    out = form(*problem.inputs)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    return outs[: len(problem.gradients) or None]
+
+
+def wrong(form: Callable[..., Any], problem: Problem) -> str:
+    """What is wrong with a form, by the eager one in float32; empty when nothing is."""
+    exact = problem.forms["eager"](*(t.detach().float() if t.is_floating_point() else t for t in problem.inputs))
+    expected = list(exact) if isinstance(exact, tuple) else [exact]
+    for value, truth in zip((t.detach() for t in outputs(form, problem)), expected, strict=False):
+        if not value.is_floating_point():
+            if (differ := float((value != truth).float().mean())) > 1e-3:
+                return f"{100 * differ:.2f} % of the indices differ"
+        elif (error := float((value.float() - truth).norm() / truth.norm())) > TOLERANCE:
+            return f"relative error {error:.2g}"
+    return ""
+
+
+def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) -> dict[str, Any]:
+    """Forward (with what it keeps for the backward), backward, both; and the peak of memory beyond the inputs."""
+    result: dict[str, Any] = {"forward": asdict(measure(lambda: form(*problem.inputs), device))}
+    if problem.gradients:
+        wanted = [t for t in problem.inputs if t.requires_grad]
+        outs = outputs(form, problem)
+
+        def backward() -> None:
+            torch.autograd.grad(outs, wanted, problem.gradients, retain_graph=True)
+
+        def both() -> None:
+            torch.autograd.grad(outputs(form, problem), wanted, problem.gradients)
+
+        result["backward"] = asdict(measure(backward, device))
+        result["both"] = asdict(measure(both, device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = form(*problem.inputs)
+        result["kept_bytes"] = torch.cuda.memory_allocated() - before
+        result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        del kept
+    return result
+
+
+def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
+    """All forms of one operator at one shape."""
+    row: dict[str, Any] = {"operator": problem.name, "shape": problem.shape.name, "bytes": problem.bytes, "flops": problem.flops}
+    row["forms"] = {}
+    for name, form in problem.forms.items():
+        try:
+            reason = wrong(form, problem)
+            row["forms"][name] = {"wrong": reason} if reason else time_form(form, problem, device)
+        except Exception as error:  # a competitor that does not run here must not end the bench
+            row["forms"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        print(line(row, name, ceilings), flush=True)
+    return row
+
+
+def line(row: dict[str, Any], name: str, ceilings: dict[str, float]) -> str:
+    """One form as text."""
+    form = row["forms"][name]
+    head = f"{row['shape']:16} {row['operator']:26} {name:10}"
+    if "failed" in form or "wrong" in form:
+        return f"{head} {form.get('failed') or 'WRONG: ' + form['wrong']}"
+    parts = [f"{what} {Time(**form[what]).p50:9.4f} ms" for what in ("forward", "backward", "both") if what in form]
+    return f"{head} {'  '.join(parts)}  {share(row, form, ceilings)}"
+
+
+def share(row: dict[str, Any], form: dict[str, Any], ceilings: dict[str, float]) -> str:
+    """Of the measured copy or product rate, forward and backward."""
+    parts = []
+    for place, what in enumerate(("forward", "backward")):
+        if what not in form:
+            continue
+        floor = max(row["bytes"][place] / ceilings["copy_bytes_per_s"], row["flops"][place] / ceilings["product_flop_per_s"])
+        if floor:
+            parts.append(f"{100 * floor / (1e-3 * form[what]['p50']):.0f} %")
+    return " / ".join(parts) + " of the floor" if parts else ""
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, device, command, date."""
+    from importlib import metadata
+
+    versions = {}
+    for package in ("torch", "triton", "flash-attn", "xformers", "liger-kernel"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
+    return {"device": name, "versions": versions, "commit": commit or None, "command": " ".join(["var-scale", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def run(operators: list[str], shapes: list[str], out: Path | None) -> list[dict[str, Any]]:
+    """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = [s for s in SHAPES if not shapes or any(s.name.startswith(text) for text in shapes)] if device.type == "cuda" else TRY
+    ceilings = {"copy_bytes_per_s": copy_rate(device), "product_flop_per_s": product_rate(device, dtype)}
+    about = describe(device)
+    print(f"{about['device']}: copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s, {dtype} product "
+          f"{ceilings['product_flop_per_s'] / 1e12:.4g} TFLOP/s", flush=True)  # fmt: skip
+    if device.type != "cuda":
+        print("no GPU here: a small shape on the CPU, to try the bench; its times say nothing about the kernels", flush=True)
+    torch.manual_seed(0)
+    rows = []
+    for shape in chosen:
+        for problem in problems(shape, device, dtype):
+            if not operators or problem.name in operators:
+                rows.append(run_problem(problem, device, ceilings))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+        print(f"written: {out}")
+    return rows

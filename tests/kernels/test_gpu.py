@@ -1,0 +1,109 @@
+"""On an NVIDIA GPU, at the sizes of real models: `pytest -m gpu`. Smaller and odd sizes are in the other files, which use the GPU too."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.kernels.compare import check
+from var_kernels import adaptive_layer_norm, block_attention, gate_adaptive_layer_norm, gelu_mlp, linear_cross_entropy, nearest_code
+from var_kernels.adaln import reference as norm
+from var_kernels.attention import mask, scales
+from var_kernels.attention import reference as attention
+from var_kernels.cross_entropy import reference as ce
+from var_kernels.mlp import reference as two_layers
+from var_kernels.vq import reference as vq
+from var_scale.model import build_vae, build_var
+from var_scale.train.step import TrainStep
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+PATCHES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "L", "C"), [(4, 680, 1024), (2, 680, 1920), (1, 2240, 2304), (3, 91, 1536)])
+def test_adaln(B: int, L: int, C: int, dtype: torch.dtype) -> None:
+    rows = [randn(B, C, dtype=dtype) for _ in range(3)]
+    inputs, gradients = [randn(B, L, C, dtype=dtype) for _ in range(2)], [randn(B, L, C) for _ in range(2)]
+
+    def reference_form(x, y, gamma, scale, shift):
+        x_new = norm.gate_residual(x, y, gamma, None)
+        return x_new, norm.adaln(x_new, scale, shift, 1e-6)
+
+    check(gate_adaptive_layer_norm, reference_form, [*inputs, *rows], gradients)
+    check(adaptive_layer_norm, lambda *t: norm.adaln(*t, 1e-6), [inputs[0], *rows[1:]], gradients[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize(("L", "pattern"), [(680, "full"), (680, "own"), (2240, "full"), (2240, 2)])
+def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype) -> None:
+    B, H, D = 1, 3, 64
+    visible = scales(PATCHES[L], pattern)
+    seen = mask(visible, "cuda")
+    inputs = [randn(B, L, 3, H, D, dtype=dtype)] + ([torch.tensor([1.4, 0.3, 3.0], device="cuda")] if l2_norm else [])
+
+    def reference_form(qkv, log_scale=None):
+        return attention.attention(*qkv.unbind(2), visible, log_scale, 0.125).flatten(2)
+
+    def eager(qkv, log_scale=None):
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        if log_scale is not None:
+            q = (F.normalize(q.float(), dim=-1) * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        scale = 0.125 if log_scale is None else 1.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2).flatten(2)
+
+    def ours(qkv, log_scale=None):
+        return block_attention(qkv, PATCHES[L], log_scale, 0.125, pattern)
+
+    check(ours, reference_form, inputs, [randn(B, L, H * D)], eager, sums=[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_and_cross_entropy(dtype: torch.dtype) -> None:
+    C, N, V = 1024, 1360, 4096
+    weights = [randn(4 * C, C) / C**0.5, randn(4 * C), randn(C, 4 * C) / (4 * C) ** 0.5, randn(C)]
+    for save in ("preact", "both", "input"):
+        check(lambda *t, save=save: gelu_mlp(*t, save=save), two_layers.mlp,
+              [randn(2, 680, C, dtype=dtype), *(w.to(dtype) for w in weights)], [randn(2, 680, C)])  # fmt: skip
+    target = torch.randint(V, (N,), device="cuda")
+    for smoothing in (0.0, 0.1):
+        check(lambda *t, s=smoothing: linear_cross_entropy(*t, target, s)[0],
+              lambda x, w, b, s=smoothing: ce.cross_entropy(F.linear(x, w, b), target, s)[0],
+              [t.to(dtype) for t in (randn(N, C), randn(V, C) / C**0.5, randn(V))], [torch.full((N,), 1 / N, device="cuda")])  # fmt: skip
+
+
+def test_nearest_code() -> None:
+    z, codes = randn(21760, 32), randn(4096, 32)
+    assert (nearest_code(z, codes) == vq.nearest_code(z.double(), codes.double())).float().mean() > 0.9999
+    assert (nearest_code(z, codes, precision="tf32") == vq.nearest_code(z.double(), codes.double())).float().mean() > 0.98
+
+
+def test_a_d16_step_with_and_without_kernels() -> None:
+    """One training step of d16 at L = 680: loss and gradients in bfloat16 are as far from float32 with the kernels as without."""
+    vae = build_vae(ch=32, device="cuda")
+    tokens, labels = torch.randint(4096, (2, 680), device="cuda"), torch.tensor([3, 999], device="cuda")
+    plain = build_var(vae, depth=16, drop_path_rate=0.0, kernels="off", attention="sdpa", init_adaln_gamma=0.5, device="cuda").train()
+    fused = build_var(vae, depth=16, drop_path_rate=0.0, kernels="on", attention="triton", device="cuda").train()
+    fused.load_state_dict(plain.state_dict())
+    drop = torch.zeros(2, dtype=torch.bool, device="cuda")
+
+    def step(var, bf16):
+        loss, _, _ = TrainStep(var, vae.quantize, var.patch_nums, bf16=bf16, label_smoothing=0.0)(tokens, labels, drop)
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(var.parameters()))])
+
+    (exact, exact_gradient), (loss, gradient), (ours, our_gradient) = step(plain, False), step(plain, True), step(fused, True)
+    assert abs(float(ours - exact)) < 2 * abs(float(loss - exact)) + 1e-3
+    error, allowed = ((g - exact_gradient).norm() / exact_gradient.norm() for g in (our_gradient, gradient))
+    assert float(error) < 1.5 * float(allowed) + 1e-3
+    again, again_gradient = step(fused, True)
+    assert torch.equal(again, ours) and torch.equal(again_gradient, our_gradient), "two runs differ"
