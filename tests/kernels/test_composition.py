@@ -87,7 +87,7 @@ def test_compile_has_no_graph_break_and_the_same_gradients() -> None:
     compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(whole(*inputs), leaves(inputs))
     for got, expected in zip(torch.autograd.grad(compiled(*inputs), leaves(inputs)), eager, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_activation_checkpointing() -> None:
