@@ -47,7 +47,7 @@ class Build:
     shared: int
     """bytes of shared memory a program"""
     wide_loads: int
-    """128-bit loads from global memory, direct or into shared memory"""
+    """loads of 128 bits from global memory, direct or into shared memory, or of whole tiles (TMA)"""
     narrow_loads: int
     """16-bit loads"""
     tensor_core: int
@@ -101,6 +101,16 @@ def cases(architecture: str) -> Iterator[Case]:
     flags = {"WRITE_A": True, "BLOCK": mlp_config.COLUMNS, "STAGES": mlp_config.BACKWARD_STAGES}
     yield Case("mlp.gelu_backward", mlp.gelu_backward, hidden, flags, mlp_config.BACKWARD_WARPS)
 
+    for name, kernel, backward, flag in (("linear_gelu", mlp.linear_gelu, False, "KEEP_H"),
+                                         ("linear_gelu_backward", mlp.linear_gelu_backward, True, "WRITE_A")):  # fmt: skip
+        g = mlp_config.product_config(int(architecture.removeprefix("sm_")) // 10, backward)
+        sizes = {"BLOCK_M": g.block_m, "BLOCK_N": g.block_n, "BLOCK_K": g.block_k, "GROUP": g.group, "DESCRIPTOR": g.descriptor,
+                 "UPCAST": False, "PRECISION": "ieee", "STAGES": g.stages, flag: True}  # fmt: skip
+        w_tile = (g.block_k, g.block_n) if backward else (g.block_n, g.block_k)
+        first, second = (f"tensordesc<bf16[{rows},{cols}]>" if g.descriptor else "bf16" for rows, cols in ((g.block_m, g.block_k), w_tile))
+        kinds = dict.fromkeys(("h", "a", "dh", "bias"), "bf16") | {"partial": "fp32", "M": "i", "x": first, "dy": first, "w": second}
+        yield Case(f"mlp.{name}", kernel, kinds, sizes, g.warps, g.stages, matrix=True)
+
     codes = {"z": "fp32", "codes": "fp32", "squares": "fp32", "index": "i64", "N": "i", "V": "i16", "Z": "i16", "z_stride": "i16",
              "code_stride": "i16"}  # fmt: skip
     for precision in ("ieee", "tf32"):
@@ -120,7 +130,7 @@ def build(case: Case, architecture: str) -> Build:
             signature[name] = "constexpr"
             continue
         kind = case.types.get(name, "i16")  # strides
-        signature[name] = POINTERS.get(kind) or {"i": "i32", "i16": "i32", "f": "fp32"}[kind]
+        signature[name] = kind if kind.startswith("tensordesc") else POINTERS.get(kind) or {"i": "i32", "i16": "i32", "f": "fp32"}[kind]
         if kind in POINTERS or kind == "i16":
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)
@@ -132,8 +142,9 @@ def build(case: Case, architecture: str) -> Build:
         return len(re.findall(pattern, code))
 
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    return Build(case.name, architecture, numbers["REG"], numbers["STACK"], int(compiled.metadata.shared),
-                 count(r"\b(LDG|LDGSTS)\S*\.128\b"), count(r"\bLDG\S*\.[US]16\b"), count(TENSOR_CORE[architecture]))  # fmt: skip
+    wide, narrow = count(r"\b(LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b"), count(r"\bLDG\S*\.[US]16\b")
+    return Build(case.name, architecture, numbers["REG"], numbers["STACK"], int(compiled.metadata.shared), wide, narrow,
+                 count(TENSOR_CORE[architecture]))  # fmt: skip
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:

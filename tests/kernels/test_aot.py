@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REGISTERS = {"adaln.forward": 64, "adaln.backward": 128, "cross_entropy": 96, "mlp": 64}
-"""registers a thread that the number of programs on a multiprocessor was planned with; attention may take all 255"""
+REGISTERS = {"adaln.forward": 64, "adaln.backward": 128, "cross_entropy": 96, "mlp.gelu": 64}
+"""registers a thread that the number of programs on a multiprocessor was planned with; attention and products may take all 255"""
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -27,7 +27,8 @@ def test_machine_code(architecture: str) -> None:
     for build in builds:
         name = build["name"]
         assert build["stack"] == 0, f"{name} spills {build['stack']} bytes on {architecture}"
-        assert build["registers"] * 32 * build["warps"] <= 65536 and build["shared"] <= 99 * 1024, build
+        room = (99 if architecture == "sm_80" else 227) * 1024
+        assert build["registers"] * 32 * build["warps"] <= 65536 and build["shared"] <= room, build
         budget = next((limit for start, limit in REGISTERS.items() if name.startswith(start)), 255)
         assert build["registers"] <= budget, build
         assert build["narrow_loads"] == 0, build

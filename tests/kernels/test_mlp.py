@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.kernels.compare import DEVICE, check
-from var_kernels.mlp import op, reference
+from var_kernels.mlp import config, op, reference, tune
 
 SHAPES = [(1, 1, 16, 64), (2, 5, 24, 96), (3, 14, 20, 130), (1, 91, 48, 192)]
 
@@ -49,3 +51,39 @@ def test_gelu_of_large_values() -> None:
     """No overflow in the exponential: gelu(-large) = 0, gelu(large) = large."""
     h = torch.tensor([-1e4, -60.0, -5.0, 0.0, 5.0, 60.0, 1e4], device=DEVICE)
     torch.testing.assert_close(op.gelu(h), torch.nn.functional.gelu(h, approximate="tanh"), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("descriptor", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_products(dtype: torch.dtype, descriptor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same MLP with the GELU inside our products, with tensor descriptors and with pointers; odd sizes, several tiles."""
+    monkeypatch.setenv("VAR_KERNELS_MLP", "triton")
+    tune.choice.cache_clear()
+    small = config.ProductConfig(block_m=32, block_n=64, block_k=16, group=2, descriptor=descriptor)
+    monkeypatch.setattr(config, "product_config", lambda *_, **__: small)
+    for shape in ((2, 45, 24, 136), (1, 3, 40, 72)):
+        B, L, C, F = shape
+        x, g = (torch.randn(B, L, C, device=DEVICE).to(dtype) for _ in range(2))
+        for save in ("preact", "input"):
+            check(lambda *t, save=save: op.gelu_mlp(*t, save=save), reference.mlp, [x, *weights(C, F, dtype)], [g])
+    tune.choice.cache_clear()
+
+
+def test_the_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurement: the vendor's. A clear win: ours, also for the next process. A tie: the vendor's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("VAR_KERNELS_MLP", raising=False)
+    where = (torch.device("cpu"), torch.bfloat16, 1024, 4096)
+    tune.choice.cache_clear()
+    tune._measured.cache_clear()
+    assert tune.choice(*where) == "vendor"
+    for ours, expected in ((0.8, "triton"), (0.99, "vendor")):
+        entry = tune.tune(lambda form: lambda: form, *where, time=lambda call, ours=ours: ours if call() == "triton" else 1.0)
+        assert entry["choice"] == tune.choice(*where) == expected
+        assert tune.choice(*where[:2], 1536, 6144) == "vendor"
+    monkeypatch.setenv("VAR_KERNELS_MLP", "fast")
+    tune.choice.cache_clear()
+    with pytest.raises(ValueError, match="VAR_KERNELS_MLP='fast' is not known"):
+        tune.choice(*where)
+    tune.choice.cache_clear()
+    tune._measured.cache_clear()

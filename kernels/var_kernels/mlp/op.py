@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from var_kernels.dispatch import compute_dtype, multiprocessors, use_triton
+from var_kernels import dispatch
+from var_kernels.dispatch import INTERPRETED, compute_dtype, generation, multiprocessors, use_triton
 from var_kernels.mlp import config, reference
+from var_kernels.mlp.tune import choice
 
 SAVE = ("preact", "both", "input")
 
@@ -52,11 +54,70 @@ def gelu_backward(da: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, 
     return dh, a, partial.sum(0)
 
 
+def _product_arguments(x: Tensor, w: Tensor, w_by_row: bool) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """x and w as a kernel takes them, and its settings."""
+    settings = config.product_config(generation(x.device), backward=not w_by_row)
+    tiles = {"BLOCK_M": settings.block_m, "BLOCK_N": settings.block_n, "BLOCK_K": settings.block_k}
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))  # what the hardware asks for
+    operands: tuple[Any, Any] = (x, w)
+    if settings.descriptor and aligned:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        shape = [settings.block_n, settings.block_k] if w_by_row else [settings.block_k, settings.block_n]
+        operands = (TensorDescriptor.from_tensor(x, [settings.block_m, settings.block_k]), TensorDescriptor.from_tensor(w, shape))
+    return operands, tiles | {
+        "GROUP": settings.group, "DESCRIPTOR": settings.descriptor and aligned, "UPCAST": INTERPRETED,
+        "PRECISION": "tf32" if tf32 else "ieee", "STAGES": settings.stages, "num_warps": settings.warps,
+    }  # fmt: skip
+
+
+def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, keep_h: bool) -> tuple[Tensor, Tensor]:
+    """Our product with the GELU inside: (h = x w^T + bias or nothing, a = gelu(h)); x (M, K), w (N, K), contiguous."""
+    from var_kernels.mlp import triton as kernels
+
+    (M, K), N = x.shape, w.shape[0]
+    a = x.new_empty(M, N)
+    h = torch.empty_like(a) if keep_h else a
+    operands, settings = _product_arguments(x, w, w_by_row=True)
+    tiles = -(-M // settings["BLOCK_M"]) * -(-N // settings["BLOCK_N"])
+    kernels.linear_gelu[(min(tiles, multiprocessors(x.device)),)](
+        *operands, bias, h, a, M, N, K, x.stride(0), w.stride(0), KEEP_H=keep_h, **settings
+    )
+    return h if keep_h else x.new_empty(0), a
+
+
+def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Our product dy w with the gradient of the GELU inside: (dh, a or nothing, column sums of dh); dy (M, K), w (K, N), h (M, N)."""
+    from var_kernels.mlp import triton as kernels
+
+    (M, K), N = dy.shape, w.shape[1]
+    dh, a = torch.empty_like(h), torch.empty_like(h) if want_a else h.new_empty(0)
+    operands, settings = _product_arguments(dy, w, w_by_row=False)
+    down = -(-M // settings["BLOCK_M"])
+    partial = torch.empty(down, N, dtype=torch.float32, device=h.device)
+    programs = min(down * -(-N // settings["BLOCK_N"]), multiprocessors(h.device))
+    kernels.linear_gelu_backward[(programs,)](
+        *operands, h, dh, a, partial, M, N, K, dy.stride(0), w.stride(0), WRITE_A=want_a, **settings
+    )
+    return dh, a, partial.sum(0)
+
+
+def _ours(x: Tensor, hidden: int) -> bool:
+    """Whether our own products run."""
+    return _kernels(x) and choice(x.device, x.dtype, x.shape[-1], hidden) == "triton"
+
+
 def _forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: str) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, a); h and a are empty unless they are kept."""
     with torch.autocast(x.device.type, enabled=False):
-        h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
-        a = _gelu(h)
+        if _ours(x, w1.shape[0]):
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            h, a = linear_gelu(rows, w1.to(x.dtype).contiguous(), b1.to(x.dtype), keep_h=save != "input")
+            h, a = h.view(*x.shape[:-1], -1) if h.numel() else h, a.view(*x.shape[:-1], -1)
+        else:
+            h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
+            a = _gelu(h)
         y = F.linear(a, w2.to(x.dtype), b2.to(x.dtype))
     nothing = x.new_empty(0)
     return y, nothing if save == "input" else h, a if save == "both" else nothing.clone()
@@ -74,9 +135,7 @@ def _gelu_backward(da: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor,
 
 
 def _kernels(h: Tensor) -> bool:
-    from var_kernels.dispatch import INTERPRETED
-
-    return h.is_cuda or INTERPRETED
+    return h.is_cuda or dispatch.INTERPRETED
 
 
 def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tensor, a: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +145,10 @@ def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tens
         if h.numel() == 0:
             h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
         h = h.reshape(-1, h.shape[-1])
-        dh, again, db1 = _gelu_backward(dy_NC @ w2.to(x.dtype), h, want_a=a.numel() == 0)
+        if _ours(x, w1.shape[0]):
+            dh, again, db1 = linear_gelu_backward(dy_NC.contiguous(), w2.to(x.dtype).contiguous(), h, want_a=a.numel() == 0)
+        else:
+            dh, again, db1 = _gelu_backward(dy_NC @ w2.to(x.dtype), h, want_a=a.numel() == 0)
         kept = again if a.numel() == 0 else a.reshape(h.shape)
         dw2, dw1, dx = dy_NC.t() @ kept, dh.t() @ rows, dh @ w1.to(x.dtype)
         db2 = dy_NC.sum(0, dtype=torch.float32)

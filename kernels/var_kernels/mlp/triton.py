@@ -1,4 +1,4 @@
-"""GELU between the two matrix products of the MLP.
+"""GELU between the two matrix products of the MLP: as a pass of its own around the vendor's products, and inside products of our own.
 
 Forward reads h and writes a. Backward reads da and h and writes dh, a (so that a need not be kept from the forward pass) and column sums
 of dh, the gradient of the first bias; their partial sums are added in a fixed order outside, so two runs agree bit for bit.
@@ -52,3 +52,84 @@ def gelu_backward(
         if WRITE_A:
             tl.store(a + place, (v * s).to(a.dtype.element_ty), mask=inside)
     tl.store(partial + tl.program_id(1).to(tl.int64) * hidden + cols, total, mask=inside)
+
+
+@triton.jit
+def block(source, row, col, rows, cols, stride, R: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """R x C numbers of a matrix from (row, col); 0 outside of it. A tensor descriptor brings its own shape and strides."""
+    if DESCRIPTOR:
+        values = source.load([row, col])
+    else:
+        r, c = row + tl.arange(0, R), col + tl.arange(0, C)
+        place = source + r[:, None].to(tl.int64) * stride + c[None, :]
+        values = tl.load(place, mask=(r[:, None] < rows) & (c[None, :] < cols), other=0.0)
+    return values
+
+
+@triton.jit
+def product(
+    x, w, row, col, M, N, K, x_stride, w_stride, W_BY_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK_M x BLOCK_N tile of x w^T (w (N, K), W_BY_ROW) or of x w (w (K, N)), in float32."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        a = block(x, row, k, M, K, x_stride, BLOCK_M, BLOCK_K, DESCRIPTOR)
+        if W_BY_ROW:
+            b = tl.trans(block(w, col, k, N, K, w_stride, BLOCK_N, BLOCK_K, DESCRIPTOR))
+        else:
+            b = block(w, k, col, K, N, w_stride, BLOCK_K, BLOCK_N, DESCRIPTOR)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def place_of(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of tile `number`: GROUP tiles down, then one across, so that neighbours share what lies in the L2 cache."""
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    band = number // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    within = number % (GROUP * across)
+    return (band * GROUP + within % height) * BLOCK_M, (within // height) * BLOCK_N
+
+
+@triton.jit
+def linear_gelu(
+    x, w, bias, h, a, M, N, K, x_stride, w_stride,
+    KEEP_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h = x w^T + bias and a = gelu(h), both (M, N), without another pass over h. Persistent: a program takes every so-manieth tile."""
+    for number in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row, col = place_of(number, M, N, BLOCK_M, BLOCK_N, GROUP)
+        acc = product(x, w, row, col, M, N, K, x_stride, w_stride, True, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, UPCAST, PRECISION, STAGES)
+        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        v = (acc + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]).to(a.dtype.element_ty)
+        out, inside = rows[:, None].to(tl.int64) * N + cols[None, :], (rows[:, None] < M) & (cols[None, :] < N)
+        if KEEP_H:
+            tl.store(h + out, v, mask=inside)
+        v = v.to(tl.float32)  # of what is kept, so that the backward pass sees the same
+        tl.store(a + out, (v * sigmoid((v + v * v * v * B) * A)).to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_gelu_backward(
+    dy, w, h, dh, a, partial, M, N, K, dy_stride, w_stride,
+    WRITE_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dh = (dy w) gelu'(h), a = gelu(h), and the column sums of each row of tiles: partial (tiles down, N) float32."""
+    for number in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row, col = place_of(number, M, N, BLOCK_M, BLOCK_N, GROUP)
+        g = product(dy, w, row, col, M, N, K, dy_stride, w_stride, False, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTOR, UPCAST, PRECISION, STAGES)
+        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        out, inside = rows[:, None].to(tl.int64) * N + cols[None, :], (rows[:, None] < M) & (cols[None, :] < N)
+        v = tl.load(h + out, mask=inside, other=0.0).to(tl.float32)
+        s = sigmoid((v + v * v * v * B) * A)
+        d = g * (s + v * s * (1.0 - s) * (1.0 + v * v * 3.0 * B) * A)
+        tl.store(partial + (row // BLOCK_M) * N + cols, tl.sum(d, axis=0), mask=cols < N)
+        tl.store(dh + out, d.to(dh.dtype.element_ty), mask=inside)
+        if WRITE_A:
+            tl.store(a + out, (v * s).to(a.dtype.element_ty), mask=inside)
