@@ -29,14 +29,6 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return text
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message on an argument that argparse refuses; exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_help_is_quick_and_names_every_command() -> None:
     """No heavy import before the command is known: the best of three under half a second."""
     best = 9.0
@@ -81,12 +73,24 @@ def test_wrong_key_and_missing_config(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "names depth 9" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={9: {train.clip: 1.0}}")
     assert "unknown key train.clib" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={2: {train.clib: 1.0}}")
     assert "does not exist" in fails(capsys, "study", "plan", "study/tiny", "tokenizer.weights=nothing.pth")
+    assert "model.depth is set by study.depths" in fails(capsys, "study", "plan", "study/tiny", "model.depth=8")
+    assert "train.adam_betas" in fails(capsys, "study", "plan", "study/tiny", "train.adam_betas=[0.9,2]")
+    assert "train.base_lr" in fails(capsys, "study", "plan", "study/tiny", "train.base_lr=.inf")
+    assert "not shorter than the run" in fails(capsys, "study", "plan", "study/tiny", "train.warmup_epochs=100")
+    assert "fewer than a batch" in fails(capsys, "study", "plan", "study/tiny", "data.leaves.train_images=32")
+    assert "tokens_* are both given" in fails(capsys, "study", "plan", "study/tiny", "data.tokens_train=x")
+    dotted = tmp_path / "dotted.yaml"
+    dotted.write_text("include: study/tiny\ntrain.batch_size: 32\n")
+    assert "in a file write a section" in fails(capsys, "study", "plan", str(dotted))
 
 
 def test_study_without_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """No sizes: one line, nothing written."""
     assert "study.depths" in fails(capsys, "study", "run", "study/tiny", "study.depths=[]", "--runs", str(tmp_path))
     assert "study.depths" in fails(capsys, "study", "run", "model/d16", "--runs", str(tmp_path))
+    assert "data.images_train" in fails(capsys, "study", "run", "study/var_paper", "--runs", str(tmp_path))
+    assert "data.images_train" in fails(capsys, "tokenizer", "train", "study/var_paper", "--runs", str(tmp_path))
+    assert "no such study here" in fails(capsys, "study", "status", "study/tiny", "--runs", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,12 +145,20 @@ def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "line 2" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     table.write_text("n,loss\n1,2\n")
     assert "law" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
+    for line, words in (("1,2,3", "more cells than the header"), ("1,nan", "not both positive"), ("-1,2", "not both positive")):
+        table.write_text(f"n,loss\n1,2\n{line}\n")
+        assert "line 3" in (text := fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")) and words in text
+    table.write_text("\ufeffn, loss\n" + "".join(f"{n},{2 + 3.0 * n**-0.3}\n" for n in (1e1, 1e2, 1e3, 1e4, 1e5)))
+    main(["fit", str(table), "--x", "n", "--y", "loss"])
+    assert "the points bend" in (out := capsys.readouterr().out) and "--form power_floor" in out and "(n/1e3)" in out
+    main(["fit", str(table), "--x", "n", "--y", "loss", "--form", "power_floor"])
+    assert "2.0000 + " in capsys.readouterr().out
     table.write_text("n,loss,loss\n1,2,3\n")
     assert "more than one column loss" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     table.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     assert "no report/runs.csv" in fails(capsys, "fit", str(tmp_path))
-    assert "nan is not a number" in refused(capsys, "fit", str(table), "--floor", "nan")
+    assert "nan is not a number" in fails(capsys, "fit", str(table), "--floor", "nan")
 
 
 def test_sample_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -159,5 +171,5 @@ def test_sample_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 def test_arguments_out_of_range(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything is loaded."""
     command = ["study", "status", "study/tiny"] if "runs" in argument else ["sample", "nothing"]
-    text = refused(capsys, *command, argument)
+    text = fails(capsys, *command, argument)
     assert argument.partition("=")[0] in text and argument.partition("=")[2] in text

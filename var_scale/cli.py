@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from var_scale.errors import UserError
 
@@ -64,6 +65,13 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,3,7") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong argument is one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"error: {message}; see {self.prog} --help\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -162,7 +170,8 @@ def train(args: argparse.Namespace) -> None:
 
         study = Study(config, args.runs)
         if args.depth not in study.spec.depths:
-            raise UserError(f"--depth {args.depth}: name a size of this study, one of {', '.join(map(str, study.spec.depths))}")
+            given = "" if args.depth is None else args.depth
+            raise UserError(f"--depth {given}: name a size of this study, one of {', '.join(map(str, study.spec.depths))}")
         config = run_config(study.with_files(), args.depth, config.train.seed)
         folder = args.folder or study.folder / config.name
     else:
@@ -174,6 +183,8 @@ def train(args: argparse.Namespace) -> None:
         say(f"{folder}: this run is complete, nothing to do")
         return
     train_here(config, RunFolder(folder), f"train {config.name}")
+    final = [row for row in run.read_metrics() if row["kind"] == "eval"][-1]
+    say(f"{folder}: validation loss {final['loss_avg']:.4f} (all scales), {final['loss_last']:.4f} (last)")
 
 
 def study_plan(args: argparse.Namespace) -> None:
@@ -200,7 +211,7 @@ def study_status(args: argparse.Namespace) -> None:
 
 
 def study_report(args: argparse.Namespace) -> None:
-    """Gate, fit and write the report again from the run folders."""
+    """Gate, fit, sample and write the report again from the run folders."""
     from var_scale.cluster.pipeline import Study, make_report
     from var_scale.progress import say
 
@@ -242,7 +253,7 @@ def fit(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands."""
-    parser = argparse.ArgumentParser(prog="var-scale", description="Scaling studies of VAR image models.")
+    parser = _Parser(prog="var-scale", description="Scaling studies of VAR image models.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
 
@@ -266,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
         _runs(sub)
     for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
         sub = command(data, name, function)
-        sub.add_argument("folder", type=Path, help="folder of the shards")
+        sub.add_argument("folder", type=_folder, help="folder of the shards")
         if name == "index":
             sub.add_argument("--split", default="train", help="name of the split")
             sub.add_argument("--num-classes", type=int, default=None, help="classes; default one more than the largest label")
@@ -330,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not hasattr(args, "function"):
         parser.print_help()
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are finished or removed, runs are saved
     try:
         args.function(args)
     except UserError as error:

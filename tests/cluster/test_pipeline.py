@@ -111,11 +111,15 @@ def test_another_recipe_needs_another_name(tmp_path: Path) -> None:
     from var_scale.config.load import write_config
 
     config = load(MINI[0], MINI[1:])
+    from var_scale.cluster.pipeline import make_report
+    from var_scale.cluster.status import status_table
+
     first, run = Study(config, tmp_path).runs()[0]
     write_config(first, run.config)
     check_runs(Study(config, tmp_path))
-    with pytest.raises(UserError, match="another config"):
-        check_runs(Study(load(MINI[0], [*MINI[1:], "train.base_lr=1"]), tmp_path))
+    for call in (check_runs, make_report, status_table):  # a report of other settings would be false
+        with pytest.raises(UserError, match="another config"):
+            call(Study(load(MINI[0], [*MINI[1:], "train.base_lr=1"]), tmp_path))
 
 
 def test_a_diverged_size_does_not_stop_the_others_and_a_moved_study_still_samples(tmp_path: Path) -> None:
@@ -134,6 +138,9 @@ def test_a_diverged_size_does_not_stop_the_others_and_a_moved_study_still_sample
     assert "nothing to do" in again.stdout, again.stdout + again.stderr
     sample = call("sample", str(study / "d03-s0"), "--out", str(tmp_path / "s.png"), "--per-class", "1")
     assert sample.returncode == 0 and (tmp_path / "s.png").exists(), sample.stderr
+    hopeless = call("study", "run", *MINI, "name=hopeless", "study.depths=[1]", "train.base_lr=1.0e+30", "train.clip=0", "--runs",
+                    str(tmp_path / "c"))  # fmt: skip
+    assert hopeless.returncode == 2 and "no run is healthy" in hopeless.stderr and (tmp_path / "c/hopeless/report/report.md").exists()
     fit = call("fit", str(study))
     assert "gate: d02-s0 excluded" in fit.stdout and "(4 points" in fit.stdout, fit.stdout + fit.stderr
 

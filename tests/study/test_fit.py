@@ -95,6 +95,16 @@ def test_floor_at_zero_is_reported() -> None:
     assert fit.audit["active_bounds"] == ["floor at 0"]
 
 
+def test_an_exact_power_law_has_no_floor() -> None:
+    """Nothing left over at E = 0, where the objective has a kink: converged all the same."""
+    x = np.array([1e3, 1e4, 1e5, 1e6])
+    fit = fit_law("power_floor", x, 5 * x**-0.1)
+    assert fit.converged, fit.reason
+    assert fit.params["alpha"] == pytest.approx(0.1, rel=1e-4)
+    assert fit.params["E"] < 1e-3
+    assert fit_law("power", x, 5 * x**-0.1).local_exponents() == pytest.approx([0.1] * 3)
+
+
 def test_floor_that_is_not_identified_is_no_result() -> None:
     fit = fit_law("power_floor", X, [3.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     assert fit.status == "not-converged"

@@ -3,9 +3,8 @@ anywhere and run again: it continues, and when nothing is left it says so."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from var_scale.config.load import config_hash, dump, merge, run_config, run_name, write_config
 from var_scale.config.schema import Config
@@ -13,6 +12,9 @@ from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder, take_lock
+
+if TYPE_CHECKING:
+    from var_scale.study.analyse import StudyResult
 
 ENDED = ("complete", "diverged")
 
@@ -34,6 +36,10 @@ class Study:
         c, data = self.config, self.config.data
         if data.leaves and (data.images_train or data.images_val):
             raise UserError(f"study {c.name}: data.leaves and data.images_* are both given; set data.leaves=null to use your images")
+        if data.leaves and (data.tokens_train or data.tokens_val):
+            raise UserError(f"study {c.name}: data.leaves and data.tokens_* are both given; set data.leaves=null to use your tokens")
+        if data.leaves and data.leaves.train_images < c.train.batch_size:
+            raise UserError(f"study {c.name}: {data.leaves.train_images} training images are fewer than a batch of {c.train.batch_size}")
         side = c.tokenizer.image_size
         if data.leaves and data.leaves.size != side:
             raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
@@ -91,22 +97,27 @@ class Study:
 
 
 def run_study(config: Config, runs: Path) -> Path:
-    """Run what is missing; returns the report folder. Ctrl-C and SIGTERM save first and raise KeyboardInterrupt."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run what is missing; returns the report folder. KeyboardInterrupt (Ctrl-C) lets the run save first.
+
+    UserError at the end when no run is healthy: there is a report, but nothing in it."""
     study = Study(config, runs)
+    check_runs(study)
     if study.complete():
         say(f"study {config.name} is complete, nothing to do. Report: {study.report / 'report.html'}")
         return study.report
+    require_sources(study)
     lock = take_lock(study.folder / ".lock")
     if lock is None:
         raise UserError(f"{study.folder}: another process is running this study; wait for it or stop it")
-    check_runs(study)
+    check_batches(study)
     write_config(config, study.folder / "study.yaml")
     if not study.ended():
         prepare_data(study)
         show_plan(study)
         train_all(study)
-    make_report(study)
+    result = make_report(study)
+    if not result.gate.kept:
+        raise UserError(f"{study.folder}: no run is healthy, so there is no law; the report says why: {study.report / 'report.md'}")
     study.mark_complete()
     say(f"done. Report: {study.report / 'report.html'}")
     return study.report
@@ -122,10 +133,9 @@ def check_batches(study: Study) -> None:
 
 
 def check_runs(study: Study) -> None:
-    """Refuse folders of other runs, and batches that do not divide, before anything is spent."""
+    """Refuse folders of other runs."""
     from var_scale.config.load import load
 
-    check_batches(study)
     data_hash = study.data_hash()
     for config, run in study.runs():
         described = run.path / "run.json"
@@ -135,14 +145,21 @@ def check_runs(study: Study) -> None:
             raise UserError(f"{run.path}: holds a run with another config; give the study another name or remove {study.folder}")
 
 
+def require_sources(study: Study) -> None:
+    """Refuse a study whose data come from nowhere."""
+    c = study.config
+    images = c.data.leaves or (c.data.images_train and c.data.images_val)
+    if not images and not (c.data.tokens_train and c.data.tokens_val and c.tokenizer.weights):
+        raise UserError(f"study {c.name}: give data.images_train and data.images_val (folders of image shards), or data.leaves, or "
+                        "data.tokens_train, data.tokens_val and tokenizer.weights")  # fmt: skip
+
+
 def prepare_data(study: Study) -> None:
     """Stages 1 to 3: images, tokenizer, tokens. Each returns at once when it is done."""
     config = study.with_files()
     if study.config.data.leaves:
         make_leaves(config)
     if not study.config.tokenizer.weights:
-        if not config.data.images_train or not config.data.images_val:
-            raise UserError(f"study {config.name}: give tokenizer.weights, or data.leaves or data.images_* to train a tokenizer on")
         train_tokenizer_stage(config, Path(str(config.tokenizer.weights)).parent)
     if not study.config.data.tokens_train:
         tokenize_stage(config)
@@ -179,6 +196,8 @@ def train_tokenizer_stage(config: Config, folder: Path) -> None:
     from var_scale.data.loader import ImageData
     from var_scale.train.tokenizer import train_tokenizer
 
+    if not config.data.images_train or not config.data.images_val:
+        raise UserError("data.images_train and data.images_val are needed to train a tokenizer; give folders of image shards")
     size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
     train, val = (ImageData(Path(str(p)), size) for p in (config.data.images_train, config.data.images_val))
     train_tokenizer(config, train, val, folder)
@@ -233,8 +252,9 @@ def train_all(study: Study) -> None:
         train_here(config, run, f"train {config.name} ({number}/{len(pending)})", may_diverge=True)
 
 
-def make_report(study: Study) -> None:
+def make_report(study: Study) -> StudyResult:
     """Stages 6 and 7: gate, fit, hold-out test, report, samples of the largest model."""
     from var_scale.cluster.report import build_report
 
-    build_report(study)
+    check_runs(study)
+    return build_report(study)

@@ -40,7 +40,8 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         stage=stage,
     )
     if on_this_machine:
-        rests_on = f"a step of each size timed on this machine, {world} process{'' if world == 1 else 'es'} a run"
+        processes = f"{world} process{'' if world == 1 else 'es'}"
+        rests_on = f"a step of each size timed here, {processes} a run; training alone, after images and tokens"
     else:
         device, spec = find_device(study.spec.device), study.spec
         peak = f"{device.peak / 1e12:g} TFLOP/s each, at an ASSUMED {spec.mfu:.0%} of it (study.mfu)"
@@ -64,13 +65,13 @@ def _measured_seconds(study: Study, configs: list[Config], steps: list[int], wor
     """
     times = _cached(study)
     keys = [canonical_hash([c.model.model_dump(), c.train.batch_size, c.train.precision, c.tokenizer.patch_nums, world]) for c in configs]
-    if any(key not in times for key in keys):
+    untimed = {key: config for key, config in zip(keys, configs, strict=True) if key not in times}
+    if untimed:
         from var_scale.train.probe import step_seconds
 
-        with progress("time a step of each size", len(configs), "sizes") as bar:
-            for done, (key, config) in enumerate(zip(keys, configs, strict=True), 1):
-                if key not in times:
-                    times[key] = step_seconds(config, world)
+        with progress("time a step of each size", len(untimed), "sizes") as bar:
+            for done, (key, config) in enumerate(untimed.items(), 1):
+                times[key] = step_seconds(config, world)
                 bar.update(done)
     study.step_times = times
     exchange = EXCHANGE_SECONDS if world > 1 else 0.0

@@ -21,7 +21,7 @@ from var_scale.study.record import METRICS, read_run
 from var_scale.study.report import write_report
 
 
-def build_report(study: Study) -> None:
+def build_report(study: Study) -> StudyResult:
     """Gate, fit, hold-out test, report files, and samples of the largest finished model."""
     records = [read_run(run.path) for _, run in study.runs() if (run.path / "run.json").exists()]
     if not records:
@@ -40,6 +40,7 @@ def build_report(study: Study) -> None:
     if (reconstructions := study.folder / "tokenizer" / "reconstructions.png").exists():
         pictures["reconstructions"] = reconstructions
     write_report(study.folder, result, _facts(study) | missing, pictures)
+    return result
 
 
 def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
@@ -85,6 +86,11 @@ def _facts(study: Study) -> dict[str, str]:
             f"trained here; PSNR {t['psnr_db']:.2f} dB on {t['images']} validation images, codebook perplexity per scale "
             + ", ".join(f"{p:.0f}" for p in t["perplexity_per_scale"])
         )
+    described = [read_json(run.path / "run.json") for _, run in study.runs() if (run.path / "run.json").exists()]
+    if described:
+        size = described[0]["train_samples"]
+        shown = sorted({d["total_steps"] * d["global_batch"] / size for d in described})
+        facts["Data"] = f"{size:,} different training images, each shown {' or '.join(f'{s:.3g}' for s in shown)} times in a whole run"
     for _, run in study.runs():
         if run.env.exists():
             env = read_json(run.env)
@@ -99,23 +105,23 @@ def _facts(study: Study) -> dict[str, str]:
 def _baseline(study: Study) -> str:
     """What a guess scores on the validation tokens: uniform, and by the frequency of each code at each scale."""
     config = study.with_files()
-    folder = Path(str(config.data.tokens_val))
     try:
-        data = TokenData(folder)
+        train, val = (TokenData(Path(str(folder))) for folder in (config.data.tokens_train, config.data.tokens_val))
     except UserError:
         return ""  # the tokens were removed after the runs
-    tokens_NL, _ = data.gather(np.arange(min(8192, data.num_samples)))
+    seen_NL, tokens_NL = (data.gather(np.arange(min(16384, data.num_samples)))[0] for data in (train, val))
     edges = np.cumsum([0, *(side * side for side in config.tokenizer.patch_nums)])
     vocab = config.tokenizer.vocab_size
     losses, errors = [], []
     for start, stop in pairwise(edges):
-        share_V = np.bincount(tokens_NL[:, start:stop].ravel(), minlength=vocab) / tokens_NL[:, start:stop].size
-        losses.append(-float((share_V[share_V > 0] * np.log(share_V[share_V > 0])).sum()))
-        errors.append(1 - float(share_V.max()))
+        share_V, truth_V = (np.bincount(t[:, start:stop].ravel(), minlength=vocab) + add for t, add in ((seen_NL, 1.0), (tokens_NL, 0.0)))
+        share_V, truth_V = share_V / share_V.sum(), truth_V / truth_V.sum()
+        losses.append(-float(truth_V @ np.log(share_V)))
+        errors.append(1 - float(truth_V[share_V.argmax()]))
     weights = np.diff(edges) / edges[-1]
     return (f"a uniform guess over {vocab} codes has loss {math.log(vocab):.4f}; guessing each code as often as it occurs at its scale "
-            f"has L_last {losses[-1]:.4f}, L_avg {weights @ losses:.4f}, Err_last {errors[-1]:.4f}, Err_avg {weights @ errors:.4f} "
-            f"({len(tokens_NL):,} of {data.num_samples:,} validation samples)")  # fmt: skip
+            f"in training has L_last {losses[-1]:.4f}, L_avg {weights @ losses:.4f}, Err_last {errors[-1]:.4f}, Err_avg "
+            f"{weights @ errors:.4f} on {len(tokens_NL):,} validation samples")  # fmt: skip
 
 
 def _recipe(config: Config) -> str:
@@ -123,7 +129,8 @@ def _recipe(config: Config) -> str:
     train = config.train
     length = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}" if train.epochs else f"{train.steps} steps"
     peak = train.base_lr * train.batch_size / 256
-    return f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {config.engine.name}"
+    engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+    return f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {engine}"
 
 
 def _samples(study: Study, healthy: set[str]) -> Path | None:

@@ -7,7 +7,8 @@ import time
 
 from rich.table import Table
 
-from var_scale.cluster.pipeline import Study
+from var_scale.cluster.pipeline import Study, check_runs
+from var_scale.errors import UserError
 from var_scale.progress import duration, print_table
 from var_scale.run_folder import RunFolder, take_lock
 
@@ -24,6 +25,9 @@ def _alive(run: RunFolder) -> bool:
 
 def status_table(study: Study) -> None:
     """State, step, loss, speed, time and reason of every run."""
+    if not study.folder.is_dir():
+        raise UserError(f"{study.folder}: no such study here; nothing of it was run yet, or --runs names another folder")
+    check_runs(study)
     table = Table(title=f"study {study.config.name} ({study.folder})")
     for column in ("run", "state", "step", "train loss", "images/s", "time", "restarts", "since", "reason"):
         table.add_column(column, justify="left" if column in ("run", "state", "reason") else "right")

@@ -133,7 +133,8 @@ def check(tree: Mapping[str, Any], source: str) -> Config:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown key {where}{_near_key(first['loc'])}") from None
+            dotted = "; in a file write a section, `a:` and below it `b:`" if "." in str(first["loc"][-1]) else _near_key(first["loc"])
+            raise UserError(f"{source}: unknown key {where}{dotted}") from None
         given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
         text = first["msg"].removeprefix("Value error, ")
         if isinstance(first["input"], dict):

@@ -26,6 +26,14 @@ def _kind(annotation: object) -> str:
     return {NoneType: "none", Any: "any"}.get(annotation) or getattr(annotation, "__name__", str(annotation))  # type: ignore[call-overload]
 
 
+def _range(metadata: list[Any]) -> str:
+    """The bounds of a number: > 0, >= 0, <= 1."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [(sign, getattr(item, name, None)) for item in metadata for name, sign in signs.items()]
+    bounds = [f"{sign} {value:g}" for sign, value in found if value is not None]
+    return f", {' and '.join(bounds)}" if bounds else ""
+
+
 def _section(name: str, model: type[BaseModel]) -> list[str]:
     lines = [f"\n## {name or 'top level'}\n", (model.__doc__ or "").strip().split("\n")[0]]
     lines += ["", "| key | type | default | meaning |", "|---|---|---|---|"]
@@ -39,7 +47,8 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
             lines.append(f"| `{key}` | section | | see [{path}](#{path.replace('.', '')}) |")
             continue
         default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
-        lines.append(f"| `{key}` | {_kind(field.annotation)} | {default} | {(field.description or '').replace('|', '/')} |")
+        meaning = (field.description or "").replace("|", "/")
+        lines.append(f"| `{key}` | {_kind(field.annotation)}{_range(field.metadata)} | {default} | {meaning} |")
     for path, inner in nested:
         lines += _section(path, inner)
     return lines

@@ -10,12 +10,13 @@ PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced silently between kinds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LeavesConfig(Section):
@@ -26,7 +27,7 @@ class LeavesConfig(Section):
     species: Positive = Field(512, description="entries of the species dictionary")
     leaves: Positive = Field(8, description="leaves drawn in an image")
     zipf: float = Field(1.1, gt=0, description="exponent of the species frequencies")
-    seed: int = Field(0, description="seed of the generator")
+    seed: int = Field(0, ge=0, description="seed of the generator")
     train_images: Positive = Field(65536, description="training images to generate")
     val_images: Positive = Field(8192, description="validation images to generate")
 
@@ -91,7 +92,7 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """The VAR transformer. Width and heads follow depth unless they are given."""
 
-    depth: Positive = Field(16, description="blocks d")
+    depth: Positive = Field(16, description="blocks d of a single run; a study takes them from study.depths")
     width: Positive | None = Field(None, description="channels C; default width_per_depth x depth")
     width_per_depth: Positive = Field(64, description="C / d of the ladder; 64 is the paper's")
     heads: Positive | None = Field(None, description="attention heads; default depth")
@@ -124,7 +125,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.channels % self.num_heads:
-            raise ValueError(f"width {self.channels} does not divide into {self.num_heads} heads; change width, heads or depth")
+            text = f"width {self.channels} (depth {self.depth}) does not divide into {self.num_heads} heads"
+            raise ValueError(f"{text}; change width, heads or depth")
         return self
 
 
@@ -136,13 +138,16 @@ class TrainConfig(Section):
     batch_size: Positive = Field(768, description="samples an optimiser step over all ranks (bs)")
     accumulate: Positive = Field(1, description="micro-batches a step on each rank (ac)")
     base_lr: float = Field(1e-4, gt=0, description="learning rate at batch 256 (tblr); the peak is base_lr x batch_size / 256")
-    lr_schedule: str = Field("lin0", pattern=r"^(lin0|lin00|lin|cos|exp|lin0?\.\d+)$", description="shape of the decay (sche)")
+    lr_schedule: str = Field(
+        "lin0", pattern=r"^(lin0|lin00|lin|cos|exp|lin0?\.\d+)$",
+        description="decay (sche): lin00, lin0, lin stay at the peak for 0, 5, 15 % and fall linearly; lin0.3: two lines; cos; exp",
+    )  # fmt: skip
     warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up (wp); none or 0: a fiftieth of the run")
-    lr_start: float = Field(0.005, ge=0, description="first learning rate / peak (wp0)")
-    lr_end: float = Field(0.01, ge=0, description="last learning rate / peak (wpe)")
+    lr_start: float = Field(0.005, ge=0, le=1, description="first learning rate / peak (wp0)")
+    lr_end: float = Field(0.01, ge=0, le=1, description="last learning rate / peak (wpe)")
     weight_decay: float = Field(0.05, ge=0, description="weight decay at the start (twd)")
     weight_decay_end: float | None = Field(None, ge=0, description="weight decay at the end (twde); default the same")
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     clip: float = Field(2.0, ge=0, description="largest gradient norm (tclip); 0: no clipping")
     label_smoothing: Fraction = Field(0.0, description="label smoothing (ls)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="matrix products; auto: bf16 where the processor has it fast")
@@ -160,6 +165,8 @@ class TrainConfig(Section):
             raise ValueError("give exactly one of epochs and steps")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        if self.epochs and self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is not shorter than the run of {self.epochs:g} epochs")
         return self
 
 
@@ -190,7 +197,7 @@ class StudySpec(Section):
     """The ladder and what is made of it."""
 
     depths: tuple[Positive, ...] = Field((), description="sizes of the ladder")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of every size")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="seeds of every size")
     preset: str | None = Field(None, description="a preset a size, such as model/d{depth}: model and recipe of that depth")
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
     common: dict[str, Any] = Field(
@@ -213,6 +220,10 @@ class StudySpec(Section):
         for name, values in (("depths", self.depths), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} lists a value twice")
+        for section, keys in (("common", self.common), *((f"overrides.{d}", keys) for d, keys in self.overrides.items())):
+            for key, by in (("model.depth", "depths"), ("train.seed", "seeds")):
+                if key in keys:
+                    raise ValueError(f"{section}: {key} is set by study.{by}, a run each; change that")
         if strangers := sorted(set(self.overrides) - set(self.depths)):
             raise ValueError(f"overrides names depth {strangers[0]}, which is not one of depths {list(self.depths)}")
         return self

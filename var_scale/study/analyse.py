@@ -15,7 +15,7 @@ from var_scale.study.laws import Form, LawFit
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
 
 FORMS: tuple[Form, ...] = ("power", "power_floor")
-SIZES = ("params_paper", "params_total", "params_per_token")
+SIZES = ("params_paper", "params_total")
 Strips = dict[str, list[dict[str, float]]]
 
 

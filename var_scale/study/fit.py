@@ -80,7 +80,7 @@ def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
     half = quantile * noise / math.sqrt(spread)
     half_a = quantile * noise * math.sqrt(1 / n + float(u.mean()) ** 2 / spread)
     intervals = {"alpha": (alpha - half, alpha + half), "a": (a * math.exp(-half_a), a * math.exp(half_a))}
-    params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS[common["variable"]])}
+    params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS.get(common["variable"], 1.0))}
     audit = {"method": "least squares on logs, closed form", "gradient_norm": float(np.hypot(residuals.sum(), (residuals * u).sum())),
              "active_bounds": [], "starts": 1, "agree": 1}  # fmt: skip
     return LawFit(form="power", status="converged", params=params, intervals=intervals, audit=audit, **result, **common)
@@ -142,13 +142,14 @@ def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFi
     if a <= 0 or any(bound != "floor at 0" for bound in bounds):
         reason = f"the floor is not identified by these points: {', '.join(bounds) or 'no decay with size'}"
         return LawFit(form="power_floor", status="not-converged", reason=reason, **result, **common)
-    if abs(gradient) > 1e-2 * (best + 1e-8):
+    kink = (objective(log_alpha + step) - 2 * best + objective(log_alpha - step)) / step  # at E = 0 the two sides differ by this much
+    if abs(gradient) > 1e-2 * (best + 1e-8) + abs(kink):
         reason = f"the gradient at the end is {abs(gradient):.2g} of objective {best:.2g}"
         return LawFit(form="power_floor", status="not-converged", reason=reason, **result, **common)
     draws = floor_draws(x, fitted, max(sd, common["noise_floor"]), seed)
     low, high = np.percentile(draws[:, :3], [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0)
     names = ("E", "a", "alpha")
-    params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS[common["variable"]])}
+    params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS.get(common["variable"], 1.0))}
     intervals = {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
     if high[2] >= ALPHA_BOUNDS[1] / 1.02:  # draws ran into the bound of the search: the data do not bound the exponent
         intervals |= {name: (intervals[name][0], math.inf) for name in ("a", "alpha")}

@@ -43,7 +43,7 @@ class LawFit:
     form: Form
     metric: str
     variable: str
-    """N (parameters), C (training FLOPs) or N,D"""
+    """N (parameters), C (training FLOPs), N,D, or the name of another column"""
     status: Status
     reason: str = ""
     params: dict[str, float] = field(default_factory=dict)
@@ -93,6 +93,12 @@ class LawFit:
     def freedom(self) -> int:
         """Degrees of freedom left for the error estimate: points - parameters."""
         return len(self.x) - PARAMETERS[self.form]
+
+    def local_exponents(self) -> list[float]:
+        """-d ln (L - E) / d ln x between neighbouring points."""
+        u, v = np.log(np.asarray(self.x)), np.log(np.asarray(self.y) - self.params.get("E", 0.0))
+        order = np.argsort(u)
+        return [float(a) for a in -np.diff(v[order]) / np.diff(u[order])]
 
     def curvature(self) -> tuple[float, float]:
         """A bend of the power law: coefficient of (ln x)^2 beside the straight line in ln (L - E), and its two-sided p-value

@@ -101,7 +101,8 @@ def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
 
 
 def _hours(rows: Sequence[PlanRow]) -> str:
-    return f"{sum(row.seconds * row.devices for row in rows) / 3600:,.0f}"
+    hours = sum(row.seconds * row.devices for row in rows) / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def short(value: float) -> str:

@@ -57,7 +57,7 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
         label = (
             f"$\\alpha$ = {fit.params['alpha']:.4f}  [{fit.intervals['alpha'][0]:.4f}, {fit.intervals['alpha'][1]:.4f}]\n$r$ = {fit.r:.4f}"
         )
-        band = axis.fill_between(at, low - floor, high - floor, color=BAND, lw=0, label="95 % band of the law")
+        band = axis.fill_between(at, low - floor, high - floor, color=BAND, lw=0, label="95 % band of the law's line")
         axis.plot(at, fit.predict(at) - floor, color=FIT, lw=1.6, label=label)
         if np.nanmax(high - floor) > 3 * y.max():  # few points: the band would flatten the data
             band.remove()
@@ -67,14 +67,15 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
         axis.plot(span, held.fit.predict(span) - floor, color=HELD, lw=1.4, ls=(0, (4, 3)), zorder=4, label="law without the largest size")
         bars = [[p.value - p.low], [p.high - p.value]]
         axis.errorbar(
-            [p.x], [p.value - floor], yerr=bars, color=HELD, capsize=4, lw=1.4, fmt="_", ms=9, label="its 95 % prediction interval"
+            [p.x], [p.value - floor], yerr=bars, color=HELD, capsize=4, lw=1.4, fmt="x", ms=9, zorder=7,
+            label="its prediction, 95 % interval",
         )
     axis.plot(n[~is_held], y[~is_held], "o", color=INK, ms=5, zorder=5, label="measured")
     axis.plot(n[is_held], y[is_held], "D", color="white", mec=HELD, mew=1.6, ms=6.5, zorder=6, label="held out, measured")
     axis.set_xscale("log")
     axis.set_yscale("log")
     decimal_log_axis(axis, "y")
-    axis.set_title(LABELS[metric] + (f" − {floor:g}" if floor else ""))
+    axis.set_title(LABELS[metric] + (f" − {floor:g}" if floor else "") + f"  (law with E = {floor:g})")
     if fit.converged:
         handles, labels = axis.get_legend_handles_labels()
         own = [i for i, text in enumerate(labels) if "alpha" in text]
@@ -136,7 +137,7 @@ def residuals_figure(result: StudyResult) -> Any:
         axis.axhline(0, color="0.6", lw=0.8)
         for form, marker, colour in (("power", "o", FIT), ("power_floor", "s", HELD)):
             fit: LawFit = result.fits[metric, form]
-            if fit.converged:
+            if fit.converged and not (form == "power_floor" and fit.params["E"] == 0):  # that is the power law once more
                 name = "power law" if form == "power" else f"with floor E = {fit.params['E']:.3g}"
                 left_over = 100 * (np.array(fit.y) / fit.predict(fit.x) - 1)
                 axis.plot(fit.x, left_over, marker, color=colour, ms=5, mfc="none" if form != "power" else colour, label=name)

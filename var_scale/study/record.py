@@ -161,7 +161,7 @@ def write_runs_csv(records: Sequence[RunRecord], path: Path) -> None:
 def read_table(path: Path) -> str:
     """The text of a CSV file."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: this table does not exist; give a CSV file or a study folder with a report") from None
     except UnicodeDecodeError:

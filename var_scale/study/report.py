@@ -13,16 +13,18 @@ from var_scale.study.document import Document
 from var_scale.study.frontier import RULE
 from var_scale.study.gate import CODES
 from var_scale.study.holdout import HoldOut
-from var_scale.study.laws import UNITS, LawFit
+from var_scale.study.laws import LawFit
 from var_scale.study.plan import short
 from var_scale.study.plots import write_plots
 from var_scale.study.record import METRICS, write_runs_csv
 
 WEAK = 2.0  # intervals wider than this many steps make a weak hold-out test
 CAPTIONS = {
-    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of the law. "
-            "Orange: the law of all sizes but the largest and its 95 % prediction interval for the largest run, which it never saw.",
-    "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law.",
+    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of its line (single runs "
+            "scatter more). Orange: the law of all sizes but the largest, its prediction for the largest run, which it never saw, and the "
+            "95 % interval of that.",
+    "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law. Points before the end of a run "
+               "were taken before the learning rate was annealed and lie too high.",
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
     "samples": "Samples of the largest healthy model, a row a class.",
@@ -36,6 +38,8 @@ def write_report(
     """Write STUDY/report/ and return the path of report.html. `extra` adds lines to "What was measured" (title: text), `shown`
     PNG files that exist already: samples, reconstructions."""
     folder = Path(study_dir) / "report"
+    for left_over in folder.glob(".*.tmp"):  # of a report that was killed
+        left_over.unlink()
     pictures = write_plots(result, folder) | dict(shown or {})
     document = build_document(Path(study_dir).resolve().name, result, pictures, extra or {})
     write_runs_csv(result.records, folder / "runs.csv")
@@ -60,9 +64,19 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
     for picture, title in titles.items():
         if picture in pictures:
             doc.heading(title)
-            doc.picture(pictures[picture], CAPTIONS[picture])
+            doc.picture(pictures[picture], CAPTIONS[picture] + (_first_scale(result) if picture == "per_scale" else ""))
     _caveats(doc, result)
     return doc
+
+
+def _first_scale(result: StudyResult) -> str:
+    """The sampling error of the noisiest point of the picture."""
+    run = next((run for run in result.gate.kept if run.err_per_scale), None)
+    if run is None or run.eval_samples < 1:
+        return ""
+    error = run.err_per_scale[0]
+    return (f" The first scale is one token an image: on {run.eval_samples:,} images its error rate has a standard error of "
+            f"{100 * math.sqrt(error * (1 - error) / run.eval_samples):.1f} points.")  # fmt: skip
 
 
 def headline(result: StudyResult) -> str:
@@ -93,6 +107,8 @@ def held_sentence(held: HoldOut) -> str:
     """The hold-out test in words: miss, size of the miss against the step it had to predict, and what the test was worth."""
     text = (f"Held out, {', '.join(held.held)} is predicted within {100 * abs(held.relative_error):.2f} %, "
             f"{100 * held.gain_fraction:.0f} % of the gain from the next smaller size ({verdict(held)}).")  # fmt: skip
+    if held.inside and held.fit and abs(held.relative_error) < held.fit.residual_sd / 2:
+        text += f" So small a miss is luck: the law misses its own points by {100 * held.fit.residual_sd:.2f} %."
     if held.inside and held.width_fraction > WEAK:
         text += f" The interval is {held.width_fraction:.1f} times as wide as that gain: a weak test that only a large miss fails."
     return text
@@ -151,7 +167,7 @@ def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> N
 def _runs(doc: Document, result: StudyResult) -> None:
     doc.heading("Runs")
     doc.table(
-        ["run", "N", "all parameters", "images", "train FLOP", "L_last", "L_avg", "Err_last", "Err_avg", "time", "restarts", "gate"],
+        ["run", "N", "all parameters", "images seen", "train FLOP", "L_last", "L_avg", "Err_last", "Err_avg", "time", "restarts", "gate"],
         [[run.name, short(run.params_paper), short(run.params_total), short(run.images), f"{run.flops_exact:.3g}",
           *(number(run.metric(metric)) for metric in METRICS), duration(run.seconds), run.restarts,
           "kept" if run in result.gate.kept else next(item.code for item in result.gate.excluded if item.record is run)]
@@ -174,7 +190,8 @@ def _gate(doc: Document, result: StudyResult) -> None:
 def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
     doc.heading("The laws, fitted on all sizes")
     doc.paragraph(
-        "The paper's form, metric - E = (β N / 1e9)^-α with E fixed, by least squares on logarithms; 95 % intervals from Student's t."
+        "The paper's form, metric - E = (β N / 1e9)^-α with E fixed, by least squares on logarithms; 95 % intervals from Student's t. "
+        "β is n/a where a small exponent puts it below 1e-6 or above 1e6, beyond meaning."
     )
     doc.table(
         ["metric", "law", "E", "α", "α, 95 %", "β", "r", "residual sd"], [_law_row(result.fits[metric, "power"]) for metric in METRICS]
@@ -207,7 +224,9 @@ def _bends(result: StudyResult) -> str:
     worst = {fit.metric: max(zip(fit.residuals, fit.rows, strict=True), key=lambda item: abs(item[0])) for fit in fits}
     tests = {fit.metric: fit.curvature() for fit in fits}
     bent = [metric for metric, (_, p) in tests.items() if p < 0.05]
-    text = "Largest residual: " + ", ".join(f"{metric} {100 * value:+.2f} % at {name}" for metric, (value, name) in worst.items()) + ". "
+    local = "; ".join(f"{fit.metric} {', '.join(f'{a:.4f}' for a in fit.local_exponents())}" for fit in fits)
+    largest = ", ".join(f"{metric} {100 * value:+.2f} % at {name}" for metric, (value, name) in worst.items())
+    text = f"Exponent from each size to the next: {local}. Largest residual: {largest}. "
     shown = ", ".join(f"{metric} p = {p:.2f}" for metric, (_, p) in tests.items() if math.isfinite(p))
     if not shown:
         return text + "Too few sizes to test for a bend."
@@ -229,6 +248,9 @@ def _law_row(fit: LawFit) -> list[str]:
 
 def _test(doc: Document, result: StudyResult) -> None:
     doc.heading("Hold-out test: the largest size, predicted from the smaller ones")
+    if all(held.prediction is None for held in result.holdouts.values()):
+        doc.paragraph(f"Not made: {next(iter(result.holdouts.values())).reason}.")
+        return
     rows = []
     for (metric, form), held in result.holdouts.items():
         p = held.prediction
@@ -273,7 +295,7 @@ def _compute(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -
             rows.append([metric, f"`{fit.equation}`", number(fit.params["alpha"]), span(front.alpha_interval), number(fit.r), len(fit.x)])
         else:
             rows.append([metric, f"not converged: {fit.reason}", "", "", "", len(fit.x)])
-    doc.table(["metric", f"law (C in {UNITS['C']:.0e} training FLOPs)", "α", "α, 95 % bootstrap by run", "r", "points"], rows)
+    doc.table(["metric", "law (C in training FLOPs)", "α", "α, 95 % bootstrap by run", "r", "points"], rows)
     if "compute" in pictures:
         doc.picture(pictures["compute"], CAPTIONS["compute"])
 
@@ -288,7 +310,7 @@ def _caveats(doc: Document, result: StudyResult) -> None:
     data = "Runs differ in the images they saw; part of the trend with size may be a trend with data."
     if len(budgets) <= 1:
         same = short(next(iter(budgets), 0))
-        data = f"All runs saw the same {same} images: this is a law at a fixed data budget, not of compute-optimal training."
+        data = f"All runs saw {same} images, repeats counted: this is a law at a fixed data budget, not of compute-optimal training."
     doc.bullets([
         seeds, data,
         f"The sizes span {octaves(result):.1f} octaves ({len({run.params_paper for run in kept})} sizes). "
