@@ -43,7 +43,7 @@ def test_help_is_quick_and_names_every_command() -> None:
 
 @pytest.mark.parametrize("command", ["doctor", "data synth", "data index", "data verify", "data info", "data tokenize", "tokenizer train",
                                      "train", "study plan", "study run", "study status", "study report", "sample", "fit",
-                                     "bench kernels"])  # fmt: skip
+                                     "bench kernels", "bench step"])  # fmt: skip
 def test_help_of_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every subcommand explains itself."""
     with pytest.raises(SystemExit) as stop:

@@ -244,6 +244,13 @@ def bench_kernels(args: argparse.Namespace) -> None:
     run(args.operators, args.shapes, args.out)
 
 
+def bench_step(args: argparse.Namespace) -> None:
+    """Time a block and a training step with the fused operators and without."""
+    from var_scale.train.bench import bench_step
+
+    bench_step(args.configs, args.batch, args.set, args.out)
+
+
 def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run."""
     from var_scale.study.table import fit_table
@@ -310,9 +317,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
     sub.add_argument("--zoom", type=_number(int, 1), default=1, help="enlarge the picture")
 
-    sub = command(family("bench", "timings of this machine: kernels"), "kernels", bench_kernels)
+    bench = family("bench", "timings of this machine: kernels, step")
+    sub = command(bench, "kernels", bench_kernels)
     sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
     sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results, and a roofline plot beside them")
+
+    sub = command(bench, "step", bench_step)
+    sub.add_argument("configs", nargs="+", help="config files or presets, such as model/d16 model/d30")
+    sub.add_argument("--batch", type=_number(int, 1), default=32, help="samples a step")
+    sub.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every config")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
 
     sub = command(commands, "fit", fit)

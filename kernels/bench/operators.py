@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Problem:
     """floor of the memory traffic, forward and backward"""
     flops: tuple[float, float] = (0.0, 0.0)
     """useful FLOPs, forward and backward"""
-    notes: dict[str, str] = field(default_factory=dict)
+    serial: bool = False
+    """products and memory passes follow each other: their floors add up; else the larger one counts"""
 
 
 def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Problem]:
@@ -77,9 +78,10 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
         return x, eager_norm(x, scale, shift)
 
     yield Problem("adaptive_layer_norm", shape, [randn(B, L, C), scale, shift], [grad],
-                  compete(eager_norm, adaptive_layer_norm, device), bytes=(2 * n * half, 3 * n * half))  # fmt: skip
+                  compete(eager_norm, adaptive_layer_norm, device), bytes=(2 * n * half, 3 * n * half), flops=(10 * n, 20 * n))  # fmt: skip
     yield Problem("gate_adaptive_layer_norm", shape, [randn(B, L, C), randn(B, L, C), gamma, scale, shift], [grad, grad.clone()],
-                  compete(eager_gate, gate_adaptive_layer_norm, device), bytes=(4 * n * half, 6 * n * half))  # fmt: skip
+                  compete(eager_gate, gate_adaptive_layer_norm, device), bytes=(4 * n * half, 6 * n * half),
+                  flops=(12 * n, 24 * n))  # fmt: skip
 
     yield _attention(shape, randn(B, L, 3, H, 64), torch.full((H,), math.log(4.0), device=device, requires_grad=True), grad)
 
@@ -90,6 +92,7 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
     yield Problem("gelu_mlp", shape, [randn(B, L, C), *weights], [grad], compete(eager_mlp, gelu_mlp, device),
+                  bytes=((6 * n + 2 * C * hidden) * half, (7 * n + 4 * C * hidden) * half),
                   flops=(4 * n * hidden, 8 * n * hidden))  # fmt: skip
 
     N, V = B * L, shape.V
@@ -102,8 +105,8 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
         return linear_cross_entropy(x, w, b, target)[0]
 
     yield Problem("linear_cross_entropy", shape, [randn(N, C), randn(V, C, scale=C**-0.5), randn(V)],
-                  [torch.full((N,), 1 / N, device=device)], compete(eager_ce, fused_ce, device), bytes=(2 * N * V * half, 0),
-                  flops=(2 * N * V * C, 4 * N * V * C))  # fmt: skip
+                  [torch.full((N,), 1 / N, device=device)], compete(eager_ce, fused_ce, device) | _liger_ce(target),
+                  bytes=(2 * N * V * half, 0), flops=(2 * N * V * C, 4 * N * V * C), serial=True)  # fmt: skip
 
     codes = torch.randn(4096, 32, device=device)
     vectors = torch.randn(N, 32, device=device)
@@ -111,13 +114,26 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
     def eager_vq(z: Tensor, c: Tensor) -> Tensor:
         return (c.square().sum(1) - 2 * z @ c.t()).argmin(1)
 
-    yield Problem("nearest_code", shape, [vectors, codes], [], compete(eager_vq, nearest_code, device), flops=(2 * N * 4096 * 32, 0))
+    yield Problem("nearest_code", shape, [vectors, codes], [], compete(eager_vq, nearest_code, device), bytes=(N * 32 * 4 + N * 8, 0),
+                  flops=(2 * N * 4096 * 32, 0))  # fmt: skip
 
 
 def compete(eager: Callable[..., Any], ours: Callable[..., Any], device: torch.device) -> dict[str, Callable[..., Any]]:
     """Eager PyTorch, torch.compile of it (on GPUs), ours."""
     compiled = {"compile": torch.compile(eager, dynamic=False)} if device.type == "cuda" else {}
     return {"eager": eager, **compiled, "ours": ours}
+
+
+def _liger_ce(target: Tensor) -> dict[str, Callable[..., Any]]:
+    """Liger's fused linear cross-entropy, where it is installed."""
+    if not target.is_cuda or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def liger(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return LigerFusedLinearCrossEntropyFunction.apply(x, w, target, b, None, -100, 0.0, 0.0, "none")[0]
+
+    return {"liger": liger}
 
 
 def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Problem:
@@ -158,4 +174,6 @@ def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Pr
 
         forms["xformers"] = xformers
     useful = 4 * shape.B * shape.heads * 64 * visible.pairs()
-    return Problem("block_attention", shape, [qkv, log_scale], [grad], forms, flops=(useful, 2.5 * useful))
+    moved = qkv.numel() * qkv.element_size()
+    return Problem("block_attention", shape, [qkv, log_scale], [grad], forms, bytes=(4 / 3 * moved, 8 / 3 * moved),
+                   flops=(useful, 2.5 * useful))  # fmt: skip

@@ -70,7 +70,8 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
 
 def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
     """All forms of one operator at one shape."""
-    row: dict[str, Any] = {"operator": problem.name, "shape": problem.shape.name, "bytes": problem.bytes, "flops": problem.flops}
+    row: dict[str, Any] = {"operator": problem.name, "shape": problem.shape.name, "bytes": problem.bytes, "flops": problem.flops,
+                           "serial": problem.serial}  # fmt: skip
     row["forms"] = {}
     for name, form in problem.forms.items():
         try:
@@ -92,14 +93,19 @@ def line(row: dict[str, Any], name: str, ceilings: dict[str, float]) -> str:
     return f"{head} {'  '.join(parts)}  {share(row, form, ceilings)}"
 
 
+def floor_seconds(row: dict[str, Any], place: int, ceilings: dict[str, float]) -> float:
+    """The least time of the forward (0) or backward (1) pass on this device, by its measured copy and product rates."""
+    moving, counting = row["bytes"][place] / ceilings["copy_bytes_per_s"], row["flops"][place] / ceilings["product_flop_per_s"]
+    return moving + counting if row["serial"] else max(moving, counting)
+
+
 def share(row: dict[str, Any], form: dict[str, Any], ceilings: dict[str, float]) -> str:
     """Of the measured copy or product rate, forward and backward."""
     parts = []
     for place, what in enumerate(("forward", "backward")):
         if what not in form:
             continue
-        floor = max(row["bytes"][place] / ceilings["copy_bytes_per_s"], row["flops"][place] / ceilings["product_flop_per_s"])
-        if floor:
+        if floor := floor_seconds(row, place, ceilings):
             parts.append(f"{100 * floor / (1e-3 * form[what]['p50']):.0f} %")
     return " / ".join(parts) + " of the floor" if parts else ""
 
@@ -141,5 +147,8 @@ def run(operators: list[str], shapes: list[str], out: Path | None) -> list[dict[
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
-        print(f"written: {out}")
+        from var_kernels.bench.roofline import draw
+
+        draw(json.loads(out.read_text()), out.with_suffix(".png"))
+        print(f"written: {out}, {out.with_suffix('.png')}")
     return rows

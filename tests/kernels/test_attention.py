@@ -89,6 +89,18 @@ def test_block_attention(patch_nums: tuple[int, ...], pattern: str | int, D: int
     check(ours, reference_form, inputs, [g], eager, sums=[2])
 
 
+def test_expanded_gradients_and_strided_inputs() -> None:
+    """A gradient that is one number for all (strides 0), and a qkv that is a part of something wider."""
+    wide = torch.randn(2, 14, 3, 3, 32, device=DEVICE)
+    qkv = wide[:, :, :, :2, :16].detach().requires_grad_()
+    log_scale = torch.zeros(2, device=DEVICE)
+    op.block_attention(qkv, (1, 2, 3), log_scale).sum().backward()
+    copy = qkv.detach().contiguous().double().requires_grad_()
+    reference.attention(*copy.unbind(2), scales((1, 2, 3)), log_scale.double(), 1.0).sum().backward()
+    assert qkv.grad is not None and copy.grad is not None
+    torch.testing.assert_close(qkv.grad, copy.grad.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_scale_is_held_at_100() -> None:
     """exp(s) is clamped at 100, and the gradient of a clamped scale is 0."""
     qkv = torch.randn(1, 14, 3, 2, 16, device=DEVICE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +123,13 @@ def test_choices_are_said_and_wrong_ones_refused() -> None:
     block = tiny(attention="triton").blocks[0]
     with pytest.raises(UserError, match="takes the block-causal mask of the model"):
         block(torch.randn(1, 5, 32), torch.randn(1, 32), torch.zeros(1, 1, 5, 5))
+
+
+def test_bench_of_a_step(tmp_path: Path) -> None:
+    """Both forms are timed and written down (on a CPU the fused one is the plain one: kernels auto)."""
+    from var_scale.train.bench import bench_step
+
+    small = ["model.depth=1", "model.width=64", "model.heads=2", "tokenizer.ch=32", "tokenizer.patch_nums=[1,2,3]"]
+    rows = bench_step(["model/d16"], 2, small, tmp_path / "r.json")
+    assert [row["form"] for row in rows] == ["plain", "fused"] and all(row["step_ms"] > row["block_ms"] > 0 for row in rows)
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == rows

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _switch(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -108,7 +113,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "triton", "flex", "flash", "xformers", "sdpa"] = Field(
         "auto", description="attention back-end; auto: triton on NVIDIA GPUs from Ampere on, else sdpa"
     )
-    kernels: Literal["auto", "on", "off"] = Field(
+    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="fused AdaLN, MLP and cross-entropy; auto: on NVIDIA GPUs from Ampere on; on: everywhere, in PyTorch on CPUs"
     )
 

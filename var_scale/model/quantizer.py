@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from var_kernels import nearest_code, use_triton
 from var_scale.errors import UserError
 
 PatchNum = int | tuple[int, int]
@@ -125,6 +126,8 @@ class MultiScaleQuantizer(nn.Module):
         weight_VC = self.embedding.weight
         if self.using_znorm:
             return torch.argmax(F.normalize(z_NC, dim=-1) @ F.normalize(weight_VC.T, dim=0), dim=1)
+        if use_triton(z_NC):
+            return nearest_code(z_NC, weight_VC, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
         d_NV = z_NC.square().sum(1, keepdim=True) + weight_VC.square().sum(1)
         return torch.argmin(d_NV.addmm_(z_NC, weight_VC.T, alpha=-2, beta=1), dim=1)
 

@@ -1,0 +1,40 @@
+"""The roofline plot of a result: what each operator reached, under what the device can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+STYLE = {"eager": ("o", "0.6"), "compile": ("s", "#7a5195"), "ours": ("D", "#1f6fb2")}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write a PNG: arithmetic intensity (FLOP a byte, by the declared floors) against the rate reached (FLOP/s), forward and backward."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    copy, product = results["ceilings"]["copy_bytes_per_s"], results["ceilings"]["product_flop_per_s"]
+    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    widest = max((f / b for row in results["rows"] for f, b in zip(row["flops"], row["bytes"], strict=True) if b), default=1.0)
+    edges = [0.5, product / copy, 2 * max(widest, product / copy)]
+    axis.plot(edges, [min(product, copy * x) for x in edges], color="0.2", lw=1.4, label="copy and product rate, measured here")
+    labelled: set[str] = set()
+    for row in results["rows"]:
+        for name, form in row["forms"].items():
+            marker, colour = STYLE.get(name, ("^", "#c8581f"))
+            for place, what in enumerate(("forward", "backward")):
+                if what not in form or not row["flops"][place] or not row["bytes"][place]:
+                    continue
+                intensity, rate = row["flops"][place] / row["bytes"][place], row["flops"][place] / (1e-3 * form[what]["p50"])
+                face = colour if what == "forward" else "none"
+                axis.plot(intensity, rate, marker, color=colour, mfc=face, ms=5, ls="", label=None if name in labelled else name)
+                labelled.add(name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("FLOP a byte")
+    axis.set_ylabel("FLOP/s")
+    axis.set_title(f"{results['device']}, {results['date']}  (filled: forward, open: backward)")
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=150)

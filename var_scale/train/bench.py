@@ -1,0 +1,101 @@
+"""`var-scale bench step`: one block and one training step, with the fused operators and without, on this device."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from var_kernels.bench.measure import measure
+from var_kernels.bench.run import describe
+
+from var_scale.config.load import load
+from var_scale.config.schema import Config
+from var_scale.model.attention import ScaleMask
+from var_scale.model.block import fused
+from var_scale.model.load import build_model, new_tokenizer
+from var_scale.progress import say
+from var_scale.train.engine.single import SingleEngine
+from var_scale.train.step import TrainStep
+from var_scale.train.world import choose_precision
+
+FORMS = {"plain": {"kernels": "off", "attention": "sdpa"}, "fused": {"kernels": "auto", "attention": "auto"}}
+
+
+def bench_step(names: list[str], batch: int, overrides: list[str], out: Path | None) -> list[dict[str, Any]]:
+    """Time block and step of each config at `batch` samples, print them, and write JSON to `out`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in names:
+        for form, model in FORMS.items():
+            changed = [*overrides, *(f"model.{key}={value}" for key, value in model.items())]
+            config = load(name, changed)
+            row = {"config": name, "form": form, "batch": batch, **time_config(config, batch, device)}
+            rows.append(row)
+            memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
+            say(f"{name} batch {batch} {form:6} block {row['block_ms']:.3f} ms  step {row['step_ms']:.2f} ms{memory}  {row['attention']}")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**describe(device), "rows": rows}, indent=1) + "\n")
+        say(f"written: {out}")
+    return rows
+
+
+def time_config(config: Config, batch: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds (median) of a block forward and backward, and of a whole optimiser step; peak of memory on a GPU."""
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(device)
+    var = build_model(config, tokenizer, device)
+    bf16 = choose_precision(config.train.precision, device) == "bf16"
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    module = TrainStep(var, tokenizer.quantize, config.tokenizer.patch_nums, bf16, config.train.label_smoothing)
+    engine = SingleEngine(module, 1, config.train.clip, config.train.adam_betas)
+    module.train()
+    tokens_BL = torch.randint(config.tokenizer.vocab_size, (batch, var.L), device=device)
+    label_B = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def step() -> None:
+        engine.prepare(last=True)
+        engine.backward(engine.module(tokens_BL, label_B)[0])
+        engine.step()
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    block, x_BLC = var.blocks[0], torch.randn(batch, var.L, var.C, device=device, dtype=dtype, requires_grad=True)
+    cond = var.shared_ada_lin(torch.randn(batch, var.C, device=device)).to(dtype).detach()
+    mask, gradient = ScaleMask(var.patch_nums, var.attn_bias_for_masking, dtype), torch.randn_like(x_BLC)
+    before = (torch.randn_like(x_BLC), torch.randn(batch, 1, var.C, device=device, dtype=dtype), None)  # the branch of the block before
+    defer = fused(var.kernels, x_BLC)
+
+    def one_block() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            if defer:
+                x, (branch, *_) = block(x_BLC, cond, mask, pending=before, defer=True)
+            else:
+                x, branch = block(x_BLC + before[0] * before[1], cond, mask), None
+        outs = [x] if branch is None else [x, branch]
+        torch.autograd.grad(outs, x_BLC, [gradient] * len(outs))
+
+    result: dict[str, Any] = {"block_ms": measure(one_block, device).p50, "step_ms": _median(step, device), **var.choices()}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def _median(function: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Milliseconds of a call that changes weights, after two calls to warm up."""
+    times = []
+    for number in range(2 + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[repeats // 2]
