@@ -241,7 +241,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
     """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
     from var_kernels.bench.run import run
 
-    run(args.operators, args.shapes, args.out)
+    run(args.operators, args.shapes, args.out, args.tune)
 
 
 def bench_step(args: argparse.Namespace) -> None:
@@ -322,6 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
     sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results, and a roofline plot beside them")
+    sub.add_argument("--tune", action="store_true", help="decide first which form of the MLP runs at each width, and keep that")
 
     sub = command(bench, "step", bench_step)
     sub.add_argument("configs", nargs="+", help="config files or presets, such as model/d16 model/d30")

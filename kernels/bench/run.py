@@ -6,6 +6,7 @@ Each form is first compared with the eager one in float32; a form that is wrong 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from typing import Any
 
 import torch
 from var_kernels.bench.measure import Time, copy_rate, measure, product_rate
-from var_kernels.bench.operators import SHAPES, TRY, Problem, problems
+from var_kernels.bench.operators import SHAPES, TRY, Problem, Shape, problems
+
+from var_kernels import gelu_mlp
+from var_kernels.mlp import tune
 
 TOLERANCE = 0.02
 
@@ -127,8 +131,36 @@ def describe(device: torch.device) -> dict[str, Any]:
             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
-def run(operators: list[str], shapes: list[str], out: Path | None) -> list[dict[str, Any]]:
-    """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU."""
+def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Time the MLP's two forms, forward and backward, at a shape, and keep the faster for its widths; see mlp/tune.py."""
+    C, hidden = shape.C, 4 * shape.C
+    x, dy = (torch.randn(shape.B, shape.L, C, device=device).to(dtype).requires_grad_() for _ in range(2))
+    sizes = ((hidden, C), (hidden,), (C, hidden), (C,))
+    weights = [(torch.randn(*size, device=device) * size[-1] ** -0.5).requires_grad_() for size in sizes]
+
+    def form(name: str) -> Callable[[], object]:
+        os.environ["VAR_KERNELS_MLP"] = name
+        tune.choice.cache_clear()
+
+        def call() -> None:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                torch.autograd.grad(gelu_mlp(x, *weights), [x, *weights], dy)
+
+        return call
+
+    given = os.environ.get("VAR_KERNELS_MLP")
+    try:
+        return tune.tune(form, device, dtype, C, hidden, lambda call: measure(call, device).p50)
+    finally:
+        os.environ.pop("VAR_KERNELS_MLP", None)
+        if given is not None:
+            os.environ["VAR_KERNELS_MLP"] = given
+        tune.choice.cache_clear()
+
+
+def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: bool = False) -> list[dict[str, Any]]:
+    """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU. `tune_first` decides the
+    form of the MLP at each width and keeps the decision on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [s for s in SHAPES if not shapes or any(s.name.startswith(text) for text in shapes)] if device.type == "cuda" else TRY
@@ -141,6 +173,10 @@ def run(operators: list[str], shapes: list[str], out: Path | None) -> list[dict[
     torch.manual_seed(0)
     rows = []
     for shape in chosen:
+        if tune_first:
+            entry = tune_mlp(shape, device, dtype)
+            times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
+            print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
         for problem in problems(shape, device, dtype):
             if not operators or problem.name in operators:
                 rows.append(run_problem(problem, device, ceilings))

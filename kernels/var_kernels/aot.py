@@ -83,8 +83,13 @@ def cases(architecture: str) -> Iterator[Case]:
     heads = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "y"), "bf16")
     heads |= dict.fromkeys(("lse", "delta", "inv_q", "inv_k", "log_scale", "dscale", "out"), "fp32")
     heads |= dict.fromkeys(("tiles", "row_lo", "row_hi", "key_lo", "key_hi"), "i32") | {"sm_scale": "f"}
+    heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
     shared = {"NORM": True, "D": 64, "BLOCK_D": 64, "UPCAST": False, "PRECISION": "ieee", "BLOCK_M": a.block_m, "BLOCK_N": a.block_n}
     yield Case("attention.forward", attention.forward, heads, shared | {"STAGES": a.stages}, a.warps, matrix=True)
+    wide = attention_config.config_for(64, int(architecture.removeprefix("sm_")) // 10, itemsize=4)
+    singles = heads | {name: "fp32" for name, kind in heads.items() if kind == "bf16"}
+    tiles = {"BLOCK_M": wide.block_m, "BLOCK_N": wide.block_n, "STAGES": wide.stages}
+    yield Case("attention.forward float32", attention.forward, singles, shared | tiles, wide.warps)
     for name, kernel, inner in (("keys", attention.backward_keys, "BLOCK_M"), ("queries", attention.backward_queries, "BLOCK_N")):
         back = shared | {"STAGES": a.backward_stages, inner: a.backward_inner}
         yield Case(f"attention.backward_{name}", kernel, heads, back, a.backward_warps, matrix=True)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MINIMUM_CAPABILITY = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,6 +46,18 @@ def use_triton(x: Tensor) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 4 where there is none (tests in the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def launches(function: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device: make it that of the first tensor."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        with torch.cuda.device_of(first) if isinstance(first, Tensor) and first.is_cuda else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 @lru_cache(maxsize=16)

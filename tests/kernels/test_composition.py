@@ -150,11 +150,15 @@ def test_readme_shows_the_results_that_are_there() -> None:
     assert "| d16 | x | forward | 2.0000 | eager 2.50, flex: no |" in shown
 
 
-def test_bench_runs(tmp_path: Path) -> None:
+def test_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it takes a small shape; wrong forms are named, not timed."""
     from var_kernels.bench import run
     from var_kernels.bench.operators import TRY, Problem
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("VAR_KERNELS_MLP", raising=False)
+    entry = run.tune_mlp(TRY[0], torch.device("cpu"), torch.float32)  # without a GPU both are the same PyTorch
+    assert set(entry["milliseconds"]) == {"vendor", "triton"} and (tmp_path / "var-scale" / "mlp.json").exists()
     out = tmp_path / "r.json"
     rows = run.run(["nearest_code"], ["d16 B=32 L=680"], out)
     assert rows[0]["forms"]["ours"]["forward"]["p50"] > 0 and json.loads(out.read_text())["versions"]["torch"]

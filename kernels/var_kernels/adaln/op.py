@@ -9,7 +9,7 @@ from torch import Tensor
 
 from var_kernels.adaln import reference
 from var_kernels.adaln.config import MAX_C, config_for, splits
-from var_kernels.dispatch import multiprocessors, use_triton
+from var_kernels.dispatch import launches, multiprocessors, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -52,6 +52,7 @@ def _flat(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 else v.contiguous()
 
 
+@launches
 def launch_forward(
     x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,6 +73,7 @@ def launch_forward(
     return x_new, h, mean, rstd
 
 
+@launches
 def launch_backward(
     dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
     shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,

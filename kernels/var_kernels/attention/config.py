@@ -23,8 +23,9 @@ class AttentionConfig:
     """rows of the tiles that the backward loops run over. On Ampere 32: there the operands of a product lie in registers, and 64 spill"""
 
 
-def config_for(D: int, generation: int) -> AttentionConfig:
-    """For heads of D channels on a GPU generation (9: Hopper). Wide heads take smaller pipelines, so that tiles and accumulators fit."""
-    if D > 64:
+def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
+    """For heads of D channels on a GPU generation (9: Hopper). Wide heads and float32 take smaller pipelines, so that tiles and
+    accumulators fit, also into the 99 KiB of shared memory of small GPUs."""
+    if D > 64 or itemsize > 2:
         return AttentionConfig(block_n=32, stages=2, warps=8, backward_warps=8, backward_stages=1, backward_inner=32)
     return AttentionConfig(backward_inner=32) if generation < 9 else AttentionConfig()

@@ -12,7 +12,7 @@ from var_kernels.attention import reference
 from var_kernels.attention.config import MAX_D, AttentionConfig, config_for
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.attention.schedule import Pattern, Visible, everything, scales, tiles_on
-from var_kernels.dispatch import INTERPRETED, generation, use_triton
+from var_kernels.dispatch import INTERPRETED, generation, launches, use_triton
 
 
 def block_attention(
@@ -72,6 +72,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return out
 
 
+@launches
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, log_scale: Tensor | None, visible: Visible, sm_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +83,7 @@ def launch_forward(
     Lk = k.shape[1]
     if D > MAX_D:
         raise ValueError(f"attention: heads of {D} channels are wider than {MAX_D}; use another back-end")
-    config, norm = config_for(D, generation(q.device)), log_scale is not None
+    config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
     settings = _settings(config, D, q.dtype)
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
@@ -90,14 +91,16 @@ def launch_forward(
     inv_k = torch.empty(B, H, Lk if norm else 0, dtype=torch.float32, device=q.device)
     tiles = tiles_on(visible, config.block_m, q.device)
     if norm:
-        kernels.inverse_norms[(-(-Lk // 64), B * H)](k, inv_k, *_strides(k), H, Lk, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
-    kernels.forward[(len(tiles.table), B * H)](
-        q, k, v, o, lse, inv_q, inv_k, log_scale, tiles.table, tiles.lo, tiles.hi, sm_scale, *_strides(q, k, v), H, Lq, Lk,
+        kernels.inverse_norms[(B * H, -(-Lk // 64))](k, inv_k, *_strides(k), H, Lk, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
+    count = len(tiles.table)
+    kernels.forward[(count * B * H,)](
+        q, k, v, o, lse, inv_q, inv_k, log_scale, tiles.table, tiles.lo, tiles.hi, sm_scale, *_strides(q, k, v), count, H, Lq, Lk,
         NORM=norm, STAGES=config.stages, num_warps=config.warps, **settings,
     )  # fmt: skip
     return o, lse, inv_q, inv_k
 
 
+@launches
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, log_scale: Tensor | None,
     visible: Visible, sm_scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
@@ -107,22 +110,22 @@ def launch_backward(
 
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
-    config, norm = config_for(D, generation(q.device)), log_scale is not None
+    config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
     settings = _settings(config, D, q.dtype)
     do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
     delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
-    kernels.weighted_dots[(-(-Lq // 64), B * H)](o, do, delta, *_strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
-    by_key = tiles_on(visible.transposed(), config.block_n, q.device)
+    kernels.weighted_dots[(B * H, -(-Lq // 64))](o, do, delta, *_strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
+    by_key = tiles_on(visible.transposed, config.block_n, q.device)
     common = settings | {"NORM": norm, "STAGES": config.backward_stages, "num_warps": config.backward_warps}
-    kernels.backward_keys[(len(by_key.table), B * H)](
+    kernels.backward_keys[(len(by_key.table) * B * H,)](
         q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dk, dv, by_key.table, by_key.lo, by_key.hi, sm_scale,
-        *_strides(q, k, v, do, dk, dv), H, Lq, Lk, **common | {"BLOCK_M": config.backward_inner},
+        *_strides(q, k, v, do, dk, dv), len(by_key.table), H, Lq, Lk, **common | {"BLOCK_M": config.backward_inner},
     )  # fmt: skip
     by_query = tiles_on(visible, config.block_m, q.device)
     parts = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
-    kernels.backward_queries[(len(by_query.table), B * H)](
+    kernels.backward_queries[(len(by_query.table) * B * H,)](
         q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dq, parts, by_query.table, by_query.lo, by_query.hi, sm_scale,
-        *_strides(q, k, v, do, dq), H, Lq, Lk, **common | {"BLOCK_N": config.backward_inner},
+        *_strides(q, k, v, do, dq), len(by_query.table), H, Lq, Lk, **common | {"BLOCK_N": config.backward_inner},
     )  # fmt: skip
     if log_scale is None:
         return parts.new_zeros(H)

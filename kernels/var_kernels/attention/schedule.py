@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -13,23 +14,22 @@ Pattern = str | int
 """full: its own scale and all earlier ones (the paper); own: its own scale; k: its own and the k - 1 before it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visible:
-    """Query i sees the keys [lo[i], hi[i])."""
+    """Query i sees the keys [lo[i], hi[i]). Compared by identity, so that it is a quick key of a cache: `scales` and `everything` return
+    the same one for the same arguments."""
 
     lo: tuple[int, ...]
     hi: tuple[int, ...]
     keys: int
 
+    @cached_property
     def transposed(self) -> Visible:
         """Key j is seen by the queries [lo[j], hi[j]): a range, because lo and hi never fall."""
-        lo, hi = [], []
-        for key in range(self.keys):
-            queries = [i for i in range(len(self.lo)) if self.lo[i] <= key < self.hi[i]]
-            lo.append(queries[0] if queries else 0)
-            hi.append(queries[-1] + 1 if queries else 0)
-            assert len(queries) == hi[-1] - lo[-1], "the queries of a key are not a range"
-        return Visible(tuple(lo), tuple(hi), len(self.lo))
+        assert list(self.lo) == sorted(self.lo) and list(self.hi) == sorted(self.hi), "lo and hi must not fall"
+        lo = tuple(bisect_right(self.hi, key) for key in range(self.keys))
+        hi = tuple(bisect_right(self.lo, key) for key in range(self.keys))
+        return Visible(lo, hi, len(self.lo))
 
     def pairs(self) -> int:
         """(query, key) pairs that are computed."""

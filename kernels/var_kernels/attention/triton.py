@@ -46,20 +46,22 @@ def put(base, rows, stride, valid, values, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def inverse_norms(x, out, x_b, x_l, x_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """out (B, H, L) = 1 / max(|x|, 1e-12) of each head's vector."""
-    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     v = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
-    tl.store(out + tl.program_id(1).to(tl.int64) * L + rows, 1.0 / tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), NORM_EPS), mask=rows < L)
+    tl.store(out + bh * L + rows, 1.0 / tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), NORM_EPS), mask=rows < L)
 
 
 @triton.jit
 def weighted_dots(x, y, out, x_b, x_l, x_h, y_b, y_l, y_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """out (B, H, L) = sum over D of x y: the term of the softmax backward, from o and its gradient."""
-    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     a = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
     c = tile(y + b * y_b + h * y_h, rows, y_l, rows < L, D, BLOCK_D).to(tl.float32)
-    tl.store(out + tl.program_id(1).to(tl.int64) * L + rows, tl.sum(a * c, axis=1), mask=rows < L)
+    tl.store(out + bh * L + rows, tl.sum(a * c, axis=1), mask=rows < L)
 
 
 @triton.jit
@@ -98,12 +100,12 @@ def attend(
 @triton.jit
 def forward(
     q, k, v, o, lse, inv_q, inv_k, log_scale, tiles, row_lo, row_hi, sm_scale,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, H, Lq, Lk,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, count, H, Lq, Lk,
     NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: o (B, L, H, D), lse (B, H, L) in units of log2, and 1/|q|."""
-    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
     b, h = bh // H, bh % H
     start, stop, kv_lo, kv_hi = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
     full_lo, full_hi = tl.load(table + 4), tl.load(table + 5)
@@ -141,12 +143,12 @@ def forward(
 @triton.jit
 def backward_keys(
     q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dk, dv, tiles, key_lo, key_hi, sm_scale,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, H, Lq, Lk,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, count, H, Lq, Lk,
     NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys: a loop over the queries that see any of them. `tiles` is the transposed table."""
-    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
     b, h = bh // H, bh % H
     start, stop, first, last = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
     keys = start + tl.arange(0, BLOCK_N)
@@ -186,13 +188,13 @@ def backward_keys(
 @triton.jit
 def backward_queries(
     q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dq, dscale, tiles, row_lo, row_hi, sm_scale,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dq_b, dq_l, dq_h, H, Lq, Lk,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, dq_b, dq_l, dq_h, count, H, Lq, Lk,
     NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, and each query's part of the gradient of its head's scale: dscale (B, H, L). Their sum is taken outside:
     Triton 3.7 cannot compile it here for Blackwell (a sum to one number of a sum over a tile in tensor memory)."""
-    table, bh = tiles + tl.program_id(0) * 6, tl.program_id(1).to(tl.int64)
+    table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
     b, h = bh // H, bh % H
     start, stop, kv_lo, kv_hi = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
     rows = start + tl.arange(0, BLOCK_M)

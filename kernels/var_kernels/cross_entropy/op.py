@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
 from var_kernels.cross_entropy.config import MAX_V, warps_for
-from var_kernels.dispatch import compute_dtype, use_triton
+from var_kernels.dispatch import compute_dtype, launches, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -33,6 +33,7 @@ def linear_cross_entropy(
     return loss, ce, best
 
 
+@launches
 def launch(logits: Tensor, target: Tensor, smoothing: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton kernel on logits (N, V), overwritten by their gradient if `gradient`: (loss, cross-entropy, likeliest code)."""
     from var_kernels.cross_entropy import triton as kernels

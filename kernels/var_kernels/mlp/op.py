@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_kernels import dispatch
-from var_kernels.dispatch import INTERPRETED, compute_dtype, generation, multiprocessors, use_triton
+from var_kernels.dispatch import INTERPRETED, compute_dtype, generation, launches, multiprocessors, use_triton
 from var_kernels.mlp import config, reference
 from var_kernels.mlp.tune import choice
 
@@ -30,6 +30,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: st
     return mlp_op(*arguments)[0] if torch.compiler.is_compiling() else _Function.apply(*arguments)[0]
 
 
+@launches
 def gelu(h: Tensor) -> Tensor:
     """The Triton GELU."""
     from var_kernels.mlp import triton as kernels
@@ -39,6 +40,7 @@ def gelu(h: Tensor) -> Tensor:
     return a
 
 
+@launches
 def gelu_backward(da: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, a or nothing, column sums of dh (F,) float32) of (rows, F) matrices."""
     from var_kernels.mlp import triton as kernels
@@ -72,6 +74,7 @@ def _product_arguments(x: Tensor, w: Tensor, w_by_row: bool) -> tuple[tuple[Any,
     }  # fmt: skip
 
 
+@launches
 def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, keep_h: bool) -> tuple[Tensor, Tensor]:
     """Our product with the GELU inside: (h = x w^T + bias or nothing, a = gelu(h)); x (M, K), w (N, K), contiguous."""
     from var_kernels.mlp import triton as kernels
@@ -87,6 +90,7 @@ def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, keep_h: bool) -> tuple[Tenso
     return h if keep_h else x.new_empty(0), a
 
 
+@launches
 def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Our product dy w with the gradient of the GELU inside: (dh, a or nothing, column sums of dh); dy (M, K), w (K, N), h (M, N)."""
     from var_kernels.mlp import triton as kernels

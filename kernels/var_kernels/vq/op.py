@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from var_kernels.dispatch import use_triton
+from var_kernels.dispatch import launches, use_triton
 from var_kernels.vq import config, reference
 
 
@@ -21,6 +21,7 @@ def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor, precision: str = "ieee") -> 
     return nearest_code_op(z_NZ.detach(), codebook_VZ.detach(), precision)
 
 
+@launches
 def launch(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     """The Triton search."""
     from var_kernels.vq import triton as kernels
