@@ -120,6 +120,10 @@ def test_choices_are_said_and_wrong_ones_refused() -> None:
     assert choices["attention"].startswith("sdpa (") and choices["kernels"].startswith("off (asked: auto")
     with pytest.raises(UserError, match="kernels='yes' is not known"):
         tiny(kernels="yes")
+    with pytest.raises(UserError, match="only by the fused operators"):
+        tiny()(LABELS, torch.randn(3, 29, 8), target_BL=torch.zeros(3, 30, dtype=torch.int64))
+    one = tiny(patch_nums=(1,))  # a single scale has no input beside the label
+    assert torch.isfinite(losses(one.train())[0])
     block = tiny(attention="triton").blocks[0]
     with pytest.raises(UserError, match="takes the block-causal mask of the model"):
         block(torch.randn(1, 5, 32), torch.randn(1, 32), torch.zeros(1, 1, 5, 5))

@@ -183,6 +183,8 @@ class VAR(nn.Module):
         keep = [None] * self.depth if path_keep_DB is None else path_keep_DB
         if fused(self.kernels, x_BLC):
             return self._fused(x_BLC, ada, cond_BC, mask, keep, target_BL, label_smoothing)
+        if target_BL is not None:
+            raise UserError("target_BL: the loss is taken inside the model only by the fused operators; use kernels='on', or the logits")
         for block, keep_B in zip(self.blocks, keep, strict=True):
             x_BLC = block(x_BLC, ada, mask, keep_B)
         return self.get_logits(x_BLC, cond_BC)

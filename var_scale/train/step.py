@@ -45,7 +45,7 @@ class TrainStep(nn.Module):
             x_BLZ = self.frozen[0].idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
         enabled = self.bf16 and self.training  # evaluation is float32, as in the reference
         kwargs: dict[str, Any] = {"label_drop_B": label_drop_B, "path_keep_DB": path_keep_D2B}
-        if fused(self.var.kernels, x_BLZ):
+        if fused(self.var.kernels, tokens_BL):
             kwargs |= {"target_BL": tokens_BL, "label_smoothing": self.label_smoothing}
             with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
                 loss_BL, ce_BL, best_BL = self.var(label_B, x_BLZ, **kwargs)
