@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,24 @@ def outputs(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]:
 
 def wrong(form: Callable[..., Any], problem: Problem) -> str:
     """What is wrong with a form, by the eager one in float32; empty when nothing is."""
-    exact = problem.forms["eager"](*(t.detach().float() if t.is_floating_point() else t for t in problem.inputs))
-    expected = list(exact) if isinstance(exact, tuple) else [exact]
-    for value, truth in zip((t.detach() for t in outputs(form, problem)), expected, strict=False):
+    exact = replace(problem, inputs=[t.detach().float().requires_grad_(t.requires_grad) for t in problem.inputs],
+                    gradients=[g.float() for g in problem.gradients])  # fmt: skip
+    results, truths = everything(form, problem), everything(problem.forms["eager"], exact)
+    for number, (value, truth) in enumerate(zip(results, truths, strict=True)):
         if not value.is_floating_point():
             if (differ := float((value != truth).float().mean())) > 1e-3:
                 return f"{100 * differ:.2f} % of the indices differ"
         elif (error := float((value.float() - truth).norm() / truth.norm())) > TOLERANCE:
-            return f"relative error {error:.2g}"
+            return f"relative error {error:.2g} in result {number} (outputs, then gradients)"
     return ""
+
+
+def everything(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]:
+    """Outputs and gradients, detached."""
+    outs = outputs(form, problem)
+    wanted = [t for t in problem.inputs if t.requires_grad]
+    grads = torch.autograd.grad(outs, wanted, problem.gradients) if problem.gradients else ()
+    return [t.detach() for t in (*outs, *grads)]
 
 
 def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) -> dict[str, Any]:
@@ -60,6 +69,7 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
             torch.autograd.grad(outputs(form, problem), wanted, problem.gradients)
 
         result["backward"] = asdict(measure(backward, device))
+        del outs
         result["both"] = asdict(measure(both, device))
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -67,8 +77,9 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
         before = torch.cuda.memory_allocated()
         kept = form(*problem.inputs)
         result["kept_bytes"] = torch.cuda.memory_allocated() - before
-        result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         del kept
+        everything(form, problem)
+        result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     return result
 
 
@@ -171,14 +182,20 @@ def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: b
     if device.type != "cuda":
         print("no GPU here: a small shape on the CPU, to try the bench; its times say nothing about the kernels", flush=True)
     torch.manual_seed(0)
-    rows = []
+    if device.type == "cuda":  # else compiled forms refuse a second backward over one graph
+        from torch._functorch import config as functorch
+
+        functorch.donated_buffer = False
+    rows, tuned = [], set()
     for shape in chosen:
-        if tune_first:
+        if tune_first and shape.C not in tuned:
+            tuned.add(shape.C)
             entry = tune_mlp(shape, device, dtype)
             times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
             print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
         for problem in problems(shape, device, dtype):
             if not operators or problem.name in operators:
+                torch._dynamo.reset()  # each shape compiled for itself
                 rows.append(run_problem(problem, device, ceilings))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

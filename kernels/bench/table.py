@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from var_kernels.bench.run import floor_seconds
+
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -14,15 +16,18 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"**{results['device']}**, {results['date']}, commit {str(results['commit'])[:9]}, torch {results['versions']['torch']}, "
              f"triton {results['versions']['triton']}: copy {results['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s, product "
              f"{results['ceilings']['product_flop_per_s'] / 1e12:.0f} TFLOP/s. `{results['command']}`", ""]  # fmt: skip
-    lines += ["| shape | operator | pass | ours, ms | others, times ours |", "|---|---|---|---:|---|"]
+    lines += ["| shape | operator | pass | ours, ms (20 to 80 %) | of the floor | others, times ours |", "|---|---|---|---:|---:|---|"]
     for row in results["rows"]:
         ours = row["forms"].get("ours", {})
-        for what in ("forward", "backward", "both"):
+        for place, what in enumerate(("forward", "backward", "both")):
             if what not in ours:
                 continue
             others = [f"{name} {form[what]['p50'] / ours[what]['p50']:.2f}" if what in form else f"{name}: {next(iter(form.values()))}"
                       for name, form in row["forms"].items() if name != "ours" and (what in form or what == "forward")]  # fmt: skip
-            lines.append(f"| {row['shape']} | {row['operator']} | {what} | {ours[what]['p50']:.4f} | {', '.join(others)} |")
+            time, floor = ours[what], floor_seconds(row, place, results["ceilings"]) if place < 2 else 0.0
+            share = f"{100 * floor / (1e-3 * time['p50']):.0f} %" if floor else ""
+            spread = f"{time['p50']:.4f} ({time['p20']:.4f} to {time['p80']:.4f})"
+            lines.append(f"| {row['shape']} | {row['operator']} | {what} | {spread} | {share} | {', '.join(others)} |")
     return "\n".join(lines)
 
 

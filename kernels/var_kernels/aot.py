@@ -77,6 +77,11 @@ def cases(architecture: str) -> Iterator[Case]:
         yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags, s.forward_warps)
         more = flags | {"RESIDUAL": True, "STAGES": s.backward_stages}
         yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward_warps)
+    for C, kind, itemsize in ((2304, "fp32", 4), (4096, "bf16", 2)):  # a float32 residual stream, and the widest row
+        s, flags = adaln_config.config_for(C, itemsize), {"GATED": True, "KEEP": True, "RESIDUAL": True}
+        typed = rows | {name: kind for name, given in rows.items() if given == "bf16"}
+        constants = flags | {"BLOCK_C": s.block_c, "STAGES": s.backward_stages}
+        yield Case(f"adaln.backward C={C} {kind}", adaln.backward, typed, constants, s.backward_warps)
     yield Case("adaln.finish", adaln.finish, rows, {"GATED": True, "BLOCK": 256}, 4)
 
     a = attention_config.config_for(64, int(architecture.removeprefix("sm_")) // 10)

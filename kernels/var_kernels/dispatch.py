@@ -21,10 +21,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """the kernels run in Triton's interpreter: tests without a GPU"""
 
 
-@lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result
 def why_not(device: torch.device) -> str:
     """Why the kernels cannot run on `device`; empty when they can. With VAR_KERNELS_INTERPRET=1 and TRITON_INTERPRET=1 they run anywhere,
-    very slowly: for tests of what is built on them."""
+    very slowly: for tests of what is built on them. A compiler takes the answer as a constant."""
+    return _why_not(device)
+
+
+@lru_cache(maxsize=16)
+def _why_not(device: torch.device) -> str:
     if INTERPRETED and os.environ.get("VAR_KERNELS_INTERPRET") == "1":
         return ""
     if device.type != "cuda" or torch.version.hip:
@@ -38,8 +43,8 @@ def why_not(device: torch.device) -> str:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the operators run as Triton kernels for `x`; otherwise in their PyTorch form."""
-    return not why_not(x.device)
+    """Whether the operators run as Triton kernels for `x`; otherwise (also for float64 and for nothing) in their PyTorch form."""
+    return x.dtype != torch.float64 and x.numel() > 0 and not why_not(x.device)
 
 
 @lru_cache(maxsize=16)

@@ -76,6 +76,14 @@ def test_a_large_mean_does_not_hurt() -> None:
     torch.testing.assert_close(op.adaptive_layer_norm(x, zero, zero), exact, rtol=1e-3, atol=1e-3)
 
 
+def test_strided_keep_and_nothing() -> None:
+    """Factors that are a column of something; a batch of no samples."""
+    x, rows = torch.randn(3, 2, 16, device=DEVICE), [torch.randn(3, 16, device=DEVICE) for _ in range(3)]
+    keep = torch.tensor([[0.0, 9.0], [2.0, 9.0], [1.0, 9.0]], device=DEVICE)[:, 0]
+    got, _ = op.gate_adaptive_layer_norm(x, x, *rows, keep_B=keep)
+    torch.testing.assert_close(got, reference.gate_residual(x, x, rows[0], keep), rtol=1e-6, atol=1e-6)
+
+
 def test_wrong_shapes() -> None:
     x, row = torch.randn(2, 3, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)
     with pytest.raises(ValueError, match=r"scale has the shape \(2, 8\)"):

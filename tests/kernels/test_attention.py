@@ -112,16 +112,21 @@ def test_the_scale_is_held_at_100() -> None:
     assert log_scale.grad is not None and float(log_scale.grad[0]) == 0.0 and float(log_scale.grad[1]) != 0.0
 
 
-def test_a_zero_vector_has_finite_gradients() -> None:
-    """|q| = 0 or |k| = 0 is divided by 1e-12, as F.normalize does."""
-    qkv = torch.randn(1, 5, 3, 1, 16, device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_zero_vector_has_finite_gradients(dtype: torch.dtype) -> None:
+    """|q| = 0 or |k| = 0 is divided by 1e-12, as F.normalize does; also in float16, which has no 1e12."""
+    qkv = torch.randn(1, 5, 3, 1, 16, device=DEVICE).to(dtype)
     qkv[0, 2, 0] = qkv[0, 3, 1] = 0.0
     qkv.requires_grad_()
     out = op.block_attention(qkv, (1, 2), torch.zeros(1, device=DEVICE))
     exact = reference.attention(*qkv.detach().unbind(2), scales((1, 2)), torch.zeros(1, device=DEVICE), 1.0)
-    torch.testing.assert_close(out.detach(), exact.reshape(1, 5, 16), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.detach(), exact.reshape(1, 5, 16), rtol=2e-3, atol=1e-5 if dtype == torch.float32 else 2e-3)
     out.sum().backward()
-    assert qkv.grad is not None and torch.isfinite(qkv.grad).all()
+    assert qkv.grad is not None and torch.isfinite(qkv.grad[:, :, 2]).all() and torch.isfinite(qkv.grad[0, [0, 1, 4]]).all()
+    if dtype == torch.float32:  # the gradient of a zero vector itself is of the size of 1e12
+        assert torch.isfinite(qkv.grad).all()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        op.cached_attention(*qkv.unbind(2))
 
 
 def test_cached_attention_is_the_last_scale_of_the_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from var_kernels import (
 from var_kernels.adaln.op import adaln_op
 from var_kernels.attention.op import attention_op
 from var_kernels.cross_entropy.op import linear_ce_op
+from var_kernels.mlp import op as mlp_op_module
 from var_kernels.mlp.op import mlp_op
 from var_kernels.vq.op import nearest_code_op
 
@@ -128,6 +130,24 @@ def test_gradcheck_of_the_definitions() -> None:
     assert torch.autograd.gradcheck(two_layers.mlp, (d(2, 3), d(5, 3), d(5), d(3, 5), d(3)))
 
 
+def test_the_question_where_kernels_run_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler takes the answer as a constant, whatever must be looked up for it."""
+    from var_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_why_not", lambda device: "" if importlib.util.find_spec("numpy") else str(device))
+    compiled = torch.compile(lambda x: x + 1 if use_triton(x) else x, fullgraph=True, backend="aot_eager")
+    assert float(compiled(torch.ones(1))) == 2.0
+
+
+def test_double_backward_is_refused() -> None:
+    """Not a silently wrong second derivative."""
+    x = torch.randn(1, 3, 16, requires_grad=True)
+    y = mlp_op_module._Function.apply(x, *(torch.randn(s) for s in ((64, 16), (64,), (16, 64), (16,))), "preact")[0]
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 def test_where_the_kernels_run() -> None:
     """Only on NVIDIA GPUs from Ampere on, and the reason is said."""
     cpu = torch.device("cpu")
@@ -144,10 +164,10 @@ def test_readme_shows_the_results_that_are_there() -> None:
     assert fill(text, kernels / "bench" / "results") == text
     time = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
     forms = {"ours": {"forward": time}, "eager": {"forward": time | {"p50": 5.0}}, "flex": {"failed": "no"}}
-    row = {"shape": "d16", "operator": "x", "forms": forms}
+    row = {"shape": "d16", "operator": "x", "forms": forms, "bytes": [1e9, 0], "flops": [0, 0], "serial": False}
     shown = table({"device": "H", "date": "d", "commit": None, "versions": {"torch": "1", "triton": "2"}, "command": "c",
                    "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e12}, "rows": [row]})  # fmt: skip
-    assert "| d16 | x | forward | 2.0000 | eager 2.50, flex: no |" in shown
+    assert "| d16 | x | forward | 2.0000 (1.0000 to 3.0000) | 50 % | eager 2.50, flex: no |" in shown
 
 
 def test_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch
 from tests.model.test_var import tiny
 from var_kernels.adaln import op as adaln_op
 from var_kernels.attention import op as attention_op
+from var_kernels.cross_entropy import op as cross_entropy_op
+from var_kernels.mlp import op as mlp_op
 from var_scale.errors import UserError
 from var_scale.model import VAR
 from var_scale.model.attention import choose_backend
@@ -102,7 +104,7 @@ def test_triton_attention_and_norms_in_the_interpreter(attn_l2_norm: bool, monke
     plain = tiny(attn_l2_norm=attn_l2_norm, kernels="off")
     triton = tiny(attn_l2_norm=attn_l2_norm, attention="triton", kernels="on")
     triton.load_state_dict(plain.state_dict())
-    for module in (adaln_op, attention_op):
+    for module in (adaln_op, attention_op, cross_entropy_op, mlp_op):
         monkeypatch.setattr(module, "use_triton", lambda _: True)
     for a, b in zip(losses(plain.train()), losses(triton.train()), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)

@@ -82,8 +82,10 @@ def flash(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | No
     return flash_attn_func(*(t.transpose(1, 2) for t in (q_BHLD, k_BHLD, v_BHLD)), softmax_scale=scale).transpose(1, 2)
 
 
-FLEX_BLOCK = 64
-"""block of FlexAttention's mask: at 256 pixels its default of 128 skips 0.8 % of the pairs, 64 skips 25 %"""
+def _flex_block(device: torch.device) -> int:
+    """Block of FlexAttention's mask. At 256 pixels 64 skips 25 % of the pairs and 128 only 0.8 %, but from Hopper on its backward pass has
+    no kernel for 64 unless everything is autotuned."""
+    return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 64
 
 
 @lru_cache(maxsize=32)
@@ -92,7 +94,7 @@ def _flex_mask(patch_nums: tuple[int, ...], device: torch.device) -> Any:
 
     hi_L = torch.tensor(scales(patch_nums).hi, device=device)
     L = len(hi_L)
-    return create_block_mask(lambda b, h, q, kv: kv < hi_L[q], None, None, L, L, device=device.type, BLOCK_SIZE=FLEX_BLOCK)
+    return create_block_mask(lambda b, h, q, kv: kv < hi_L[q], None, None, L, L, device=device.type, BLOCK_SIZE=_flex_block(device))
 
 
 @lru_cache(maxsize=1)
@@ -111,8 +113,7 @@ def flex(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: ScaleMask | None,
     block_mask = _flex_mask(mask.patch_nums, q_BHLD.device)
     if not q_BHLD.is_cuda:
         return flex_attention(q_BHLD, k_BHLD, v_BHLD, block_mask=block_mask, scale=scale)  # type: ignore[return-value]
-    options = {"BLOCK_M": FLEX_BLOCK, "BLOCK_N": FLEX_BLOCK}
-    return _flex_kernel()(q_BHLD, k_BHLD, v_BHLD, block_mask=block_mask, scale=scale, kernel_options=options)
+    return _flex_kernel()(q_BHLD, k_BHLD, v_BHLD, block_mask=block_mask, scale=scale)
 
 
 BACKENDS: dict[str, Attention] = {"sdpa": sdpa, "xformers": xformers, "flash": flash}
@@ -156,7 +157,8 @@ def attend(
     """
     B, L, _, H, D = qkv_BL3HD.shape
     if backend == "auto":
-        backend = "triton" if use_triton(qkv_BL3HD) and not isinstance(mask, Tensor) else "sdpa"
+        known = isinstance(mask, ScaleMask) or (mask is None and cache is not None)  # the kernels' two forms: training, sampling
+        backend = "triton" if known and use_triton(qkv_BL3HD) else "sdpa"
     if backend == "triton" and isinstance(mask, ScaleMask) and cache is None:
         return block_attention(qkv_BL3HD, mask.patch_nums, log_scale_H, scale)
     q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)

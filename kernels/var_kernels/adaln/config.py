@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_C = 8192
-"""Widest row: one program holds it in registers."""
+ROOM = 80 * 1024
+"""shared memory for the four rows in flight: fits the 99 KiB of small GPUs"""
+MAX_C = 4096
+"""Widest row: one program holds it in registers; 8192 spill."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class AdaLNConfig:
     """tl.range with 3 stages turns the row loads into cp.async prefetch; a plain loop loads and waits at every row"""
 
 
-def config_for(C: int) -> AdaLNConfig:
-    """Parameters for rows of C elements.
+def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
+    """Parameters for rows of C elements of `itemsize` bytes.
 
     Backward: 8 warps keep 2048 lanes at about 64 registers a thread without spills (ahead-of-time compilation for sm_90), so four
-    programs share an SM and enough loads are in flight; with 4 warps it takes 128. Rows past 2048 take 16.
+    programs fit on an SM and enough loads are in flight; with 4 warps it takes 128. Rows past 2048 take 16.
     """
     block = 1 << max(5, (C - 1).bit_length())
-    return AdaLNConfig(block, forward_warps=4 if block <= 2048 else 8, backward_warps=min(16, max(1, block // 256)))
+    stages = next((s for s in (3, 2) if 4 * (s - 1) * block * itemsize <= ROOM), 1)
+    return AdaLNConfig(block, 4 if block <= 2048 else 8, min(16, max(1, block // 256)), stages)
 
 
 def splits(B: int, L: int, multiprocessors: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from var_kernels.adaln import reference
 from var_kernels.adaln.config import MAX_C, config_for, splits
@@ -24,7 +25,7 @@ def gate_adaptive_layer_norm(
     Source: the reference block, x = x + drop_path(f(x) * gamma), ln_wo_grad(x).mul(scale + 1).add(shift); computed in float32.
     """
     out = out_dtype or y_BLC.dtype
-    if not (torch.compiler.is_compiling() or use_triton(x_BLC)):
+    if x_BLC.shape[-1] > MAX_C or not (torch.compiler.is_compiling() or use_triton(x_BLC)):
         x_new = reference.gate_residual(x_BLC, y_BLC, gamma_BC, keep_B)
         return x_new, reference.adaln(x_new, scale_BC, shift_BC, eps, out)
     x_new, h, _, _ = _run(x_BLC, y_BLC, _flat(gamma_BC), keep_B, _flat(scale_BC), _flat(shift_BC), eps, out)
@@ -36,7 +37,7 @@ def adaptive_layer_norm(
 ) -> Tensor:
     """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaptive_layer_norm` without the residual: for the first block and the head."""
     out = out_dtype or x_BLC.dtype
-    if not (torch.compiler.is_compiling() or use_triton(x_BLC)):
+    if x_BLC.shape[-1] > MAX_C or not (torch.compiler.is_compiling() or use_triton(x_BLC)):
         return reference.adaln(x_BLC, scale_BC, shift_BC, eps, out)
     return _run(x_BLC, None, None, None, _flat(scale_BC), _flat(shift_BC), eps, out)[1]
 
@@ -61,11 +62,11 @@ def launch_forward(
 
     B, L, C = x.shape
     _check(x, y, gamma, keep, scale, shift)
-    x, y = x.contiguous(), None if y is None else y.contiguous()
+    x, y, keep = x.contiguous(), None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
     h = torch.empty_like(x, dtype=out)
     x_new = x.new_empty(0) if y is None else torch.empty_like(x)
     mean, rstd = (torch.empty(B * L, dtype=torch.float32, device=x.device) for _ in range(2))
-    settings = config_for(C)
+    settings = config_for(C, x.element_size())
     kernels.forward[(B * L,)](
         x, y, gamma, keep, scale, shift, x_new, h, mean, rstd, L, C, 0 if gamma is None else gamma.stride(0), scale.stride(0),
         shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None, BLOCK_C=settings.block_c, num_warps=settings.forward_warps,
@@ -85,11 +86,11 @@ def launch_backward(
     gated = y is not None and gamma is not None
     dh, x_new = dh.contiguous(), x_new.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
-    y = y.contiguous() if y is not None else None
+    y, keep = None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
     dx, dy = torch.empty_like(x_new), torch.empty_like(y) if y is not None else x_new.new_empty(0)
     parts = splits(B, L, multiprocessors(x_new.device))
     partial = torch.empty(B, parts, 3, C, dtype=torch.float32, device=x_new.device)
-    settings = config_for(C)
+    settings = config_for(C, x_new.element_size())
     kernels.backward[(parts, B)](
         dh, dx_new, x_new, y, gamma, keep, scale, mean, rstd, dx, dy, partial, L, C, -(-L // parts),
         0 if gamma is None else gamma.stride(0), scale.stride(0), GATED=gated, KEEP=keep is not None, RESIDUAL=dx_new is not None,
@@ -105,8 +106,6 @@ def launch_backward(
 
 def _check(x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor) -> None:
     B, _, C = x.shape
-    if C > MAX_C:
-        raise ValueError(f"adaln: C = {C} is wider than {MAX_C}, the most that one program holds; use the reference form")
     if y is not None and y.shape != x.shape:
         raise ValueError(f"adaln: y {tuple(y.shape)} and x {tuple(x.shape)} differ")
     for name, v in (("gamma", gamma), ("scale", scale), ("shift", shift)):
@@ -121,11 +120,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x_new, _, mean, rstd = output
     ctx.save_for_backward(x if y is None else x_new, y, gamma, keep, scale, mean, rstd)
     ctx.shift_dtype = shift.dtype
+    ctx.set_materialize_grads(False)  # in the head x' is not used: no zeros are made and read for it
 
 
-def _gradients(ctx: Any, dx_new: Tensor | None, dh: Tensor, backward: Any) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, backward: Any) -> tuple[Any, ...]:
     x_new, y, gamma, keep, scale, mean, rstd = ctx.saved_tensors
     residual = None if y is None else dx_new
+    dh = torch.zeros_like(x_new) if dh is None else dh
     dx, dy, dgamma, dscale, dshift = backward(dh, residual, x_new, y, gamma, keep, scale, ctx.shift_dtype, mean, rstd)
     return dx, None if y is None else dy, None if y is None else dgamma, None, dscale, dshift, None, None
 
@@ -141,6 +142,7 @@ class _Function(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dh: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return _gradients(ctx, dx_new, dh, launch_backward)
 
@@ -161,7 +163,8 @@ def _(
     x_new = x.new_empty(0) if y is None or gamma is None else reference.gate_residual(x, y, gamma, keep)
     v = upcast(x if y is None else x_new)
     var, mean = torch.var_mean(v, -1, correction=0)
-    return x_new, reference.adaln(v, scale, shift, eps, out), mean.flatten().float(), (var + eps).rsqrt().flatten().float()
+    h = reference.adaln(v, scale, shift, eps, out).contiguous()
+    return x_new.contiguous(), h, mean.flatten().float(), (var + eps).rsqrt().flatten().float()
 
 
 @adaln_op.register_fake

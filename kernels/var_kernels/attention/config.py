@@ -20,7 +20,8 @@ class AttentionConfig:
     backward_warps: int = 4
     backward_stages: int = 2
     backward_inner: int = 64
-    """rows of the tiles that the backward loops run over. On Ampere 32: there the operands of a product lie in registers, and 64 spill"""
+    """rows of the tiles that the backward loops run over; 32 where there is neither wgmma nor tcgen05 (Ampere, Ada, sm_120): there the
+    operands of a product lie in registers, and 64 spill"""
 
 
 def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
@@ -28,4 +29,4 @@ def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
     accumulators fit, also into the 99 KiB of shared memory of small GPUs."""
     if D > 64 or itemsize > 2:
         return AttentionConfig(block_n=32, stages=2, warps=8, backward_warps=8, backward_stages=1, backward_inner=32)
-    return AttentionConfig(backward_inner=32) if generation < 9 else AttentionConfig()
+    return AttentionConfig(backward_inner=32) if generation not in (9, 10) else AttentionConfig()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from var_kernels.attention import reference
 from var_kernels.attention.config import MAX_D, AttentionConfig, config_for
@@ -40,6 +41,8 @@ def cached_attention(q_BlHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, sm_scale: f
     """Queries of the scale that is being sampled over all keys so far (views of a cache), without gradients; (B, l, H, D).
 
     q and k come normalised where the model does so: the cache keeps normalised keys."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q_BlHD, k_BLHD, v_BLHD)):
+        raise RuntimeError("cached_attention has no gradient; call it under torch.no_grad(), or use block_attention")
     visible = everything(q_BlHD.shape[1], k_BLHD.shape[1])
     if not use_triton(q_BlHD):
         return reference.attention(q_BlHD, k_BLHD, v_BLHD, visible, None, sm_scale)
@@ -84,7 +87,7 @@ def launch_forward(
     if D > MAX_D:
         raise ValueError(f"attention: heads of {D} channels are wider than {MAX_D}; use another back-end")
     config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
-    settings = _settings(config, D, q.dtype)
+    settings, log_scale = _settings(config, D, q.dtype), None if log_scale is None else log_scale.contiguous()
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     inv_q = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
@@ -111,7 +114,7 @@ def launch_backward(
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
     config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
-    settings = _settings(config, D, q.dtype)
+    settings, log_scale = _settings(config, D, q.dtype), None if log_scale is None else log_scale.contiguous()
     do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
     delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     kernels.weighted_dots[(B * H, -(-Lq // 64))](o, do, delta, *_strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
@@ -171,6 +174,7 @@ class _Function(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return _gradients(ctx, do, _backward)
 

@@ -176,7 +176,11 @@ def backward_keys(
         dv_acc += dot(p.to(do_tile.dtype), do_tile, UPCAST, PRECISION)
         dp = dot(v_tile, tl.trans(do_tile), UPCAST, PRECISION)
         ds = p * (dp - tl.load(delta + bh * Lq + rows, mask=valid, other=0.0)[None, :])
-        dk_acc += dot((ds * factor[None, :]).to(q_tile.dtype), q_tile, UPCAST, PRECISION)
+        if q_tile.dtype == tl.float16:  # 1/|q| may be beyond float16; q/|q| is not
+            unit = q_tile.to(tl.float32) * (factor / scale)[:, None]
+            dk_acc += dot(ds.to(q_tile.dtype), unit.to(q_tile.dtype), UPCAST, PRECISION) * scale
+        else:
+            dk_acc += dot((ds * factor[None, :]).to(q_tile.dtype), q_tile, UPCAST, PRECISION)
     if NORM:  # through k / |k|: the part along k is lost
         normal = k_tile.to(tl.float32) * k_factor[:, None]
         along = tl.where(k_factor < 1.0 / NORM_EPS, tl.sum(normal * dk_acc, axis=1), 0.0)
@@ -222,9 +226,11 @@ def backward_queries(
         seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p = tl.where(seen, tl.exp2(s - row_lse[:, None]), 0.0)
         ds = p * (dot(do_tile, tl.trans(v_tile), UPCAST, PRECISION) - row_delta[:, None])
-        if NORM:
-            ds *= norms[None, :]
-        acc += dot(ds.to(k_tile.dtype), k_tile, UPCAST, PRECISION)
+        if NORM and k_tile.dtype == tl.float16:
+            unit = (k_tile.to(tl.float32) * norms[:, None]).to(k_tile.dtype)
+            acc += dot(ds.to(k_tile.dtype), unit, UPCAST, PRECISION)
+        else:
+            acc += dot((ds * norms[None, :]).to(k_tile.dtype), k_tile, UPCAST, PRECISION)
     if NORM:
         normal = q_tile.to(tl.float32) * inverse[:, None]
         along = tl.sum(normal * acc, axis=1)

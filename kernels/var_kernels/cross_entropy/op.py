@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
@@ -97,6 +98,7 @@ class _Function(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return _gradients(ctx, dloss, _backward)
 

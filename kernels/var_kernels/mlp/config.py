@@ -37,6 +37,7 @@ class ProductConfig:
 
 
 def product_config(generation: int, backward: bool) -> ProductConfig:
-    """For a GPU generation (8: Ampere, 9: Hopper, 10: Blackwell). The backward epilogue holds more: 128 columns spill."""
+    """For a GPU generation (8: Ampere, 9: Hopper, 10: Blackwell; 12 has a small shared memory, as Ampere). The backward epilogue holds
+    more: 128 columns spill."""
     block_n = 64 if backward else 128
-    return ProductConfig(block_n=block_n) if generation >= 9 else ProductConfig(block_n=block_n, block_k=32, descriptor=False)
+    return ProductConfig(block_n=block_n) if generation in (9, 10) else ProductConfig(block_n=block_n, block_k=32, descriptor=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from var_kernels import dispatch
@@ -85,7 +86,7 @@ def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, keep_h: bool) -> tuple[Tenso
     operands, settings = _product_arguments(x, w, w_by_row=True)
     tiles = -(-M // settings["BLOCK_M"]) * -(-N // settings["BLOCK_N"])
     kernels.linear_gelu[(min(tiles, multiprocessors(x.device)),)](
-        *operands, bias, h, a, M, N, K, x.stride(0), w.stride(0), KEEP_H=keep_h, **settings
+        *operands, bias.contiguous(), h, a, M, N, K, x.stride(0), w.stride(0), KEEP_H=keep_h, **settings
     )
     return h if keep_h else x.new_empty(0), a
 
@@ -175,6 +176,7 @@ class _Function(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return *_backward(dy, *ctx.saved_tensors), None
 
