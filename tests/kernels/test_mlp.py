@@ -10,7 +10,7 @@ import torch
 from tests.kernels.compare import DEVICE, check
 from var_kernels.mlp import config, op, reference, tune
 
-SHAPES = [(1, 1, 16, 64), (2, 5, 24, 96), (3, 14, 20, 130), (1, 91, 48, 192)]
+SHAPES = [(1, 1, 16, 64), (3, 14, 20, 130), (1, 91, 48, 192)]
 
 
 @pytest.fixture(autouse=True)

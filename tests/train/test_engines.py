@@ -81,7 +81,7 @@ def test_conflicting_deepspeed_keys_are_refused() -> None:
 def test_fused_operators_on_engines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Triton kernel inside real training, in the interpreter: the same losses as plain PyTorch, and sharded weights are gathered
     where a fused operator reads them."""
-    steps = {"steps": 3, "batch_size": 4, "base_lr": 0.3}
+    steps = {"steps": 2, "batch_size": 4, "base_lr": 0.3}
     code, plain = run(small_config(tmp_path, train=steps, model={"kernels": "off"}), tmp_path / "plain")
     assert code == 0
     monkeypatch.setenv("TRITON_INTERPRET", "1")
