@@ -161,7 +161,7 @@ def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
 
     given = os.environ.get("VAR_KERNELS_MLP")
     try:
-        return tune.tune(form, device, dtype, C, hidden, lambda call: measure(call, device).p50)
+        return tune.tune(form, device, dtype, C, hidden, shape.B * shape.L, lambda call: measure(call, device).p50)
     finally:
         os.environ.pop("VAR_KERNELS_MLP", None)
         if given is not None:
@@ -186,10 +186,9 @@ def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: b
         from torch._functorch import config as functorch
 
         functorch.donated_buffer = False
-    rows, tuned = [], set()
+    rows = []
     for shape in chosen:
-        if tune_first and shape.C not in tuned:
-            tuned.add(shape.C)
+        if tune_first:
             entry = tune_mlp(shape, device, dtype)
             times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
             print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)

@@ -73,14 +73,15 @@ def test_the_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytes
     """No measurement: the vendor's. A clear win: ours, also for the next process. A tie: the vendor's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("VAR_KERNELS_MLP", raising=False)
-    where = (torch.device("cpu"), torch.bfloat16, 1024, 4096)
+    where = (torch.device("cpu"), torch.bfloat16, 1024, 4096, 21760)
     tune.choice.cache_clear()
     tune._measured.cache_clear()
     assert tune.choice(*where) == "vendor"
     for ours, expected in ((0.8, "triton"), (0.99, "vendor")):
         entry = tune.tune(lambda form: lambda: form, *where, time=lambda call, ours=ours: ours if call() == "triton" else 1.0)
         assert entry["choice"] == tune.choice(*where) == expected
-        assert tune.choice(*where[:2], 1536, 6144) == "vendor"
+        assert tune.choice(*where[:2], 1536, 6144, 21760) == "vendor"
+        assert tune.choice(*where[:4], 65280) == "vendor" and tune.choice(*where[:4], 20000) == expected
     monkeypatch.setenv("VAR_KERNELS_MLP", "fast")
     tune.choice.cache_clear()
     with pytest.raises(ValueError, match="VAR_KERNELS_MLP='fast' is not known"):

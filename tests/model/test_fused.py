@@ -16,7 +16,7 @@ from var_kernels.cross_entropy import op as cross_entropy_op
 from var_kernels.mlp import op as mlp_op
 from var_scale.errors import UserError
 from var_scale.model import VAR
-from var_scale.model.attention import choose_backend
+from var_scale.model.attention import ScaleMask, choose_backend
 from var_scale.train.step import TrainStep
 
 LABELS = torch.tensor([0, 3, 1])
@@ -139,3 +139,23 @@ def test_bench_of_a_step(tmp_path: Path) -> None:
     rows = bench_step(["model/d16"], 2, small, tmp_path / "r.json")
     assert [row["form"] for row in rows] == ["plain", "fused"] and all(row["step_ms"] > row["block_ms"] > 0 for row in rows)
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == rows
+
+
+def test_a_compiled_block_has_no_graph_break() -> None:
+    """The fused block as one graph, with a mask, a pending branch and drop-path; the same result and gradients."""
+    _, fused = pair(drop_path_rate=0.5)
+    block, x = fused.blocks[1], torch.randn(3, fused.L, fused.C, requires_grad=True)
+    cond, branch, gate = torch.randn(3, fused.C), torch.randn(3, fused.L, fused.C), torch.randn(3, 1, fused.C)
+    mask = ScaleMask(fused.patch_nums, fused.attn_bias_for_masking, torch.float32)
+    keep = torch.tensor([[True, False, True], [False, True, True]])
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x, (y, gamma, _) = block(x, cond, mask, keep, (branch, gate, None), defer=True)
+        return x + y * gamma
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    outs = [f(x) for f in (function, compiled)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+    gradients = [torch.autograd.grad(out.square().sum(), [x, *block.parameters()]) for out in outs]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)

@@ -25,12 +25,12 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "var-scale" / "mlp.json"
 
 
-def key(device: torch.device, dtype: torch.dtype, C: int, hidden: int) -> str:
-    """What a measurement holds for: the device, the versions, the type and the widths."""
+def key(device: torch.device, dtype: torch.dtype, C: int, hidden: int, rows: int) -> str:
+    """What a measurement holds for: the device, the versions, the type, the widths, and the tokens to the next power of two."""
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, {dtype}, {C} x {hidden}"
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, {dtype}, {C} x {hidden}, {1 << (rows - 1).bit_length()} rows"
 
 
 @lru_cache(maxsize=1)
@@ -40,14 +40,14 @@ def _measured() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def choice(device: torch.device, dtype: torch.dtype, C: int, hidden: int) -> str:
+def choice(device: torch.device, dtype: torch.dtype, C: int, hidden: int, rows: int) -> str:
     """vendor or triton. ValueError for another VAR_KERNELS_MLP."""
     asked = os.environ.get("VAR_KERNELS_MLP")
     if asked is not None:
         if asked not in CHOICES:
             raise ValueError(f"VAR_KERNELS_MLP={asked!r} is not known; take one of {', '.join(CHOICES)}")
         return asked
-    return str(_measured().get(key(device, dtype, C, hidden), {}).get("choice", "vendor"))
+    return str(_measured().get(key(device, dtype, C, hidden, rows), {}).get("choice", "vendor"))
 
 
 def decide(times: dict[str, float]) -> str:
@@ -55,14 +55,14 @@ def decide(times: dict[str, float]) -> str:
     return "triton" if times["triton"] < MARGIN * times["vendor"] else "vendor"
 
 
-def tune(run: Callable[[str], Callable[[], object]], device: torch.device, dtype: torch.dtype, C: int, hidden: int,
+def tune(run: Callable[[str], Callable[[], object]], device: torch.device, dtype: torch.dtype, C: int, hidden: int, rows: int,
          time: Callable[[Callable[[], object]], float]) -> dict[str, Any]:  # fmt: skip
     """Time forward and backward in both forms and write the choice down. `run(form)` gives a call to time, `time` its milliseconds."""
     times = {form: time(run(form)) for form in CHOICES}
     entry = {"choice": decide(times), "milliseconds": times}
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    everything = (json.loads(path.read_text()) if path.exists() else {}) | {key(device, dtype, C, hidden): entry}
+    everything = (json.loads(path.read_text()) if path.exists() else {}) | {key(device, dtype, C, hidden, rows): entry}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(everything, indent=1) + "\n")
     os.replace(temporary, path)
