@@ -185,3 +185,19 @@ def test_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem("x", TRY[0], [torch.ones(3)], [], {"eager": lambda t: t, "ours": lambda t: 2 * t})
     ceilings = {"copy_bytes_per_s": 1.0, "product_flop_per_s": 1.0}
     assert "relative error" in run.run_problem(problem, torch.device("cpu"), ceilings)["forms"]["ours"]["wrong"]
+
+
+def test_frozen_weights_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights need no gradient, only that of the input is computed, and it is the same."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = randn(2, 5, 16)
+    weights = [randn(64, 16), randn(64), randn(16, 64), randn(16)]
+    counts, gradients = [], []
+    for frozen in (False, True):
+        given = [w.detach() if frozen else w for w in weights]
+        y = mlp_op_module._Function.apply(x, *given, "preact")[0]
+        with FlopCounterMode(display=False) as counter:
+            gradients.append(torch.autograd.grad(y.sum(), x, retain_graph=not frozen)[0])
+        counts.append(counter.get_total_flops())
+    assert (torch.equal(*gradients) and counts[1] * 2 == 2 * counts[0]) or counts[1] < counts[0]

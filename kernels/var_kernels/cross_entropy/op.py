@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,8 +63,10 @@ def _forward(
     return loss, ce, best, logits if gradient else logits.new_empty(0)
 
 
-def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from the gradient of each row's loss.
+def _backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor, needs: Sequence[bool] = (True,) * 3
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias from the gradient of each row's loss; None for those not needed.
 
     The rows' factors go through x and through the product, never through the N V numbers. They are taken relative to the largest, so that
     1 / N does not underflow in float16.
@@ -70,9 +74,9 @@ def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tupl
     with torch.autocast(x.device.type, enabled=False):
         largest = dloss.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         factor = (dloss / largest)[:, None]
-        dx = ((dlogits @ weight.to(x.dtype)) * dloss[:, None]).to(x.dtype)
-        dweight = ((dlogits.t() @ (x * factor).to(x.dtype)).float() * largest).to(weight.dtype)
-        dbias = (dlogits.t() @ factor.to(x.dtype)).float().squeeze(1) * largest
+        dx = ((dlogits @ weight.to(x.dtype)) * dloss[:, None]).to(x.dtype) if needs[0] else None
+        dweight = ((dlogits.t() @ (x * factor).to(x.dtype)).float() * largest).to(weight.dtype) if needs[1] else None
+        dbias = (dlogits.t() @ factor.to(x.dtype)).float().squeeze(1) * largest if needs[2] else None
     return dx, dweight, dbias
 
 
@@ -84,7 +88,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, dloss: Tensor, backward: Any) -> tuple[Any, ...]:
     dx, dweight, dbias = backward(dloss, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None, None, None
+    return dx, dweight, None if ctx.bias_dtype is None or dbias is None else dbias.to(ctx.bias_dtype), None, None, None
 
 
 class _Function(torch.autograd.Function):
@@ -100,7 +104,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, dloss, _backward)
+        return _gradients(ctx, dloss, functools.partial(_backward, needs=ctx.needs_input_grad))
 
 
 @torch.library.custom_op("var_kernels::linear_cross_entropy", mutates_args=(), device_types="cuda")
@@ -136,7 +140,7 @@ def _(
 @torch.library.custom_op("var_kernels::linear_cross_entropy_backward", mutates_args=())
 def linear_ce_backward_op(dloss: Tensor, x: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Its backward: two matrix products, the same on every device."""
-    return _backward(dloss, x, weight, dlogits)
+    return _backward(dloss, x, weight, dlogits)  # type: ignore[return-value]
 
 
 @linear_ce_backward_op.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,8 +144,10 @@ def _kernels(h: Tensor) -> bool:
     return h.is_cuda or dispatch.INTERPRETED
 
 
-def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, w1, b1, w2, b2."""
+def _backward(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tensor, a: Tensor, needs: Sequence[bool] = (True,) * 5
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w2, b2; None for a product that is not needed (frozen weights)."""
     with torch.autocast(x.device.type, enabled=False):
         rows, dy_NC = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(x.dtype)
         if h.numel() == 0:
@@ -155,9 +158,11 @@ def _backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tens
         else:
             dh, again, db1 = _gelu_backward(dy_NC @ w2.to(x.dtype), h, want_a=a.numel() == 0)
         kept = again if a.numel() == 0 else a.reshape(h.shape)
-        dw2, dw1, dx = dy_NC.t() @ kept, dh.t() @ rows, dh @ w1.to(x.dtype)
+        dx = (dh @ w1.to(x.dtype)).view(x.shape) if needs[0] else None
+        dw1 = (dh.t() @ rows).to(w1.dtype) if needs[1] else None
+        dw2 = (dy_NC.t() @ kept).to(w2.dtype) if needs[3] else None
         db2 = dy_NC.sum(0, dtype=torch.float32)
-    return dx.view(x.shape), dw1.to(w1.dtype), db1.to(b1.dtype), dw2.to(w2.dtype), db2.to(b1.dtype)
+    return dx, dw1, db1.to(b1.dtype), dw2, db2.to(b1.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,7 +183,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return *_backward(dy, *ctx.saved_tensors), None
+        return *_backward(dy, *ctx.saved_tensors, needs=ctx.needs_input_grad), None
 
 
 @torch.library.custom_op("var_kernels::mlp", mutates_args=())
