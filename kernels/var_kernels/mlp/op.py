@@ -183,7 +183,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return *_backward(dy, *ctx.saved_tensors, needs=ctx.needs_input_grad), None
+        x, w1, b1, w2, h, a = ctx.saved_tensors
+        return *_backward(dy, x, w1, b1, w2, h, a, ctx.needs_input_grad), None
 
 
 @torch.library.custom_op("var_kernels::mlp", mutates_args=())
