@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from var_scale.run_folder import RunFolder, take_lock
 from var_scale.train.world import World, leave, start_world
 
 USER_ERROR = 2
+SPEAK_SECONDS = 10.0
 
 
 def main() -> None:
@@ -48,9 +50,17 @@ def main() -> None:
 
 
 def _fail(run: RunFolder, world: World, reason: str) -> None:
-    if world.main:
-        print(f"error: {reason}", flush=True)
-        run.set_status("failed", reason)
+    """Keep the reason. Launchers end all processes as soon as one has ended: another rank leaves rank 0 the time to speak, and speaks itself
+    where rank 0 has nothing to say (it waits for this one)."""
+    if not world.main:
+        deadline = time.monotonic() + SPEAK_SECONDS
+        while time.monotonic() < deadline:
+            if run.status()["state"] == "failed":
+                return
+            time.sleep(0.1)
+        reason = f"rank {world.rank}: {reason}"
+    print(f"error: {reason}", flush=True)
+    run.set_status("failed", reason)
 
 
 if __name__ == "__main__":
