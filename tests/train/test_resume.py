@@ -161,3 +161,25 @@ def test_other_config_or_data_is_refused(tmp_path: Path) -> None:
     create_run(small_config(tmp_path), tmp_path / "run")
     with pytest.raises(UserError, match="another config"):
         create_run(small_config(tmp_path, train={"base_lr": 0.2}), tmp_path / "run")
+
+
+def test_a_rank_that_fails_alone_is_heard(tmp_path: Path) -> None:
+    """Rank 0 waits in a collective while rank 1 breaks: status.json names the rank and its reason, not an end without a word."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import var_scale.train.loop as loop\n"
+        "    def broken(self, step):\n"
+        "        raise ValueError('a broken card')\n"
+        "    loop.Run._step = broken\n"
+    )
+    config = small_config(tmp_path / "data", engine={"name": "ddp", "processes": 2})
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        code, folder = run(config, tmp_path / "run")
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    assert code != 0
+    status = folder.status()
+    assert status["state"] == "failed" and status["reason"] == "rank 1: ValueError: a broken card", status

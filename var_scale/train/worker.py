@@ -50,8 +50,8 @@ def main() -> None:
 
 
 def _fail(run: RunFolder, world: World, reason: str) -> None:
-    """Keep the reason. Launchers end all processes as soon as one has ended: another rank leaves rank 0 the time to speak, and speaks itself
-    where rank 0 has nothing to say (it waits for this one)."""
+    """Keep the reason. Launchers end all processes as soon as one has ended: another rank leaves rank 0 the time to speak, and speaks
+    itself where rank 0 has nothing to say (it waits for this one)."""
     if not world.main:
         deadline = time.monotonic() + SPEAK_SECONDS
         while time.monotonic() < deadline:
@@ -60,7 +60,8 @@ def _fail(run: RunFolder, world: World, reason: str) -> None:
             time.sleep(0.1)
         reason = f"rank {world.rank}: {reason}"
     print(f"error: {reason}", flush=True)
-    run.set_status("failed", reason)
+    if run.status()["state"] != "failed":  # the first to fail is the cause, what others meet then is its consequence
+        run.set_status("failed", reason)
 
 
 if __name__ == "__main__":
