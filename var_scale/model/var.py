@@ -203,7 +203,8 @@ class VAR(nn.Module):
         """What `auto` stands for on the device of the weights: back-end and operators, each with the reason."""
         device = self.lvl_1L.device
         backend, why = choose_backend(self.attention, device)
-        on, reason = fused(self.kernels, self.pos_1LC), why_not(device) or "they run here"
+        reason = why_not(device)
+        on, reason = self.kernels == "on" or (self.kernels == "auto" and not reason), reason or "they run here"
         return {"attention": f"{backend} ({why})", "kernels": f"{'on' if on else 'off'} (asked: {self.kernels}; {reason})"}
 
     def _checked_input(self, label_B: Tensor, x_BlZ: Tensor | None, end: int) -> Tensor:
