@@ -192,19 +192,18 @@ def _(
     shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, L, _ = x_new.shape
-    up = upcast
-    inverse = rstd.view(B, L, 1).to(up(x_new).dtype)
-    normal = (up(x_new) - mean.view(B, L, 1)) * inverse
-    g = up(dh)
+    inverse = rstd.view(B, L, 1).to(upcast(x_new).dtype)
+    normal = (upcast(x_new) - mean.view(B, L, 1)) * inverse
+    g = upcast(dh)
     dscale, dshift = (g * normal).sum(1), g.sum(1)
     g = g * (1 + reference.row(scale))
     d = (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True)) * inverse
-    d = d if dx_new is None else d + up(dx_new)
+    d = d if dx_new is None else d + upcast(dx_new)
     dy, dgamma = x_new.new_empty(0), scale.new_empty(0)
     if y is not None and gamma is not None:
-        survive = 1.0 if keep is None else up(keep).view(-1, 1, 1)
+        survive = 1.0 if keep is None else upcast(keep).view(-1, 1, 1)
         dy = (d * reference.row(gamma) * survive).to(y.dtype)
-        dgamma = (d * up(y) * survive).sum(1).to(gamma.dtype)
+        dgamma = (d * upcast(y) * survive).sum(1).to(gamma.dtype)
     return d.to(x_new.dtype), dy, dgamma, dscale.to(scale.dtype), dshift.to(shift_dtype)
 
 
@@ -213,9 +212,6 @@ def _(
     dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
     shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def like(v: Tensor, of: Tensor) -> Tensor:
-        return torch.empty_like(of, memory_format=torch.contiguous_format)
-
     dy = x_new.new_empty(0) if y is None else torch.empty_like(y, memory_format=torch.contiguous_format)
     dgamma = scale.new_empty(0) if gamma is None else torch.empty_like(gamma, memory_format=torch.contiguous_format)
     dx = torch.empty_like(x_new, memory_format=torch.contiguous_format)
