@@ -105,7 +105,7 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
         return linear_cross_entropy(x, w, b, target)[0]
 
     yield Problem("linear_cross_entropy", shape, [randn(N, C), randn(V, C, scale=C**-0.5), randn(V)],
-                  [torch.full((N,), 1 / N, device=device)], compete(eager_ce, fused_ce, device) | _liger_ce(target),
+                  [torch.full((N,), 1 / N, device=device)], compete(eager_ce, fused_ce, device) | _public_ce(target),
                   bytes=(2 * N * V * half, 0), flops=(2 * N * V * C, 4 * N * V * C), serial=True)  # fmt: skip
 
     codes = torch.randn(4096, 32, device=device)
@@ -123,20 +123,30 @@ def compete(eager: Callable[..., Any], ours: Callable[..., Any], device: torch.d
     return {"eager": eager, **compiled, "ours": ours}
 
 
-def _liger_ce(target: Tensor) -> dict[str, Callable[..., Any]]:
-    """Liger's fused linear cross-entropy, where it is installed."""
-    if not target.is_cuda or importlib.util.find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+def _public_ce(target: Tensor) -> dict[str, Callable[..., Any]]:
+    """Liger's fused linear cross-entropy, and quack's cross-entropy behind a product, where they are installed."""
+    forms: dict[str, Callable[..., Any]] = {}
+    if target.is_cuda and importlib.util.find_spec("liger_kernel"):
 
-    def liger(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return LigerFusedLinearCrossEntropyFunction.apply(x, w, target, b, None, -100, 0.0, 0.0, "none")[0]
+        def liger(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    return {"liger": liger}
+            return LigerFusedLinearCrossEntropyFunction.apply(x, w, target, b, None, -100, 0.0, 0.0, "none")[0]
+
+        forms["liger"] = liger
+    if target.is_cuda and importlib.util.find_spec("quack"):
+
+        def quack(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            from quack.cross_entropy import cross_entropy
+
+            return cross_entropy(F.linear(x, w, b), target, reduction="none", inplace_backward=True)
+
+        forms["quack"] = quack
+    return forms
 
 
 def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Problem:
-    """Block-causal attention with L2 norms: sdpa with a mask, compiled, FlexAttention, xformers where installed, ours."""
+    """Block-causal attention with L2 norms: sdpa with a mask, compiled, FlexAttention, xformers and flash-attn where installed, ours."""
     patch_nums = PATCHES[shape.L]
     visible = scales(patch_nums)
     seen = mask(visible, qkv.device)
@@ -172,6 +182,17 @@ def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Pr
             return memory_efficient_attention(q, k, v, attn_bias=bias.expand(shape.B, shape.heads, -1, -1), scale=1.0).flatten(2)
 
         forms["xformers"] = xformers
+    if qkv.is_cuda and importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        ends = [sum(side * side for side in patch_nums[: k + 1]) for k in range(len(patch_nums))]
+
+        def flash(qkv: Tensor, log_scale: Tensor) -> Tensor:  # it knows no such mask: one unmasked call a scale
+            q, k, v = (t.transpose(1, 2) for t in normed(qkv, log_scale))
+            parts = zip([0, *ends], ends, strict=False)
+            return torch.cat([flash_attn_func(q[:, a:b], k[:, :b], v[:, :b], softmax_scale=1.0) for a, b in parts], 1).flatten(2)
+
+        forms["flash-attn"] = flash
     useful = 4 * shape.B * shape.heads * 64 * visible.pairs()
     moved = qkv.numel() * qkv.element_size()
     return Problem("block_attention", shape, [qkv, log_scale], [grad], forms, bytes=(4 / 3 * moved, 8 / 3 * moved),

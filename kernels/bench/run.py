@@ -130,7 +130,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     from importlib import metadata
 
     versions = {}
-    for package in ("torch", "triton", "flash-attn", "xformers", "liger-kernel"):
+    for package in ("torch", "triton", "flash-attn", "xformers", "liger-kernel", "quack-kernels"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

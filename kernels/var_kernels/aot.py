@@ -102,7 +102,7 @@ def cases(architecture: str) -> Iterator[Case]:
     yield Case("attention.weighted_dots", attention.weighted_dots, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
 
     tokens = {"logits": "bf16", "target": "i64", "loss": "fp32", "ce": "fp32", "best": "i64", "V": "i16", "row_stride": "i16",
-              "smoothing": "f"}  # fmt: skip
+              "smoothing": "f", "z_loss": "f"}  # fmt: skip
     for V in (4096, 16384):
         yield Case(f"cross_entropy V={V}", ce.cross_entropy, tokens, {"GRADIENT": True, "BLOCK_V": V}, ce_config.warps_for(V))
 

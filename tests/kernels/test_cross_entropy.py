@@ -17,18 +17,18 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.01)])
 @pytest.mark.parametrize(("N", "C", "V"), [(1, 16, 2), (14, 24, 100), (30, 32, 256), (91, 20, 1000), (3, 16, 4096)])
-def test_linear_cross_entropy(N: int, C: int, V: int, smoothing: float, dtype: torch.dtype) -> None:
+def test_linear_cross_entropy(N: int, C: int, V: int, smoothing: float, z_loss: float, dtype: torch.dtype) -> None:
     """Per-token losses and the gradients of input, weight and bias, each token with a factor of its own."""
     x, w, b = torch.randn(N, C, device=DEVICE), torch.randn(V, C, device=DEVICE) / C**0.5, torch.randn(V, device=DEVICE)
     target = torch.randint(V, (N,), device=DEVICE)
 
     def ours(x, w, b):
-        return op.linear_cross_entropy(x, w, b, target, smoothing)[0]
+        return op.linear_cross_entropy(x, w, b, target, smoothing, z_loss)[0]
 
     def reference_form(x, w, b):
-        return reference.cross_entropy(F.linear(x, w, b), target, smoothing)[0]
+        return reference.cross_entropy(F.linear(x, w, b), target, smoothing, z_loss)[0]
 
     check(ours, reference_form, [t.to(dtype) for t in (x, w, b)], [torch.rand(N, device=DEVICE)])
 
@@ -39,6 +39,7 @@ def test_reference_is_the_loss_of_pytorch() -> None:
     loss, ce, best = reference.cross_entropy(z, target, 0.1)
     torch.testing.assert_close(loss, F.cross_entropy(z, target, reduction="none", label_smoothing=0.1))
     torch.testing.assert_close(ce, F.cross_entropy(z, target, reduction="none"))
+    torch.testing.assert_close(reference.cross_entropy(z, target, 0.1, 0.5)[0], loss + 0.5 * z.exp().sum(-1).log().square())
     assert torch.equal(best, z.argmax(-1))
 
 
@@ -49,7 +50,7 @@ def test_likeliest_code_and_clean_loss() -> None:
     logits[5, [7, 50]] = 9.0
     target = torch.randint(100, (9,), device=DEVICE)
     before = logits.clone()
-    loss, ce, best = op.launch(logits, target, 0.1, gradient=False)
+    loss, ce, best = op.launch(logits, target, 0.1, 0.0, gradient=False)
     assert torch.equal(logits, before) and int(best[4]) == 0 and int(best[5]) == 7 and torch.equal(best, logits.argmax(-1))
     torch.testing.assert_close(ce, F.cross_entropy(logits, target, reduction="none"), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1), rtol=1e-5, atol=1e-5)
@@ -59,7 +60,7 @@ def test_extreme_logits() -> None:
     """Logits of 1e4 neither overflow nor lose the loss of a sure answer."""
     logits = torch.zeros(2, 64, device=DEVICE)
     logits[0, 3], logits[1, 3] = 1e4, -1e4
-    loss, _, _ = op.launch(logits, torch.tensor([3, 3], device=DEVICE), 0.0, gradient=True)
+    loss, _, _ = op.launch(logits, torch.tensor([3, 3], device=DEVICE), 0.0, 0.0, gradient=True)
     assert float(loss[0]) == 0.0 and float(loss[1]) == pytest.approx(1e4, rel=1e-3) and torch.isfinite(logits).all()
 
 
@@ -79,7 +80,7 @@ def test_without_a_gradient_nothing_is_kept() -> None:
     x, w = torch.randn(8, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE, requires_grad=True)
     target = torch.randint(32, (8,), device=DEVICE)
     with torch.no_grad():
-        assert op._forward(x, w, None, target, 0.0, False)[3].numel() == 0
+        assert op._forward(x, w, None, target, 0.0, 0.0, False)[3].numel() == 0
     loss, ce, _ = op.linear_cross_entropy(x, w, None, target)
     assert loss.requires_grad and not ce.requires_grad
     with pytest.raises(ValueError, match="larger than 16384"):

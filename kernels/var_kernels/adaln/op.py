@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.adaln import reference
 from var_kernels.adaln.config import MAX_C, config_for, splits
-from var_kernels.dispatch import launches, multiprocessors, use_triton
+from var_kernels.dispatch import eager, launches, multiprocessors, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -42,9 +41,9 @@ def adaptive_layer_norm(
     return _run(x_BLC, None, None, None, _flat(scale_BC), _flat(shift_BC), eps, out)[1]
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the dispatcher only where a compiler looks; its overhead is a third of a small kernel's time."""
-    return adaln_op(*arguments) if torch.compiler.is_compiling() else _Function.apply(*arguments)
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    """Through the dispatcher only where a compiler looks."""
+    return adaln_op(*arguments) if torch.compiler.is_compiling() else _eager(*arguments)
 
 
 def _flat(v: Tensor) -> Tensor:
@@ -131,20 +130,11 @@ def _gradients(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, backward: Any
     return dx, None if y is None else dy, None if y is None else dgamma, None, dscale, dshift, None, None
 
 
-class _Function(torch.autograd.Function):
-    """The eager path."""
+def _eager_backward(ctx: Any, dx_new: Tensor, dh: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, dx_new, dh, launch_backward)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = launch_forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2], output[3])
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_new: Tensor, dh: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, dx_new, dh, launch_backward)
+_eager = eager(launch_forward, _save, _eager_backward, differentiable=2)
 
 
 @torch.library.custom_op("var_kernels::adaln", mutates_args=(), device_types="cuda")

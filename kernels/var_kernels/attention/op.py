@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from var_kernels.attention import reference
 from var_kernels.attention.config import MAX_D, AttentionConfig, config_for
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.attention.schedule import Pattern, Visible, everything, scales, tiles_on
-from var_kernels.dispatch import INTERPRETED, generation, launches, use_triton
+from var_kernels.dispatch import INTERPRETED, eager, generation, launches, use_triton
 
 
 def block_attention(
@@ -34,7 +33,7 @@ def block_attention(
         return attention_op(*arguments)[0].reshape(B, L, H * D)
     if not use_triton(qkv_BL3HD):
         return reference.attention(*_split(qkv_BL3HD), scales(schedule, pattern), log_scale_H, sm_scale).reshape(B, L, H * D)
-    return _Function.apply(*arguments)[0].reshape(B, L, H * D)
+    return _eager(*arguments)[0].reshape(B, L, H * D)
 
 
 def cached_attention(q_BlHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, sm_scale: float = 1.0) -> Tensor:
@@ -163,20 +162,11 @@ def _gradients(ctx: Any, do: Tensor, backward: Any) -> tuple[Any, ...]:
     return dqkv, dscale if log_scale is not None else None, None, None, None
 
 
-class _Function(torch.autograd.Function):
-    """The eager path."""
+def _eager_backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, do, _backward)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, do, _backward)
+_eager = eager(_forward, _save, _eager_backward)
 
 
 @torch.library.custom_op("var_kernels::attention", mutates_args=(), device_types="cuda")

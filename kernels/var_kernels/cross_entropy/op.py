@@ -8,36 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
 from var_kernels.cross_entropy.config import MAX_V, warps_for
-from var_kernels.dispatch import compute_dtype, launches, use_triton
+from var_kernels.dispatch import compute_dtype, eager, launches, use_triton
 from var_kernels.numerics import upcast
 
 
 def linear_cross_entropy(
-    x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0
+    x_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits = x W^T + b and their cross-entropy: (loss (N,), cross-entropy without smoothing (N,), likeliest code (N,)).
+    """logits = x W^T + b and their cross-entropy: (loss (N,), cross-entropy alone (N,), likeliest code (N,)).
 
-    Only the loss has a gradient. The logits are made in autocast's type (else that of x), and the forward pass leaves their gradient, up to
-    the factor of each row, in their place: nothing else of size N V is kept, and nothing waits for the GPU. `target_N` int64 in 0..V-1.
+    The loss is the cross-entropy with label smoothing plus `z_loss` times the squared log-sum-exp. Only the loss has a gradient. The logits
+    are made in autocast's type (else that of x), and the forward pass leaves their gradient, up to the factor of each row, in their place:
+    nothing else of size N V is kept, and nothing waits for the GPU. `target_N` int64 in 0..V-1.
     ValueError: V above 16384.
     """
     if weight_VC.shape[0] > MAX_V:
         raise ValueError(f"linear_cross_entropy: a vocabulary of {weight_VC.shape[0]} is larger than {MAX_V}")
     if not (torch.compiler.is_compiling() or use_triton(x_NC)):
-        return reference.cross_entropy(F.linear(x_NC, weight_VC, bias_V), target_N, smoothing)
+        return reference.cross_entropy(F.linear(x_NC, weight_VC, bias_V), target_N, smoothing, z_loss)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_NC, weight_VC, bias_V))
-    arguments = (x_NC.to(compute_dtype(x_NC)), weight_VC, bias_V, target_N, float(smoothing), gradient)
-    loss, ce, best, _ = linear_ce_op(*arguments) if torch.compiler.is_compiling() else _Function.apply(*arguments)
+    arguments = (x_NC.to(compute_dtype(x_NC)), weight_VC, bias_V, target_N, float(smoothing), float(z_loss), gradient)
+    loss, ce, best, _ = linear_ce_op(*arguments) if torch.compiler.is_compiling() else _eager(*arguments)
     return loss, ce, best
 
 
 @launches
-def launch(logits: Tensor, target: Tensor, smoothing: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def launch(logits: Tensor, target: Tensor, smoothing: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton kernel on logits (N, V), overwritten by their gradient if `gradient`: (loss, cross-entropy, likeliest code)."""
     from var_kernels.cross_entropy import triton as kernels
 
@@ -45,7 +45,7 @@ def launch(logits: Tensor, target: Tensor, smoothing: float, gradient: bool) -> 
     loss, ce = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     best = torch.empty(N, dtype=torch.int64, device=logits.device)
     block = 1 << (V - 1).bit_length()
-    kernels.cross_entropy[(N,)](logits, target.contiguous(), loss, ce, best, V, logits.stride(0), smoothing, GRADIENT=gradient,
+    kernels.cross_entropy[(N,)](logits, target.contiguous(), loss, ce, best, V, logits.stride(0), smoothing, z_loss, GRADIENT=gradient,
                                 BLOCK_V=block, num_warps=warps_for(block))  # fmt: skip
     return loss, ce, best
 
@@ -56,10 +56,10 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = _logits(x, weight, bias)
-    loss, ce, best = launch(logits, target, smoothing, gradient)
+    loss, ce, best = launch(logits, target, smoothing, z_loss, gradient)
     return loss, ce, best, logits if gradient else logits.new_empty(0)
 
 
@@ -81,56 +81,48 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, _ = inputs
+    x, weight, bias, *_ = inputs
     ctx.save_for_backward(x, weight, output[3])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, dloss: Tensor, backward: Any) -> tuple[Any, ...]:
     dx, dweight, dbias = backward(dloss, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.bias_dtype is None or dbias is None else dbias.to(ctx.bias_dtype), None, None, None
+    return dx, dweight, None if ctx.bias_dtype is None or dbias is None else dbias.to(ctx.bias_dtype), None, None, None, None
 
 
-class _Function(torch.autograd.Function):
-    """The eager path."""
+def _eager_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, dloss, functools.partial(_backward, needs=ctx.needs_input_grad))
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return _gradients(ctx, dloss, functools.partial(_backward, needs=ctx.needs_input_grad))
+_eager = eager(_forward, _save, _eager_backward)
 
 
 @torch.library.custom_op("var_kernels::linear_cross_entropy", mutates_args=(), device_types="cuda")
 def linear_ce_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`linear_cross_entropy` as torch.compile sees it; the last output is d loss / d logits, empty without `gradient`."""
-    return _forward(x, weight, bias, target, smoothing, gradient)
+    return _forward(x, weight, bias, target, smoothing, z_loss, gradient)
 
 
 @linear_ce_op.register_kernel("cpu")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = _logits(x, weight, bias)
-    loss, ce, best = reference.cross_entropy(logits, target, smoothing)
+    loss, ce, best = reference.cross_entropy(logits, target, smoothing, z_loss)
     if not gradient:
         return loss.float(), ce.clone().float(), best, logits.new_empty(0)
-    dlogits = upcast(logits).softmax(-1) - smoothing / logits.shape[1]
+    z_NV = upcast(logits)
+    dlogits = z_NV.softmax(-1) * (1 + 2 * z_loss * z_NV.logsumexp(-1, keepdim=True)) - smoothing / logits.shape[1]
     dlogits.scatter_add_(1, target[:, None], torch.full_like(dlogits[:, :1], smoothing - 1.0).expand(-1, 1))
     return loss.float(), ce.clone().float(), best, dlogits.to(logits.dtype)
 
 
 @linear_ce_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, gradient: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, smoothing: float, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, V = x.shape[0], weight.shape[0]
     loss = x.new_empty(N, dtype=torch.float32)

@@ -7,8 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def cross_entropy(logits, target, loss, ce, best, V, row_stride, smoothing, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Program n: with GRADIENT row n of `logits` becomes d loss_n / d logits = softmax - (1 - s) onehot - s / V, else it stays."""
+def cross_entropy(logits, target, loss, ce, best, V, row_stride, smoothing, z_loss, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Program n: with GRADIENT row n of `logits` becomes d loss_n / d logits = softmax (1 + 2 z lse) - (1 - s) onehot - s / V, else it
+    stays."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_V)
     inside = cols < V
@@ -21,9 +22,9 @@ def cross_entropy(logits, target, loss, ce, best, V, row_stride, smoothing, GRAD
     at_target = tl.sum(tl.where(cols == wanted, z, 0.0), axis=0)  # not a second load: other warps may have written the row by then
     mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / V
     tl.store(ce + row, lse - at_target)
-    tl.store(loss + row, (1.0 - smoothing) * (lse - at_target) + smoothing * (lse - mean))
+    tl.store(loss + row, (1.0 - smoothing) * (lse - at_target) + smoothing * (lse - mean) + z_loss * lse * lse)
     tl.store(best + row, tl.argmax(z, axis=0).to(tl.int64))
     if GRADIENT:
-        gradient = e / total - smoothing / V
+        gradient = e * ((1.0 + 2.0 * z_loss * lse) / total) - smoothing / V
         gradient = tl.where(cols == wanted, gradient - (1.0 - smoothing), gradient)
         tl.store(logits + row * row_stride + cols, gradient.to(logits.dtype.element_ty), mask=inside)

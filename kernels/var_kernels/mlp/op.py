@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from var_kernels import dispatch
-from var_kernels.dispatch import INTERPRETED, compute_dtype, generation, launches, multiprocessors, use_triton
+from var_kernels.dispatch import INTERPRETED, compute_dtype, eager, generation, launches, multiprocessors, use_triton
 from var_kernels.mlp import config, reference
 from var_kernels.mlp.tune import choice
 
@@ -29,7 +28,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: st
     if not (torch.compiler.is_compiling() or use_triton(x)):
         return reference.mlp(x, w1, b1, w2, b2)
     arguments = (x.to(compute_dtype(x)), w1, b1, w2, b2, save)
-    return mlp_op(*arguments)[0] if torch.compiler.is_compiling() else _Function.apply(*arguments)[0]
+    return mlp_op(*arguments)[0] if torch.compiler.is_compiling() else _eager(*arguments)[0]
 
 
 @launches
@@ -170,21 +169,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, w1, b1, w2, output[1], output[2])
 
 
-class _Function(torch.autograd.Function):
-    """The eager path."""
+def _eager_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return *_backward(dy, *ctx.saved_tensors, needs=ctx.needs_input_grad), None
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        x, w1, b1, w2, h, a = ctx.saved_tensors
-        return *_backward(dy, x, w1, b1, w2, h, a, ctx.needs_input_grad), None
+_eager = eager(_forward, _save, _eager_backward)
 
 
 @torch.library.custom_op("var_kernels::mlp", mutates_args=())
