@@ -170,7 +170,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _eager_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    return *_backward(dy, *ctx.saved_tensors, needs=ctx.needs_input_grad), None
+    x, w1, b1, w2, h, a = ctx.saved_tensors
+    return *_backward(dy, x, w1, b1, w2, h, a, ctx.needs_input_grad), None
 
 
 _eager = eager(_forward, _save, _eager_backward)
