@@ -16,6 +16,7 @@ from var_kernels.attention import reference as attention
 from var_kernels.cross_entropy import reference as ce
 from var_kernels.mlp import reference as two_layers
 from var_kernels.vq import reference as vq
+from var_scale.config.schema import TrainConfig
 from var_scale.model import build_vae, build_var
 from var_scale.train.step import TrainStep
 
@@ -98,7 +99,7 @@ def test_a_d16_step_with_and_without_kernels() -> None:
     drop = torch.zeros(2, dtype=torch.bool, device="cuda")
 
     def step(var, bf16):
-        loss, _, _ = TrainStep(var, vae.quantize, var.patch_nums, bf16=bf16, label_smoothing=0.0)(tokens, labels, drop)
+        loss, _, _ = TrainStep(var, vae.quantize, TrainConfig(steps=1), "bf16" if bf16 else "fp32")(tokens, labels, drop)
         return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(var.parameters()))])
 
     (exact, exact_gradient), (loss, gradient), (ours, our_gradient) = step(plain, False), step(plain, True), step(fused, True)

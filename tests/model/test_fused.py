@@ -14,6 +14,7 @@ from var_kernels.adaln import op as adaln_op
 from var_kernels.attention import op as attention_op
 from var_kernels.cross_entropy import op as cross_entropy_op
 from var_kernels.mlp import op as mlp_op
+from var_scale.config.schema import TrainConfig
 from var_scale.errors import UserError
 from var_scale.model import VAR
 from var_scale.model.attention import ScaleMask, choose_backend
@@ -38,7 +39,7 @@ def losses(var: VAR, smoothing: float = 0.1) -> list[torch.Tensor]:
     torch.manual_seed(1)
     tokens = torch.randint(var.V, (3, var.L))
     keep = torch.rand(var.depth, 2, 3) < 0.6
-    step = TrainStep(var, var.vae_quant_proxy[0], var.patch_nums, bf16=False, label_smoothing=smoothing)
+    step = TrainStep(var, var.vae_quant_proxy[0], TrainConfig(steps=1, label_smoothing=smoothing), "fp32")
     loss, ce, correct = step(tokens, LABELS, torch.tensor([False, True, False]), keep)
     return [loss.detach(), ce, correct, *torch.autograd.grad(loss, list(var.parameters()), allow_unused=True, materialize_grads=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.runs import losses, rewind, run, small_config
 from var_scale.cluster.local import _environment, launch_command, run_local
 from var_scale.errors import UserError
+from var_scale.model.load import build_model, new_tokenizer
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
-from var_scale.train.checkpoint import checkpoints, write_checkpoint
+from var_scale.train.checkpoint import checkpoints
+from var_scale.train.engine.single import SingleEngine
 from var_scale.train.loop import create_run
+from var_scale.train.save import CheckpointWriter
+from var_scale.train.step import TrainStep
 
 TWO = {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": 1}}}
 RECIPE = {"steps": 150, "precision": "bf16", "checkpoint_seconds": 0.3}
@@ -92,12 +98,29 @@ def test_a_checkpoint_means_that_its_evaluation_is_there(tmp_path: Path) -> None
         assert [row["step"] for row in again.read_metrics() if row["kind"] == "eval"] == [5, 10, 15, 20]
 
 
+def small_engine(root: Path) -> SingleEngine:
+    """An engine after one step."""
+    config = small_config(root)
+    tokenizer = new_tokenizer(config.tokenizer)
+    module = TrainStep(build_model(config, tokenizer, torch.device("cpu")), tokenizer.quantize, config.train, "fp32")
+    engine = SingleEngine(module, config.train)
+    engine.create_state(1)
+    return engine
+
+
+def write(engine: SingleEngine, folder: Path, step: int, keep: int = 2) -> None:
+    """One checkpoint, whole on disk."""
+    writer = CheckpointWriter(folder, 0, 1, "life", keep)
+    writer.save(engine, {"step": step})
+    writer.wait()
+
+
 def test_left_overs_of_a_killed_save_are_removed(tmp_path: Path) -> None:
-    """The next save clears what a kill in the middle of another one left."""
-    (tmp_path / ".step-00000007.tmp").mkdir()
-    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
-    write_checkpoint(tmp_path, {"a": torch.ones(3)}, moments, {"step": 9}, keep=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000009"]
+    """The next life clears what a kill in the middle of a save left."""
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000007.earlier.tmp").mkdir(parents=True)
+    write(small_engine(tmp_path), folder, 9)
+    assert [p.name for p in folder.iterdir()] == ["step-00000009"]
 
 
 def test_death_before_the_first_step_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,32 +151,40 @@ def test_stop_signal_saves_and_asks_for_a_requeue(tmp_path: Path) -> None:
 
 
 def test_half_written_checkpoint_is_not_used(tmp_path: Path) -> None:
-    """Only complete checkpoints are seen; a damaged one is named."""
-    weights = {"a": torch.ones(3)}
-    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
+    """Only complete checkpoints are seen; a damaged one is named; the files are plain safetensors."""
+    engine, folder = small_engine(tmp_path), tmp_path / "checkpoints"
     for step in (1, 2, 3):
-        write_checkpoint(tmp_path, weights, moments, {"step": step}, keep=2)
-    (tmp_path / "step-00000009").mkdir()
-    found = checkpoints(tmp_path)
+        write(engine, folder, step)
+    (folder / "step-00000009").mkdir()
+    found = checkpoints(folder)
     assert [c.step for c in found] == [2, 3]
-    (found[-1].folder / "weights.safetensors").write_bytes(b"x")
+    for c in found:
+        c.check()
+    weights = {name: p.detach() for name, p in engine.names()}
+    stored = load_file(found[-1].folder / "part-00000.safetensors")
+    assert set(stored) == {f"{kind}/{name}@0" for kind in ("weight", "exp_avg", "exp_avg_sq") for name in weights}
+    assert all(torch.equal(found[-1].tensors()[name], tensor) for name, tensor in weights.items())
+    part = found[-1].folder / "part-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="step-00000003"):
-        found[-1].weights()
+        found[-1].check()
 
 
-def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save that finds no space says so and leaves the older checkpoint and nothing else."""
-    weights = {"a": torch.ones(3)}
-    moments = {key: {"a": torch.zeros(3)} for key in ("exp_avg", "exp_avg_sq")}
-    write_checkpoint(tmp_path, weights, moments, {"step": 1}, keep=2)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("var_scale.train.checkpoint.save_file", full)
-    with pytest.raises(UserError, match="disk is full"):
-        write_checkpoint(tmp_path, weights, moments, {"step": 2}, keep=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """A save that finds no space says so at the next look, and leaves the older checkpoint and nothing else."""
+    engine, folder = small_engine(tmp_path), tmp_path / "checkpoints"
+    write(engine, folder, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = CheckpointWriter(folder, 0, 1, "life", 2)
+    try:  # the kernel refuses to write beyond 4 KiB: as a full disk, in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        writer.save(engine, {"step": 2})
+        with pytest.raises(UserError, match="disk is full"):
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in folder.iterdir()] == ["step-00000001"]
 
 
 def test_other_config_or_data_is_refused(tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ def test_golden_trajectory(name: str) -> None:
     fill(vae.state_dict())
     fill(var.state_dict())
     var.cond_drop_rate = 0.0
-    step = TrainStep(var, vae.quantize, tuple(c["patch_nums"]), bf16=False, label_smoothing=0.0)
+    recipe = TrainConfig(steps=1, clip=want["clip"])
+    step = TrainStep(var, vae.quantize, recipe, "fp32")
     step.eval()  # the trajectory was made in eval mode: no dropout of any kind
-    engine = SingleEngine(step, 1, want["clip"], (0.9, 0.95))
+    engine = SingleEngine(step, recipe)
     idx, labels = torch.from_numpy(data["idx"]).long(), torch.from_numpy(data["labels"]).long()
     steps, warmup = want["steps"], want["warmup_it"]
     for g in range(steps):

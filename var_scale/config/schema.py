@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -155,7 +156,21 @@ class TrainConfig(Section):
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     clip: float = Field(2.0, ge=0, description="largest gradient norm (tclip); 0: no clipping")
     label_smoothing: Fraction = Field(0.0, description="label smoothing (ls)")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="matrix products; auto: bf16 where the processor has it fast")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the loss; 1e-4 is usual")
+    scale_weights: Literal["token", "scale"] | list[NonNegative] = Field(
+        "token", description="loss weight of the scales: token, every token counts the same (reference); scale, every scale does; or a "
+        "factor for the tokens of each scale",
+    )  # fmt: skip
+    progressive: float = Field(0.0, ge=0, le=1, description="share of the run after which all scales are trained (pg), and the "
+                               "lr_schedule lin<share>, as in the reference; 0: from the start")  # fmt: skip
+    progressive_start: int = Field(4, ge=0, description="last scale trained at the start (pg0)")
+    progressive_warmup_epochs: float | None = Field(
+        None, ge=0, description="epochs in which a new scale's loss weight grows (pgwp); none or 0: a 300th of the run"
+    )
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of averaged weights, kept and evaluated beside the trained ones; 0: none")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="matrix products; auto: bf16 where the processor has it fast, else fp32"
+    )
     tf32: bool = Field(True, description="TF32 for float32 products on NVIDIA GPUs")
     seed: int = Field(0, description="seed of weights, order, dropout")
     eval_batch: Positive = Field(512, description="samples an evaluation step on each rank")
@@ -163,6 +178,13 @@ class TrainConfig(Section):
     evals: Positive = Field(1, description="evaluations in a run, evenly spaced, the last at the end")
     checkpoint_seconds: float = Field(600.0, gt=0, description="time between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    keep_steps: list[Positive] = Field(default_factory=list, description="steps at which a checkpoint is written and kept for good")
+    nonfinite: Literal["skip", "rollback", "stop"] = Field(
+        "skip", description="when loss or gradient is not finite, the step is not taken; then go on, go back to the last checkpoint and "
+        "pass over the samples since, or stop",
+    )  # fmt: skip
+    nonfinite_limit: Positive = Field(10, description="steps not taken in a row, or times gone back, after which the run stops as diverged")
+    hang_seconds: float = Field(1800.0, gt=0, description="time without progress after which a run ends and names the ranks that hang")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -172,6 +194,8 @@ class TrainConfig(Section):
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
         if self.epochs and self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is not shorter than the run of {self.epochs:g} epochs")
+        if isinstance(self.scale_weights, list) and not sum(self.scale_weights):
+            raise ValueError("scale_weights are all 0; give at least one scale a weight")
         return self
 
 
@@ -181,6 +205,13 @@ class EngineConfig(Section):
     name: Literal["single", "ddp", "fsdp", "deepspeed"] = Field("single", description="engine")
     processes: int = Field(0, ge=0, description="processes on this machine; 0: one a GPU, without a GPU 2 (single: always 1)")
     threads: Positive = Field(1, description="CPU threads a process, without a GPU")
+    shard: int = Field(0, ge=0, description="fsdp: ranks that hold one copy of the state together (HSDP); 0: all ranks")
+    reshard_after_forward: bool = Field(True, description="fsdp: free gathered weights between forward and backward")
+    recompute: Literal["none", "mlp", "block"] = Field(
+        "none", description="activations made again in the backward pass: none, the MLPs' hidden ones, or all inside a block"
+    )
+    recompute_every: Positive = Field(1, description="every so many blocks are recomputed")
+    compile: bool = Field(False, description="torch.compile every block; not with ZeRO 3")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed's own configuration, passed through")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from var_scale.errors import UserError
@@ -50,6 +50,10 @@ class ModelShape:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"{where}: the shape is incomplete ({error})") from None
+
+    def shown(self, stage: int) -> ModelShape:
+        """The shape that progressive training sees while its last scale is `stage`; -1: all scales."""
+        return self if stage < 0 else replace(self, patch_nums=self.patch_nums[: stage + 1])
 
     @property
     def length(self) -> int:

@@ -27,6 +27,13 @@ DEVICES = {
 }
 
 
+def peak_of(name: str, precision: str = "bf16") -> float | None:
+    """Dense FLOP/s of a device by the name its driver gives it, from the data sheet; None for one that is not in the table, for a CPU, and
+    for float32, which runs on other units."""
+    known = [device.peak for key, device in DEVICES.items() if key != "cpu" and key in name.lower()]
+    return known[0] if known and precision != "fp32" else None
+
+
 def find_device(name: str) -> Device:
     """The table's row for a name such as h100; an unknown one is an error that lists the known."""
     if name.lower() not in DEVICES:

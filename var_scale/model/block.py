@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from var_kernels import adaptive_layer_norm, gate_adaptive_layer_norm, gelu_mlp, use_triton
 from var_kernels.dispatch import compute_dtype
@@ -115,14 +116,20 @@ class FFN(nn.Module):
 
     def __init__(self, channels: int, hidden: int, kernels: str = "auto") -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.recompute = kernels, False
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C). The fused form reads the weights of both layers here: ZeRO-3 must gather this module as a whole."""
         if fused(self.kernels, x_BLC):
-            return gelu_mlp(x_BLC, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            save = "input" if self.recompute else "preact"
+            return gelu_mlp(x_BLC, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, save)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._plain, x_BLC, use_reentrant=False)
+        return self._plain(x_BLC)
+
+    def _plain(self, x_BLC: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
 
 
@@ -162,7 +169,7 @@ class AdaLNSelfAttn(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        self.C, self.shared_aln, self.kernels = channels, shared_aln, kernels
+        self.C, self.shared_aln, self.kernels, self.recompute = channels, shared_aln, kernels, False
         self.drop_path = DropPath(drop_path_rate)
         self.attn = SelfAttention(channels, heads, attn_l2_norm, attention)
         self.ffn = FFN(channels, round(channels * mlp_ratio), kernels)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from var_kernels import linear_cross_entropy, why_not
 from var_scale.errors import UserError, require_positive
@@ -42,12 +44,12 @@ class Head(nn.Linear):
     """The output projection, alone or with its cross-entropy."""
 
     def forward(  # type: ignore[override]
-        self, x_BLC: Tensor, target_BL: Tensor | None = None, smoothing: float = 0.0
+        self, x_BLC: Tensor, target_BL: Tensor | None = None, smoothing: float = 0.0, z_loss: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, L, V); with `target_BL` (loss with label smoothing, cross-entropy, likeliest code), each (B, L)."""
+        """Logits (B, L, V); with `target_BL` (loss, cross-entropy, likeliest code), each (B, L)."""
         if target_BL is None:
             return F.linear(x_BLC, self.weight, self.bias)
-        loss, ce, best = linear_cross_entropy(x_BLC.flatten(0, 1), self.weight, self.bias, target_BL.flatten(), smoothing)
+        loss, ce, best = linear_cross_entropy(x_BLC.flatten(0, 1), self.weight, self.bias, target_BL.flatten(), smoothing, z_loss)
         return loss.view_as(target_BL), ce.view_as(target_BL), best.view_as(target_BL)
 
 
@@ -155,9 +157,10 @@ class VAR(nn.Module):
         path_keep_DB: Tensor | None = None,
         target_BL: Tensor | None = None,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced logits (B, L, V) float32; with `prog_si` only of the first scales. With `target_BL`, for which the fused
-        operators are needed, no logits but (loss with `label_smoothing`, cross-entropy, likeliest code), each (B, L).
+        operators are needed, no logits but (loss with `label_smoothing` and `z_loss`, cross-entropy, likeliest code), each (B, L).
 
         label_B (B,) int64 classes, num_classes meaning none. x_BLCv_wo_first_l (B, L - first, Cvae) from `idxBl_to_var_input`; None
         where there is one scale only. label_drop_B (B,) bool: labels to drop; None draws them while training (and in evaluation if
@@ -182,22 +185,35 @@ class VAR(nn.Module):
         x_BLC = x_BLC.to(dtype)
         keep = [None] * self.depth if path_keep_DB is None else path_keep_DB
         if fused(self.kernels, x_BLC):
-            return self._fused(x_BLC, ada, cond_BC, mask, keep, target_BL, label_smoothing)
+            return self._fused(x_BLC, ada, cond_BC, mask, keep, target_BL, label_smoothing, z_loss)
         if target_BL is not None:
             raise UserError("target_BL: the loss is taken inside the model only by the fused operators; use kernels='on', or the logits")
-        for block, keep_B in zip(self.blocks, keep, strict=True):
+        for block, keep_B in zip(self._called_blocks(), keep, strict=True):
             x_BLC = block(x_BLC, ada, mask, keep_B)
         return self.get_logits(x_BLC, cond_BC)
 
     def _fused(
-        self, x_BLC: Tensor, ada: Tensor, cond_BC: Tensor, mask: ScaleMask, keep: Any, target_BL: Tensor | None, smoothing: float
+        self, x_BLC: Tensor, ada: Tensor, cond_BC: Tensor, mask: ScaleMask, keep: Any, target_BL: Tensor | None, smoothing: float,
+        z_loss: float,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Blocks, norm and head with the fused operators: every branch is added in the pass that takes the next norm."""
         pending: Pending | None = None
-        for block, keep_B in zip(self.blocks, keep, strict=True):
+        for block, keep_B in zip(self._called_blocks(), keep, strict=True):
             x_BLC, pending = block(x_BLC, ada, mask, keep_B, pending, defer=True)
         h_BLC = self.head_nm(x_BLC, cond_BC, pending, defer=True)
-        return self.head(h_BLC).float() if target_BL is None else self.head(h_BLC, target_BL, smoothing)
+        return self.head(h_BLC).float() if target_BL is None else self.head(h_BLC, target_BL, smoothing, z_loss)
+
+    def recompute_activations(self, what: str, every: int = 1) -> None:
+        """Keep fewer activations for the backward pass and make them again there: `mlp`, the hidden ones of the MLPs, `block`, all inside
+        a block; in every `every`-th block. `none`: keep all."""
+        for number, block in enumerate(self.blocks):
+            chosen = what if number % every == 0 else "none"
+            block.recompute, block.ffn.recompute = chosen == "block", chosen == "mlp"  # type: ignore[union-attr,assignment]
+
+    def _called_blocks(self) -> list[Callable[..., Any]]:
+        """The blocks, or what recomputes them in the backward pass."""
+        again = self.training and torch.is_grad_enabled()
+        return [partial(checkpoint, block, use_reentrant=False) if again and block.recompute else block for block in self.blocks]
 
     def choices(self) -> dict[str, str]:
         """What `auto` stands for on the device of the weights: back-end and operators, each with the reason."""

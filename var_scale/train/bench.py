@@ -19,7 +19,7 @@ from var_scale.model.block import fused
 from var_scale.model.load import build_model, new_tokenizer
 from var_scale.progress import say
 from var_scale.train.engine.single import SingleEngine
-from var_scale.train.step import TrainStep
+from var_scale.train.step import HALF, TrainStep
 from var_scale.train.world import choose_precision
 
 FORMS = {"plain": {"kernels": "off", "attention": "sdpa"}, "fused": {"kernels": "auto", "attention": "auto"}}
@@ -49,10 +49,10 @@ def time_config(config: Config, batch: int, device: torch.device) -> dict[str, A
     torch.manual_seed(0)
     tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(device)
     var = build_model(config, tokenizer, device)
-    bf16 = choose_precision(config.train.precision, device) == "bf16"
+    precision = choose_precision(config.train.precision, device)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    module = TrainStep(var, tokenizer.quantize, config.tokenizer.patch_nums, bf16, config.train.label_smoothing)
-    engine = SingleEngine(module, 1, config.train.clip, config.train.adam_betas)
+    module = TrainStep(var, tokenizer.quantize, config.train, precision)
+    engine = SingleEngine(module, config.train.model_copy(update={"accumulate": 1}))
     module.train()
     tokens_BL = torch.randint(config.tokenizer.vocab_size, (batch, var.L), device=device)
     label_B = torch.zeros(batch, dtype=torch.long, device=device)
@@ -62,14 +62,14 @@ def time_config(config: Config, batch: int, device: torch.device) -> dict[str, A
         engine.backward(engine.module(tokens_BL, label_B)[0])
         engine.step()
 
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = HALF[precision] or torch.float32
     block, x_BLC = var.blocks[0], torch.randn(batch, var.L, var.C, device=device, dtype=dtype, requires_grad=True)
     cond = var.shared_ada_lin(torch.randn(batch, var.C, device=device)).to(dtype).detach()
     mask, gradient = ScaleMask(var.patch_nums, var.attn_bias_for_masking, dtype), torch.randn_like(x_BLC)
     wanted, defer = [x_BLC, *block.parameters()], fused(var.kernels, x_BLC)
 
     def one_block() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if defer:  # with the last branch added here: the same two sums and two norms in both forms
                 x, (branch, gate, _) = block(x_BLC, cond, mask, defer=True)
                 x = x + branch * gate

@@ -1,23 +1,28 @@
-"""The portable checkpoint (contract 6): float32 weights and moments by official name, whatever engine wrote them."""
+"""The portable checkpoint (contract 6): float32 weights and moments by official name, whatever engine wrote them.
+
+A folder `step-XXXXXXXX` holds `part-RRRRR.safetensors` of every rank that wrote, `state.json`, and `index.json`, which says where each run
+of consecutive elements of each tensor lies. So any engine at any world size reads what it needs, and no rank ever holds the whole.
+"""
 
 from __future__ import annotations
 
-import os
-import time
+import math
+from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
-import var_scale
 from var_scale.errors import UserError
-from var_scale.files import disk_errors, read_json, remove_tree, sha256_file, write_json
-from var_scale.train.engine.base import MOMENT_KEYS, Engine, Moments
-from var_scale.train.world import World
+from var_scale.files import read_json, sha256_file
+from var_scale.train.engine.base import WEIGHT, Engine
 
-WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+STATE, INDEX, FORMAT = "state.json", "index.json", 2
+Run = tuple[int, int, str]  # start, count, file
 
 
 @dataclass(frozen=True)
@@ -32,75 +37,118 @@ class Checkpoint:
         """Optimiser steps done."""
         return int(self.state["step"])
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Float32 weights by official name, verified."""
-        return self._load(WEIGHTS)
+    @cached_property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shape of every tensor, by kind (weight, exp_avg, exp_avg_sq, ema) and official name."""
+        return {kind: {name: tuple(entry["shape"]) for name, entry in names.items()} for kind, names in self._index.items()}
 
-    def load_into(self, var: torch.nn.Module) -> None:
-        """Set the weights of `var`; its buffers are not in a checkpoint. UserError when the names differ."""
-        weights = self.weights()
-        if {name for name, _ in var.named_parameters()} != set(weights):
+    @cached_property
+    def _index(self) -> dict[str, dict[str, dict[str, Any]]]:
+        index = read_json(self.folder / INDEX, "checkpoint index")
+        for names in index.values():
+            for name, entry in names.items():
+                covered = 0
+                for start, count, _ in entry["runs"]:
+                    if start != covered:
+                        raise UserError(f"{self.folder}: {name} has a gap at element {covered}; remove the folder to use an older one")
+                    covered += count
+                if covered != math.prod(entry["shape"]):
+                    raise UserError(f"{self.folder}: {name} is not whole; remove the folder to use an older one")
+        return index
+
+    def verify(self, rank: int = 0, size: int = 1) -> str:
+        """Compare the checksums of this rank's share of the files; the first damaged file, or nothing."""
+        for name in sorted(self.state["files"])[rank::size]:
+            path = self.folder / name
+            if not path.exists() or sha256_file(path) != self.state["files"][name]:
+                return str(path)
+        return ""
+
+    def check(self) -> None:
+        """UserError when any file is missing or damaged."""
+        if damaged := self.verify():
+            raise UserError(damaged_message(damaged, self.folder))
+
+    def read(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
+        """Fill `into` (n,) with the elements from `start` of a flattened tensor."""
+        runs: list[Run] = self._index[kind][name]["runs"]
+        at, end = start, start + into.numel()
+        place = bisect_right(runs, at, key=lambda run: run[0]) - 1
+        while at < end:
+            first, count, file = runs[place]
+            take = min(end, first + count) - at
+            part = self._open(file).get_slice(f"{kind}/{name}@{first}")[at - first : at - first + take]
+            into[at - start : at - start + take].copy_(part)
+            at, place = at + take, place + 1
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self.folder / file, "pt")
+        return self._files[file]
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self, kind: str = WEIGHT) -> dict[str, torch.Tensor]:
+        """All tensors of a kind, whole, float32."""
+        found = {}
+        for name, shape in self.shapes[kind].items():
+            flat = torch.empty(math.prod(shape))
+            self.read(kind, name, 0, flat)
+            found[name] = flat.view(shape)
+        return found
+
+    def load_into(self, var: torch.nn.Module, kind: str = WEIGHT) -> None:
+        """Set the weights of `var`; its buffers are not in a checkpoint. UserError when names or shapes differ."""
+        if {name: tuple(p.shape) for name, p in var.named_parameters()} != self.shapes[kind]:
             raise UserError(f"{self.folder}: the checkpoint does not fit the run's config; restore config.yaml")
-        var.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            for name, p in var.named_parameters():
+                flat = torch.empty(p.numel())
+                self.read(kind, name, 0, flat)
+                p.copy_(flat.view(p.shape))
 
-    def moments(self) -> Moments:
-        """AdamW's moments by official name, verified."""
-        flat = self._load(MOMENTS)
-        return {key: {name.removeprefix(f"{key}/"): t for name, t in flat.items() if name.startswith(f"{key}/")} for key in MOMENT_KEYS}
+    def load_weights(self, engine: Engine) -> None:
+        """Set the master weights of a running engine."""
+        with torch.no_grad():
+            for piece in engine.pieces():
+                if piece.kind == WEIGHT:
+                    self.read(WEIGHT, piece.name, piece.start, piece.tensor)
+        engine.publish()
 
-    def _load(self, name: str) -> dict[str, torch.Tensor]:
-        path = self.folder / name
-        if not path.exists() or sha256_file(path) != self.state["files"][name]:
-            raise UserError(f"{path}: missing or damaged (checksum differs); remove the folder {self.folder} to continue from an older one")
-        return load_file(path)
+    def load_state(self, engine: Engine) -> None:
+        """Set the optimiser state of an engine whose weights are already there; every rank reads only what it holds."""
+        engine.create_state(self.step)
+        for piece in engine.pieces():
+            if piece.kind != WEIGHT and piece.kind in self.shapes:
+                self.read(piece.kind, piece.name, piece.start, piece.tensor)
+        engine.load_extra_state(self.state)
+
+
+def damaged_message(file: str, folder: Path) -> str:
+    """What to tell about a damaged file."""
+    return f"{file}: missing or damaged (checksum differs); remove the folder {folder} to continue from an older one"
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints, oldest first; half-written ones have another name and are not seen."""
     found = [Checkpoint(p, read_json(p / STATE, "checkpoint state")) for p in folder.glob("step-*") if (p / STATE).exists()]
+    for checkpoint in found:
+        if checkpoint.state.get("format") != FORMAT:
+            raise UserError(f"{checkpoint.folder}: was written by another version of var-scale; remove the run or use that version")
     return sorted(found, key=lambda c: c.step)
 
 
-def save_checkpoint(folder: Path, engine: Engine, world: World, state: dict[str, Any], keep: int) -> None:
-    """Gather on every rank, write on rank 0: temporary folder, synced, renamed; then drop all but the newest `keep`."""
-    weights, moments = engine.gather()
-    if world.main:
-        write_checkpoint(folder, weights, moments, state, keep)
-    world.barrier()
-
-
-def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], moments: Moments, state: dict[str, Any], keep: int) -> None:
-    """Write one checkpoint as `folder/step-XXXXXXXX`."""
-    final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    with disk_errors(folder):
-        for left_over in folder.glob(".step-*.tmp"):  # of a life that was killed while it saved
-            remove_tree(left_over)
-        temporary.mkdir(parents=True)
-        try:
-            files = {}
-            flat = {f"{key}/{name}": t.contiguous() for key in MOMENT_KEYS for name, t in moments[key].items()}
-            for name, tensors in ((WEIGHTS, weights), (MOMENTS, flat)):
-                _save_synced({k: t.contiguous() for k, t in tensors.items()}, temporary / name)
-                files[name] = sha256_file(temporary / name)
-            versions = {"var_scale": var_scale.__version__, "torch": torch.__version__}
-            write_json(temporary / STATE, {"format": 1, **state, "files": files, "versions": versions, "time": time.time()})
-            remove_tree(final)
-            os.replace(temporary, final)
-        except BaseException:
-            remove_tree(temporary)
-            raise
-    for old in checkpoints(folder)[:-keep]:
-        remove_tree(old.folder)
-
-
-def _save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors to disk, with a full disk reported as such."""
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # safetensors raises its own type for I/O errors
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(28, "No space left on device") from None
-        raise
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def merge_indexes(parts: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """One index of the ranks' own: kind, name, shape and sorted runs."""
+    runs: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    shapes: dict[tuple[str, str], list[int]] = {}
+    for part in parts:
+        for kind, name, shape, start, count in part["pieces"]:
+            runs[kind, name].append((start, count, part["file"]))
+            shapes[kind, name] = shape
+    index: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for (kind, name), found in runs.items():
+        index[kind][name] = {"shape": shapes[kind, name], "runs": sorted(found)}
+    return index

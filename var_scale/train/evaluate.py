@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,9 @@ from var_scale.train.engine.base import Engine
 from var_scale.train.world import World
 
 
-def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[str, float | int | list[float]]:
+def evaluate(
+    engine: Engine, data: TokenData, world: World, batch: int, beat: Callable[[], None] = lambda: None
+) -> dict[str, float | int | list[float]]:
     """Loss in nats and error as a fraction: per scale, at the last scale, and over all tokens; plus the number of samples.
 
     Rank r takes samples r, r + world, ...; all ranks make the same number of forward passes (FSDP and ZeRO-3 exchange
@@ -30,6 +33,7 @@ def evaluate(engine: Engine, data: TokenData, world: World, batch: int) -> dict[
     engine.module.eval()
     with torch.no_grad():
         for i in range(rounds):
+            beat()
             weight, index = (1.0, mine[i]) if i < len(mine) else (0.0, np.zeros(1, dtype=np.int64))
             tokens, labels = data.gather(index)
             tokens_BL = torch.as_tensor(tokens, device=world.device).long()

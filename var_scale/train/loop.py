@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,27 @@ import torch
 
 from var_scale.config.load import config_hash, load
 from var_scale.config.schema import Config
+from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
+from var_scale.cost.time import peak_of
 from var_scale.data.loader import Batch, TokenData, TokenLoader
-from var_scale.data.order import uniform
 from var_scale.errors import UserError
 from var_scale.files import write_json
-from var_scale.model.build import default_drop_path
 from var_scale.model.load import build_model, load_tokenizer
 from var_scale.progress import say
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder
-from var_scale.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
-from var_scale.train.engine.base import Engine, StepStats
+from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
+from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
 from var_scale.train.evaluate import evaluate
+from var_scale.train.monitor import Monitor, Spikes, Window
+from var_scale.train.noise import StepNoise
+from var_scale.train.save import CheckpointWriter
 from var_scale.train.schedule import Schedule
 from var_scale.train.step import TrainStep
 from var_scale.train.stopping import StopRequest
-from var_scale.train.telemetry import Telemetry, environment
+from var_scale.train.telemetry import Telemetry, environment, peak_memory
+from var_scale.train.watchdog import Watchdog
 from var_scale.train.world import World, choose_precision
 
 DIVERGED = 3  # exit code of a run whose loss is no longer finite
@@ -41,21 +45,31 @@ class Run:
         self.folder, self.world = RunFolder(folder), world
         self.telemetry: Telemetry | None = None
         self.config = config = load(str(self.folder.config))
+        c = config.train
+        self.watchdog = Watchdog(self.folder, world, c.hang_seconds)
         self.stop = StopRequest(folder / "STOP")
         tokenizer, tokenizer_hash = load_tokenizer(config.tokenizer, world.device)
         self.data = self._open_data(config.data.tokens_train, tokenizer_hash)
         self.val = self._open_data(config.data.tokens_val, tokenizer_hash)
-        self.schedule = Schedule.of(config.train, self.data.num_samples)
-        c = config.train
+        self.schedule = Schedule.of(c, self.data.num_samples)
         self.loader = TokenLoader(self.data, c.seed, c.batch_size, world.size, world.rank, c.accumulate)
         self.precision = choose_precision(c.precision, world.device)
         torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
+        self.shape = shape_of(config)
 
         resume = max(checkpoints(self.folder.checkpoints), key=lambda p: p.step, default=None)
         self.engine = self._build_engine(tokenizer, resume)
         self.start = resume.step if resume else 0
+        self.passed_over = int(resume.state["passed_over"]) if resume else 0
+        self.times_back = int(resume.state["times_back"]) if resume else 0
         self.seconds_before = float(resume.state["seconds"]) if resume else 0.0
-        self.began = time.monotonic()
+        life = world.agree(secrets.randbits(31))
+        keep_steps = tuple(step for step in c.keep_steps)
+        self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", c.keep_checkpoints, keep_steps)
+        lengths = [pn * pn for pn in config.tokenizer.patch_nums]
+        self.monitor = Monitor(world, len(lengths), lengths, scaled=self.precision == "fp16")
+        self.spikes = Spikes()
+        self.began = self.last_save = time.monotonic()
 
     def _open_data(self, folder: str | None, tokenizer_hash: str) -> TokenData:
         if not folder:
@@ -71,13 +85,21 @@ class Run:
         var = build_model(config, tokenizer, self.world.device)
         if resume:
             check_resume(resume, config, self.data_hash)
+            self._verify(resume)
             resume.load_into(var)
-        module = TrainStep(var, tokenizer.quantize, config.tokenizer.patch_nums, self.precision == "bf16", config.train.label_smoothing)
+        module = TrainStep(var, tokenizer.quantize, config.train, self.precision)
         engine = build_engine(config.engine, config.train, module.to(self.world.device))
         engine.module.train()
         if resume:
-            engine.load_moments(resume.moments(), resume.step)
+            resume.load_state(engine)
         return engine
+
+    def _verify(self, checkpoint: Checkpoint) -> None:
+        """The checksums of all files, shared among the ranks."""
+        damaged = checkpoint.verify(self.world.rank, self.world.size)
+        number = int(damaged.rpartition("-")[2].partition(".")[0]) + 1 if damaged else 0
+        if worst := self.world.largest(number):
+            raise UserError(damaged_message(str(checkpoint.folder / f"part-{worst - 1:05d}.safetensors"), checkpoint.folder))
 
     @property
     def data_hash(self) -> str:
@@ -97,11 +119,10 @@ class Run:
     def describe(self) -> None:
         """Write run.json and env.json, start the recorder, say what was chosen."""
         c = self.config
-        shape = shape_of(c)
         write_json(
             self.folder.path / "run.json",
             {
-                "name": c.name, "depth": c.model.depth, "seed": c.train.seed, "shape": dataclasses.asdict(shape),
+                "name": c.name, "depth": c.model.depth, "seed": c.train.seed, "shape": dataclasses.asdict(self.shape),
                 "total_steps": self.schedule.total_steps, "global_batch": c.train.batch_size, "config_hash": config_hash(c),
                 "data_hash": self.data_hash, "peak_lr": self.schedule.peak_lr,
                 "final_lr_fraction": self.schedule.lr(self.schedule.total_steps - 1) / self.schedule.peak_lr,
@@ -126,113 +147,165 @@ class Run:
 
         At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there.
         """
-        total, every = self.schedule.total_steps, self.config.log.every
+        total, c = self.schedule.total_steps, self.config.train
         if self.world.main:
             self.describe()
-        evals = {round(total * k / self.config.train.evals) for k in range(1, self.config.train.evals + 1)}
-        window: list[torch.Tensor] = []
-        last_save = time.monotonic()
-        for step in range(self.start, total):
-            loss, stats = self._step(step)
-            window.append(loss)
-            done = step + 1
+        evals = {round(total * k / c.evals) for k in range(1, c.evals + 1)}
+        done = self.start
+        while done < total:
+            self._step(done)
+            done += 1
             stop = save = False
-            if done % every == 0 or done == total:
-                mean, stop, save = self._agree(window, time.monotonic() - last_save)
-                window = []
-                if self.world.main:
-                    self._log(done, mean, stats)
-                if not math.isfinite(mean):
-                    return self._diverged(done, mean)
+            if done % self.config.log.every == 0 or done == total:
+                window = self._look(done)
+                stop, save = window.stop, window.save
+                if verdict := self._verdict(window):
+                    return self._diverged(done, verdict)
+                if window.bad and c.nonfinite == "rollback":
+                    done = self._go_back(done)
+                    continue
             if done in evals:
                 self._evaluate(done, final=done == total)
-            if stop or save or done == total:
+            if stop or save or done == total or done in c.keep_steps:
                 self._save(done)
-                last_save = time.monotonic()
             if stop and done < total:
+                self._finish_saving(done)
                 if self.world.main:
                     self.folder.set_status("preempted", self.stop.reason or "asked to stop", step=done)
                 return EXIT_REQUEUE
+        self._finish_saving(total)
         if self.world.main:
             self.folder.set_status("complete", step=total)
         return 0
 
-    def _step(self, step: int) -> tuple[torch.Tensor, StepStats]:
-        """One optimiser step; the mean loss of this rank's samples and the engine's statistics."""
-        self.engine.set_rates(self.schedule.lr(step), self.schedule.wd(step))
-        noise = StepNoise(self.config, step)
-        losses = []
+    def _step(self, step: int) -> None:
+        """One optimiser step."""
+        engine, beat, place = self.engine, self.watchdog.beat, step + self.passed_over
+        engine.set_rates(self.schedule.lr(step), self.schedule.wd(step))
+        stage, newest = self.schedule.stage(step, len(self.config.tokenizer.patch_nums))
+        noise, losses, waited = StepNoise(self.config, place), [], 0.0
         for micro in range(self.config.train.accumulate):
-            self.engine.prepare(last=micro == self.config.train.accumulate - 1)
-            batch = self.loader.batch(step, micro)
-            loss, _, _ = self.engine.module(*self._tensors(batch), *noise.of(batch, self.world.device))
-            self.engine.backward(loss)
+            beat("data", step)
+            began = time.monotonic()
+            engine.prepare(last=micro == self.config.train.accumulate - 1)
+            batch = self.loader.batch(place, micro)
+            inputs = (*self._tensors(batch), *noise.of(batch, self.world.device))
+            waited += time.monotonic() - began
+            beat("forward", step)
+            loss, ce_BL, _ = engine.module(*inputs, stage, newest)
+            beat("backward", step)
+            engine.backward(loss)
             losses.append(loss.detach())
-        return torch.stack(losses).mean(), self.engine.step()
+        beat("optimiser", step)
+        self.monitor.add(losses, ce_BL, engine.step())
+        if engine.average:
+            engine.average.update(engine)
+        self.monitor.data_seconds += waited
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L) and labels (B,) on the device."""
         tokens_BL = torch.as_tensor(batch.tokens_BL).to(self.world.device, non_blocking=True).long()
         return tokens_BL, torch.as_tensor(batch.labels_B).to(self.world.device, non_blocking=True).long()
 
-    def _agree(self, window: list[torch.Tensor], since_save: float) -> tuple[float, bool, bool]:
-        """Mean loss over ranks and steps; whether any rank was asked to stop; whether rank 0 wants a checkpoint. One exchange."""
-        due = self.world.main and since_save >= self.config.train.checkpoint_seconds
-        flags = torch.tensor([bool(self.stop.reason), due], dtype=torch.float64, device=self.world.device)
-        facts = torch.cat([torch.stack(window).mean().double()[None], flags])
-        mean, stop, save = self.world.reduce(facts).tolist()
-        return mean / self.world.size, stop > 0, save > 0
+    def _look(self, done: int) -> Window:
+        """The window's facts, the same on all ranks, and their row in the metrics."""
+        self.watchdog.beat("exchange", done)
+        self.writer.check()
+        due = time.monotonic() - self.last_save >= self.config.train.checkpoint_seconds
+        window = self.monitor.look(stop=bool(self.stop.reason), save=due)
+        self.watchdog.beat("log", done)
+        if self.world.main:
+            self._log(done, window)
+        return window
 
-    def _log(self, done: int, mean: float, stats: StepStats) -> None:
+    def _log(self, done: int, window: Window) -> None:
+        c, telemetry = self.config.train, self.telemetry
+        assert telemetry
+        stage, _ = self.schedule.stage(done - 1, len(self.config.tokenizer.patch_nums))
+        per_step, per_image = window.seconds / window.steps, count_flops(self.shape.shown(stage))
+        flops = per_image.training * c.batch_size / per_step
+        peak = peak_of(self.world.device_name, self.precision)
+        row = {
+            "kind": "train", "step": done, "images": done * c.batch_size, "loss": window.loss, "grad_norm": window.grad_norm,
+            "lr": self.schedule.lr(done - 1), "weight_decay": self.schedule.wd(done - 1), "seconds": self.seconds,
+            "images_per_second": c.batch_size / per_step, "tokens_per_second": c.batch_size * per_image.tokens / per_step,
+            "step_seconds": per_step, "data_seconds": window.data_seconds / window.steps, "flops_per_second": flops,
+            "mfu": flops / (peak * self.world.size) if peak else None, "memory_bytes": peak_memory(self.world.device),
+            "checkpoint_stall_seconds": self.writer.stall_seconds, "loss_per_scale": window.loss_per_scale,
+        }  # fmt: skip
+        if window.skipped:
+            row |= {"skipped": window.skipped}
+        if self.engine.scaler:
+            row |= {"loss_scale": float(self.engine.scaler.scale)}
+        if window.data_seconds > 0.1 * window.seconds and self.world.size > 1:
+            row |= {"slowest_rank": window.slowest_rank}
+        if stage >= 0:
+            row |= {"stage": stage}
+        telemetry.row(row)
+        for name, value in (("loss", window.loss_largest), ("grad_norm", window.grad_norm_largest)):
+            if spike := self.spikes.look(name, value):
+                telemetry.row({"kind": "spike", "step": done, "what": name, "value": value})
+                say(f"warning: step {done}: {spike}")
+
+    def _verdict(self, window: Window) -> str:
+        """Why the run stops as diverged; empty when it goes on."""
         c = self.config.train
-        images = done * c.batch_size
-        speed = (done - self.start) * c.batch_size / (time.monotonic() - self.began)
-        assert self.telemetry
-        self.telemetry.row(
-            {
-                "kind": "train", "step": done, "images": images, "loss": mean, "grad_norm": float(stats.grad_norm),
-                "lr": self.schedule.lr(done - 1), "weight_decay": self.schedule.wd(done - 1), "seconds": self.seconds,
-                "images_per_second": speed, "tokens_per_second": speed * self.data.length,
-            }
-        )  # fmt: skip
+        if window.bad and c.nonfinite == "stop":
+            return f"{window.bad} of {window.steps} steps had no finite loss or gradient"
+        if window.streak >= c.nonfinite_limit:
+            return f"{window.streak} steps in a row had no finite loss or gradient"
+        if window.bad and c.nonfinite == "rollback":
+            if self.times_back >= c.nonfinite_limit:
+                return f"gone back {self.times_back} times"
+            if not checkpoints(self.folder.checkpoints):
+                return "no finite loss or gradient before the first checkpoint"
+        return ""
+
+    def _go_back(self, done: int) -> int:
+        """Load the last checkpoint and pass over the samples from there to here; returns the step to go on from."""
+        self.writer.wait()
+        self.world.barrier()
+        back = checkpoints(self.folder.checkpoints)[-1]
+        self._verify(back)
+        back.load_weights(self.engine)
+        back.load_state(self.engine)
+        self.passed_over += done - back.step
+        self.times_back += 1
+        self.monitor.streak = None
+        if self.telemetry:
+            self.telemetry.row({"kind": "restart", "step": back.step, "from": done, "why": "not finite", "passed_over": self.passed_over})
+            say(f"warning: step {done}: loss or gradient not finite; going on from step {back.step} with the samples after this step")
+        return back.step
 
     def _save(self, done: int) -> None:
-        state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds}
-        save_checkpoint(self.folder.checkpoints, self.engine, self.world, state, self.config.train.keep_checkpoints)
-        if self.world.main:
-            self.folder.set_status("running", step=done)
+        self.watchdog.beat("save", done)
+        state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds,
+                 "passed_over": self.passed_over, "times_back": self.times_back}  # fmt: skip
+        self.writer.save(self.engine, state)
+        self.last_save = time.monotonic()
+
+    def _finish_saving(self, done: int) -> None:
+        """Until the checkpoint of this step is whole on disk."""
+        self.watchdog.beat("end", done)
+        self.writer.wait()
+        self.world.barrier()
 
     def _evaluate(self, done: int, final: bool) -> None:
-        result = evaluate(self.engine, self.val, self.world, self.config.train.eval_batch)
+        arguments = (self.engine, self.val, self.world, self.config.train.eval_batch, lambda: self.watchdog.beat("evaluate", done))
+        result = evaluate(*arguments)
+        if self.engine.average:
+            with self.engine.averaged():
+                average = evaluate(*arguments)
+            result |= {f"ema_{key}": value for key, value in average.items() if key != "samples"}
         if self.telemetry:
             images = done * self.config.train.batch_size
             self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": final, "seconds": self.seconds, **result})
 
-    def _diverged(self, done: int, mean: float) -> int:
+    def _diverged(self, done: int, verdict: str) -> int:
+        self.writer.wait()
         if self.world.main:
-            self.folder.set_status("diverged", f"the loss is {mean} at step {done}; lower train.base_lr or use precision fp32", step=done)
+            self.folder.set_status("diverged", f"step {done}: {verdict}; lower train.base_lr or use precision fp32", step=done)
         return DIVERGED
-
-
-class StepNoise:
-    """Label dropout and drop-path of one step, drawn per sample of the global batch: the same for any world size."""
-
-    def __init__(self, config: Config, step: int):
-        model, self.batch_size = config.model, config.train.batch_size
-        self.first = step * self.batch_size
-        rate = default_drop_path(model.depth) if model.drop_path_rate is None else model.drop_path_rate
-        seed = config.train.seed
-        self.drop_B = torch.from_numpy(uniform(seed, "label", step, self.batch_size) < model.cond_drop_rate)
-        self.keep_D2B = None
-        if rate > 0:
-            rate_D11 = torch.linspace(0, rate, model.depth, dtype=torch.float64)[:, None, None]
-            u = torch.from_numpy(uniform(seed, "path", step, model.depth * 2 * self.batch_size))
-            self.keep_D2B = u.view(model.depth, 2, self.batch_size) >= rate_D11
-
-    def of(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The parts of this batch's samples: (B,) true: drop the label; (depth, 2, B) true: keep the path of attention / MLP."""
-        place = torch.as_tensor(batch.sample_positions_B) - self.first
-        return self.drop_B[place].to(device), None if self.keep_D2B is None else self.keep_D2B[:, :, place].to(device)
 
 
 def check_resume(resume: Checkpoint, config: Config, data_hash: str) -> None:

@@ -20,9 +20,9 @@ def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
         torch.set_num_threads(config.engine.threads)
     tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(device)
     var = build_model(config, tokenizer, device)
-    bf16 = choose_precision(config.train.precision, device) == "bf16"
-    module = TrainStep(var, tokenizer.quantize, config.tokenizer.patch_nums, bf16, config.train.label_smoothing)
-    engine = SingleEngine(module, config.train.accumulate, config.train.clip, config.train.adam_betas)
+    precision = choose_precision(config.train.precision, device)
+    module = TrainStep(var, tokenizer.quantize, config.train, precision)
+    engine = SingleEngine(module, config.train)
     micro = max(1, config.train.batch_size // config.train.accumulate // processes)
     length = sum(pn * pn for pn in config.tokenizer.patch_nums)
     tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length), device=device)

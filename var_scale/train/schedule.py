@@ -29,7 +29,7 @@ def lr_factor(schedule: str, iteration: int, total: int, warmup: int, start: flo
         return 1.0 if p < hold else end + left * (1 - p) / (1 - hold)
     f = float(schedule.removeprefix("lin"))
     middle = (1 + end + left * (1 - f)) / 2
-    return 1 + (middle - 1) * p / f if p < f else end + (middle - end) * (1 - p) / (1 - f)
+    return 1 + (middle - 1) * p / f if p < f or f >= 1 else end + (middle - end) * (1 - p) / (1 - f)
 
 
 def weight_decay(iteration: int, total: int, start: float, end: float) -> float:
@@ -44,6 +44,7 @@ class Schedule:
     config: TrainConfig
     total_steps: int
     warmup: int  # micro-iterations
+    stage_warmup: float = 1.0  # micro-iterations over which a new scale's weight grows
 
     @staticmethod
     def of(config: TrainConfig, train_samples: int) -> Schedule:
@@ -51,7 +52,8 @@ class Schedule:
         per_epoch = -(-train_samples // config.batch_size)
         steps = config.steps or max(1, round((config.epochs or 0) * per_epoch))
         share = 1 / 50 if not config.warmup_epochs else config.warmup_epochs * per_epoch / steps
-        return Schedule(config, steps, round(share * steps * config.accumulate))
+        grow = 1 / 300 if not config.progressive_warmup_epochs else config.progressive_warmup_epochs * per_epoch / steps
+        return Schedule(config, steps, round(share * steps * config.accumulate), grow * steps * config.accumulate)
 
     @property
     def peak_lr(self) -> float:
@@ -61,7 +63,39 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of optimiser step `step` (from 0): the value at its last micro-batch."""
         c, a = self.config, self.config.accumulate
-        return self.peak_lr * lr_factor(c.lr_schedule, (step + 1) * a - 1, self.total_steps * a, self.warmup, c.lr_start, c.lr_end)
+        name = f"lin{c.progressive}" if c.progressive else c.lr_schedule
+        return self.peak_lr * lr_factor(name, (step + 1) * a - 1, self.total_steps * a, self.warmup, c.lr_start, c.lr_end)
+
+    def stage(self, step: int, scales: int) -> tuple[int, float]:
+        """Progressive training at optimiser step `step`: the last scale trained (-1: all) and the loss weight of its tokens.
+
+        From the warm-up to the share `progressive` of the run the scales come in one by one; a new one's weight grows from 0.01 to 1, but
+        that of the last. As the reference does it, also from the first scale alone, where it crashes.
+        """
+        c, a = self.config, self.config.accumulate
+        if not c.progressive:
+            return -1, 1.0
+        total, first = self.total_steps * a, min(c.progressive_start, scales - 1)
+        end = c.progressive * total
+
+        def at(g: int) -> int:
+            if g <= self.warmup:
+                return first
+            if g >= end:
+                return scales - 1
+            return first + round((g - self.warmup) / (end - self.warmup) * (scales - 1 - first))
+
+        g = (step + 1) * a - 1
+        stage = at(g)
+        if stage == scales - 1:
+            return -1, 1.0
+        if stage == first:
+            return stage, 1.0
+        low, high = self.warmup, g  # the iteration at which this stage began: `at` never falls
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if at(middle) < stage else (low, middle)
+        return stage, min(1.0, max(0.01, (g - low + 1) / self.stage_warmup))
 
     def wd(self, step: int) -> float:
         """Weight decay of optimiser step `step`."""

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from var_scale.config.schema import TrainConfig
 from var_scale.model.block import fused
 from var_scale.model.var import VAR
 
+HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def split_scales(tokens_BL: torch.Tensor, patch_nums: tuple[int, ...]) -> list[torch.Tensor]:
+
+def split_scales(tokens_BL: Tensor, patch_nums: Sequence[int]) -> list[Tensor]:
     """(B, L) tokens to one (B, pn*pn) tensor a scale."""
     return list(tokens_BL.split([pn * pn for pn in patch_nums], dim=1))
+
+
+def token_weights(scale_weights: str | Sequence[float], patch_nums: Sequence[int]) -> Tensor | None:
+    """Loss weight of every token (L,), of mean 1; None where all are 1."""
+    if scale_weights == "token":
+        return None
+    counts = [pn * pn for pn in patch_nums]
+    factors = [1 / n for n in counts] if scale_weights == "scale" else [float(f) for f in scale_weights]
+    weight_L = torch.cat([torch.full((n,), f) for n, f in zip(counts, factors, strict=True)])
+    return weight_L / weight_L.mean()
 
 
 class TrainStep(nn.Module):
@@ -23,41 +37,68 @@ class TrainStep(nn.Module):
     Args:
         var: the transformer; its parameters are the only ones of this module.
         quantizer: multi-scale quantiser of the tokenizer, in float32.
-        bf16: run the matrix products of VAR in bfloat16 (autocast); inputs, residual logits and loss stay float32.
-        label_smoothing: of the cross-entropy.
+        train: label smoothing, z-loss, weights of the scales.
+        precision: fp32, bf16 or fp16: the type of VAR's matrix products (autocast); inputs, head's logits and loss are float32.
     """
 
-    def __init__(self, var: VAR, quantizer: nn.Module, patch_nums: tuple[int, ...], bf16: bool, label_smoothing: float):
+    def __init__(self, var: VAR, quantizer: nn.Module, train: TrainConfig, precision: str):
         super().__init__()
         self.var = var
         self.frozen: tuple[Any] = (quantizer,)  # a tuple hides it from parameters() and state_dict()
-        self.patch_nums, self.bf16, self.label_smoothing = patch_nums, bf16, label_smoothing
+        self.patch_nums, self.half_dtype = var.patch_nums, HALF[precision]
+        self.smoothing, self.z_loss = train.label_smoothing, train.z_loss
+        weight_L = token_weights(train.scale_weights, self.patch_nums)
+        self.weight_L: Tensor | None
+        self.register_buffer("weight_L", weight_L, persistent=False)
 
     def forward(
         self,
-        tokens_BL: torch.Tensor,
-        label_B: torch.Tensor,
-        label_drop_B: torch.Tensor | None = None,
-        path_keep_D2B: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean loss (scalar, with label smoothing), and detached cross-entropy (B, L) in nats and correctness (B, L)."""
+        tokens_BL: Tensor,
+        label_B: Tensor,
+        label_drop_B: Tensor | None = None,
+        path_keep_D2B: Tensor | None = None,
+        stage: int = -1,
+        newest: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (scalar: mean over samples and all L tokens, of those trained), and detached cross-entropy (B, l) in nats and correctness
+        (B, l). `stage` >= 0 trains the scales 0..stage only, the last of them with the weight `newest`."""
+        var = self.var
+        end = var.begin_ends[stage][1]
+        tokens_BL, shown = tokens_BL[:, :end], self.patch_nums[: stage + 1] if stage >= 0 else self.patch_nums
+        var.prog_si = self.frozen[0].prog_si = stage
         with torch.no_grad():
-            x_BLZ = self.frozen[0].idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
-        enabled = self.bf16 and self.training  # evaluation is float32, as in the reference
+            x_BLZ = self.frozen[0].idxBl_to_var_input(split_scales(tokens_BL, shown))
+        loss_BL, ce_BL, correct_BL = self._losses(tokens_BL, label_B, x_BLZ, label_drop_B, path_keep_D2B)
+        if self.weight_L is not None and self.training:
+            loss_BL = loss_BL * self.weight_L[:end]
+        if stage < 0:
+            return loss_BL.mean(), ce_BL.detach(), correct_BL
+        begin = var.begin_ends[stage][0]
+        loss_B = loss_BL[:, :begin].sum(1) + newest * loss_BL[:, begin:].sum(1)
+        return loss_B.mean() / var.L, ce_BL.detach(), correct_BL
+
+    def _losses(
+        self, tokens_BL: Tensor, label_B: Tensor, x_BLZ: Tensor | None, label_drop_B: Tensor | None, path_keep_D2B: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss with smoothing and z-loss, cross-entropy, whether the likeliest token is right), each (B, l)."""
+        enabled = self.half_dtype is not None and self.training  # evaluation is float32, as in the reference
+        autocast = torch.autocast(tokens_BL.device.type, dtype=self.half_dtype or torch.bfloat16, enabled=enabled)
         kwargs: dict[str, Any] = {"label_drop_B": label_drop_B, "path_keep_DB": path_keep_D2B}
         if fused(self.var.kernels, tokens_BL):
-            kwargs |= {"target_BL": tokens_BL, "label_smoothing": self.label_smoothing}
-            with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
-                loss_BL, ce_BL, best_BL = self.var(label_B, x_BLZ, **kwargs)
-            return loss_BL.mean(), ce_BL.detach(), best_BL == tokens_BL
-        with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=enabled):
+            with autocast:
+                loss_BL, ce_BL, best_BL = self.var(
+                    label_B, x_BLZ, **kwargs, target_BL=tokens_BL, label_smoothing=self.smoothing, z_loss=self.z_loss
+                )
+            return loss_BL, ce_BL, best_BL == tokens_BL
+        with autocast:
             logits_BLV = self.var(label_B, x_BLZ, **kwargs)
         logits_BLV = logits_BLV.float()
         ce_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none").view_as(tokens_BL)
-        loss = ce_BL.mean()
-        if self.label_smoothing:
-            uniform = -F.log_softmax(logits_BLV, dim=-1).mean(dim=-1).mean()
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+        loss_BL = ce_BL
+        if self.smoothing:
+            loss_BL = (1 - self.smoothing) * loss_BL - self.smoothing * F.log_softmax(logits_BLV, dim=-1).mean(dim=-1)
+        if self.z_loss:
+            loss_BL = loss_BL + self.z_loss * logits_BLV.logsumexp(dim=-1).square()
         with torch.no_grad():
             correct_BL = logits_BLV.argmax(dim=-1) == tokens_BL
-        return loss, ce_BL.detach(), correct_BL
+        return loss_BL, ce_BL, correct_BL

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
+import resource
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +71,13 @@ def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process held: on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class Telemetry:
     """Rank 0's recorder."""
 
@@ -79,7 +88,8 @@ class Telemetry:
         self.mirrors = [m for m in (self._tensorboard(config), self._wandb(config, env)) if m]
 
     def row(self, row: dict[str, Any]) -> None:
-        """Append to metrics.jsonl, then mirror the numbers."""
+        """Append to metrics.jsonl (what is not finite as null, JSON has no NaN), then mirror the numbers."""
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         self.folder.append_metrics(row)
         numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         numbers |= {f"{row['kind']}/{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs)}

@@ -34,6 +34,27 @@ class World:
             dist.all_reduce(tensor, op=op)
         return tensor
 
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """The rows (k,) of all ranks, (size, k)."""
+        table = row.new_empty(self.size, *row.shape)
+        if self.size == 1:
+            return table.copy_(row)
+        dist.all_gather_into_tensor(table.view(-1), row.contiguous())
+        return table
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        return int(self.reduce(torch.tensor(float(value), dtype=torch.float64, device=self.device), dist.ReduceOp.MAX))
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        return self.largest(value if self.main else 0)
+
+    @property
+    def device_name(self) -> str:
+        """As the maker calls it; cpu."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

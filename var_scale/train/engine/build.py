@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from var_scale.config.schema import EngineConfig, TrainConfig
-from var_scale.train.engine.base import Engine
+from var_scale.errors import UserError
+from var_scale.train.engine.base import AveragedWeights, Engine
 from var_scale.train.step import TrainStep
 
 
 def build_engine(engine: EngineConfig, train: TrainConfig, module: TrainStep) -> Engine:
     """The engine around `module`, whose weights are already loaded and on their device."""
-    common = (module, train.accumulate, train.clip, train.adam_betas)
+    module.var.recompute_activations(engine.recompute, engine.recompute_every)
+    if engine.compile:
+        if engine.zero_stage == 3:
+            raise UserError("engine.compile: ZeRO 3 gathers weights in hooks that torch.compile cannot follow; use a lower stage or fsdp")
+        for block in module.var.blocks:
+            block.compile()
+    built = _wrap(engine, train, module)
+    if train.ema:
+        built.average = AveragedWeights(built, train.ema)
+    return built
+
+
+def _wrap(engine: EngineConfig, train: TrainConfig, module: TrainStep) -> Engine:
     if engine.name == "single":
         from var_scale.train.engine.single import SingleEngine
 
-        return SingleEngine(*common)
+        return SingleEngine(module, train)
     if engine.name == "ddp":
         from var_scale.train.engine.single import DDPEngine
 
-        return DDPEngine(*common)
+        return DDPEngine(module, train)
     if engine.name == "fsdp":
         from var_scale.train.engine.fsdp import FSDPEngine
 
-        return FSDPEngine(*common)
+        return FSDPEngine(module, train, engine)
     from var_scale.train.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(*common, engine.deepspeed, train.batch_size)
+    return DeepSpeedEngine(module, train, engine.deepspeed)

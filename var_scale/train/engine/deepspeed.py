@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from var_scale.config.schema import TrainConfig
 from var_scale.errors import UserError
 from var_scale.model.block import FFN
-from var_scale.train.engine.base import MOMENT_KEYS, Engine, Moments, StepStats
+from var_scale.train.engine.base import MOMENTS, WEIGHT, Engine, Piece, StepStats, guard
+from var_scale.train.engine.single import whole_pieces, zero_state
 from var_scale.train.optim import build_optimizer
 from var_scale.train.step import TrainStep
 
@@ -32,23 +34,28 @@ def engine_config(given: dict[str, Any], world: int, batch_size: int, accumulate
     for key, value in ours.items():
         if given.get(key, value) != value:
             raise UserError(f"engine.deepspeed.{key}: {given[key]} differs from the recipe's {value}; leave the key out and set train.*")
-    for key in ("fp16", "bf16"):
+    for key in ("fp16", "bf16", "torch_autocast"):  # also: ZeRO 0 with DeepSpeed's bf16 takes wrong first steps
         if given.get(key, {}).get("enabled"):
             raise UserError(f"engine.deepspeed.{key}: precision is set by train.precision on every engine; remove the key")
     if "optimizer" in given or "scheduler" in given:
         raise UserError("engine.deepspeed.optimizer: optimiser and schedule are set by train.* on every engine; remove the key")
-    return {"zero_allow_untested_optimizer": True, "wall_clock_breakdown": False, "steps_per_print": 2**31 - 1, **given, **ours}
+    zero = given.get("zero_optimization", {})
+    if zero.get("offload_optimizer", {}).get("device") == "nvme" or zero.get("offload_param", {}).get("device") not in (None, "none"):
+        raise UserError("engine.deepspeed.zero_optimization: only offload_optimizer to the cpu can be saved and continued; remove the key")
+    if not zero.get("stage", 0):
+        ours["gradient_clipping"] = 0.0  # done before its step, with the check for gradients that are not finite
+    return {
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "wall_clock_breakdown": False,
+        "steps_per_print": 2**31 - 1, **given, **ours,
+    }  # fmt: skip
 
 
 class DeepSpeedEngine(Engine):
     """`deepspeed.initialize` around TrainStep with our AdamW."""
 
-    def __init__(
-        self, step_module: TrainStep, accumulate: int, clip: float, betas: tuple[float, float], given: dict[str, Any], batch_size: int
-    ):
-        super().__init__(accumulate, clip)
-        device = next(step_module.parameters()).device
-        if device.type == "cpu":
+    def __init__(self, step_module: TrainStep, train: TrainConfig, given: dict[str, Any]):
+        super().__init__(step_module, train)
+        if self.device.type == "cpu":
             _without_cpu_compile()
         import deepspeed
 
@@ -56,61 +63,86 @@ class DeepSpeedEngine(Engine):
         named = [(name, p) for name, p in step_module.var.named_parameters()]
         if self.stage == 3:  # the fused MLP reads the weights of its layers itself: they are gathered as one
             deepspeed.utils.set_z3_leaf_modules(step_module, [FFN])
-        config = engine_config(given, dist.get_world_size(), batch_size, accumulate, clip)
+        config = engine_config(given, dist.get_world_size(), train.batch_size, self.accumulate, self.clip)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=step_module, optimizer=build_optimizer(named, betas), config=config, dist_init_required=False
+            model=step_module, optimizer=build_optimizer(named, self.betas), config=config, dist_init_required=False
         )
+        zero: Any = self.optimizer
+        self.inner: torch.optim.Optimizer = zero if self.stage == 0 else zero.optimizer  # the torch optimiser under ZeRO's
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self.scaler and self.stage:  # ZeRO takes the scale out itself, and reads it: here the host waits once a step
+            self.optimizer.loss_scaler.cur_scale = float(self.scaler.scale)  # type: ignore[attr-defined]
+        elif self.scaler:
+            loss = loss * self.scaler.scale
         self.module.backward(loss)  # type: ignore[operator]
         if not self.last:
             self.module.step()  # type: ignore[operator]  # counts the micro-batch; updates only at the border
 
     def step(self) -> StepStats:
-        self.module.step()  # type: ignore[operator]
-        norm = self.module.get_global_grad_norm()  # type: ignore[operator]
-        return StepStats(float("nan") if norm is None else norm)
-
-    def _inner(self) -> torch.optim.Optimizer:
-        """The torch optimiser under ZeRO's."""
-        return self.optimizer if self.stage == 0 else self.optimizer.optimizer  # type: ignore[attr-defined]
-
-    def gather(self) -> tuple[dict[str, torch.Tensor], Moments]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        weights: dict[str, torch.Tensor] = {}
-        moments: Moments = {key: {} for key in MOMENT_KEYS}
-        state_exists = bool(self._inner().state)
-        if state_exists and self.stage in (1, 2):
-            self._link_moments()
-        for name, p in self.names():
-            whole = p.detach().float() if self.stage == 0 else safe_get_full_fp32_param(p)
-            weights[name] = whole.cpu().clone()
-            for key in MOMENT_KEYS:
-                if not state_exists:
-                    state = torch.zeros_like(weights[name])
-                else:
-                    state = self._inner().state[p][key] if self.stage == 0 else safe_get_full_optimizer_state(p, key)
-                moments[key][name] = state.detach().cpu().clone().view_as(weights[name])
-        return weights, moments
-
-    def load_moments(self, moments: Moments, step: int) -> None:
-        inner = self._inner()
         if self.stage == 0:
-            for name, p in self.names():
-                state = {key: moments[key][name].to(p.device) for key in MOMENT_KEYS}
-                inner.state[p] = {"step": torch.tensor(float(step), device=p.device), **state}
-            return
+            stats = guard([p for _, p in self.names()], self.inner, self.clip, self.scaler)
+            self.module.step()  # type: ignore[operator]
+            return stats
+        self.module.step()  # type: ignore[operator]
         zero: Any = self.optimizer
-        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for flat in flats:
-            empty = {key: torch.zeros_like(flat) for key in MOMENT_KEYS}
-            inner.state[flat] = {"step": torch.tensor(float(step), device=flat.device), **empty}
-        if self.stage < 3:
+        skipped = torch.tensor(float(zero.overflow), device=self.device)
+        norm = float("inf") if zero.overflow else self.module.get_global_grad_norm()  # type: ignore[operator]
+        if self.scaler:
+            self.scaler.update(skipped)
+        return StepStats(torch.as_tensor(norm, dtype=torch.float32, device=self.device), skipped)
+
+    def held(self) -> list[Piece]:
+        if self.stage == 0:
+            return whole_pieces(self.names(), self.inner)
+        kinds = (WEIGHT, *MOMENTS) if self.inner.state else (WEIGHT,)
+        return self._partitioned(kinds) if self.stage == 3 else self._fragments(kinds)
+
+    def _fragments(self, kinds: tuple[str, ...]) -> list[Piece]:
+        """ZeRO 1 and 2: this rank's part of each group of flattened parameters."""
+        if len(kinds) > 1:
             self._link_moments()
+        found = []
         for name, p in self.names():
-            for key in MOMENT_KEYS:
-                self._set_moment(p, moments[key][name].to(flats[0].device), key)
+            mapping: Any = p._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                for kind in kinds:
+                    tensor = mapping.get_hp_fragment(None if kind == WEIGHT else kind)
+                    found.append(Piece(kind, name, tuple(p.shape), mapping.lp_fragment_address.start, tensor))
+        return found
+
+    def _partitioned(self, kinds: tuple[str, ...]) -> list[Piece]:
+        """ZeRO 3: every parameter flattened, padded and cut into equal parts."""
+        found = []
+        for name, p in self.names():
+            total, shape = p.ds_numel, tuple(p.ds_shape)  # type: ignore[attr-defined]
+            for kind in kinds:
+                zero: Any = self.optimizer
+                tensor, _ = zero._get_fp32_opt_state_partition(p, False, None if kind == WEIGHT else kind)
+                start = min(dist.get_rank() * tensor.numel(), total)
+                found.append(Piece(kind, name, shape, start, tensor[: min(tensor.numel(), total - start)]))
+        return found
+
+    def create_state(self, step: int) -> None:
+        zero: Any = self.optimizer
+        if self.stage == 0:
+            held = [p for _, p in self.names()]
+        else:
+            held = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for tensor in held:
+            self.inner.state[tensor] = zero_state(tensor.detach(), step)
+
+    def publish(self) -> None:
+        zero: Any = self.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            zero._partition_all_parameters()  # small parameters stay gathered between steps: of the old weights
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            zero.invalidate_secondary_tensor()
 
     def _link_moments(self) -> None:
         """Link every parameter to its part of the flat moments. DeepSpeed does so inside the first step, when only the first
@@ -118,16 +150,3 @@ class DeepSpeedEngine(Engine):
         zero: Any = self.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-    def _set_moment(self, p: torch.nn.Parameter, value: torch.Tensor, key: str) -> None:
-        """Write one whole moment tensor into this rank's part of it."""
-        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
-
-        if self.stage < 3:
-            safe_set_full_optimizer_state(p, value, key)
-            return
-        part = safe_get_local_optimizer_state(p, key)  # padded to equal parts
-        flat = torch.zeros(part.numel() * dist.get_world_size(), dtype=part.dtype, device=part.device)
-        flat[: value.numel()] = value.flatten()
-        rank = dist.get_rank()
-        part.copy_(flat[rank * part.numel() : (rank + 1) * part.numel()])

@@ -2,65 +2,61 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from var_scale.train.engine.base import MOMENT_KEYS, Engine, Moments, StepStats
-from var_scale.train.optim import build_optimizer
+from var_scale.config.schema import EngineConfig, TrainConfig
+from var_scale.errors import UserError
+from var_scale.train.engine.base import MOMENTS, WEIGHT, Piece
+from var_scale.train.engine.single import SingleEngine
 from var_scale.train.step import TrainStep
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on the CPU; a collective when it is sharded."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().float().cpu().clone()
+def build_mesh(device: torch.device, shard: int) -> DeviceMesh:
+    """All ranks in one row, or replicas of groups of `shard` ranks that hold one copy together (HSDP)."""
+    world = dist.get_world_size()
+    if shard in (0, world):
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if world % shard:
+        raise UserError(f"engine.shard: {shard} does not divide {world} processes; set it to a divisor, or to 0 for one group of all")
+    return init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(SingleEngine):
     """Every block is a unit; what is left (embeddings, head) forms the root unit."""
 
-    def __init__(self, step_module: TrainStep, accumulate: int, clip: float, betas: tuple[float, float]):
-        super().__init__(accumulate, clip)
+    def __init__(self, step_module: TrainStep, train: TrainConfig, engine: EngineConfig):
+        self.mesh = build_mesh(next(step_module.parameters()).device, engine.shard)
         blocks = step_module.var.blocks
         assert isinstance(blocks, nn.ModuleList)
         for block in blocks:
-            fully_shard(block)
-        fully_shard(step_module)
-        self.module: nn.Module = step_module
-        self.optimizer = build_optimizer(self.names(), betas)
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=engine.reshard_after_forward)
+        fully_shard(step_module, mesh=self.mesh, reshard_after_forward=engine.reshard_after_forward)
+        super().__init__(step_module, train)
 
     def prepare(self, last: bool) -> None:
         self.module.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDPModule
 
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.accumulate).backward()
+    def publish(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what an evaluation left gathered is of the old weights
 
-    def step(self) -> StepStats:
-        limit = self.clip if self.clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.names()], limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepStats(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def gather(self) -> tuple[dict[str, torch.Tensor], Moments]:
-        keep = dist.get_rank() == 0
-        weights: dict[str, torch.Tensor] = {}
-        moments: Moments = {key: {} for key in MOMENT_KEYS}
+    def held(self) -> list[Piece]:
+        copy = (self.mesh.get_local_rank("replicate"), self.mesh.size(0)) if self.mesh.ndim == 2 else (0, 1)
+        rank, parts = self.mesh.get_local_rank("shard"), self.mesh.size(self.mesh.ndim - 1)
+        found = []
         for name, p in self.names():
-            whole = _whole(p)
-            states = [self.optimizer.state[p].get(key) for key in MOMENT_KEYS]
-            full = [torch.zeros_like(whole) if state is None else _whole(state) for state in states]
-            if keep:
-                weights[name] = whole
-                for key, state in zip(MOMENT_KEYS, full, strict=True):
-                    moments[key][name] = state
-        return weights, moments
-
-    def load_moments(self, moments: Moments, step: int) -> None:
-        for name, p in self.names():
-            assert isinstance(p, DTensor)
-            state = {key: distribute_tensor(moments[key][name].to(p.device), p.device_mesh, p.placements) for key in MOMENT_KEYS}
-            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **state}
+            rows = -(-p.shape[0] // parts)  # fully_shard splits the first dimension as torch.chunk does
+            start = min(rank * rows, p.shape[0]) * math.prod(p.shape[1:])
+            state = self.optimizer.state[p]
+            for kind, tensor in {WEIGHT: p.detach(), **{key: state[key] for key in MOMENTS if key in state}}.items():
+                assert isinstance(tensor, DTensor)
+                found.append(Piece(kind, name, tuple(p.shape), start, tensor.to_local().view(-1), copy))
+        return found

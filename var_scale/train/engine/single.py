@@ -3,56 +3,63 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from var_scale.train.engine.base import MOMENT_KEYS, Engine, Moments, StepStats
+from var_scale.config.schema import TrainConfig
+from var_scale.train.engine.base import MOMENTS, WEIGHT, Engine, Piece, StepStats, guard
 from var_scale.train.optim import build_optimizer
 from var_scale.train.step import TrainStep
+
+
+def whole_pieces(names: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Piece]:
+    """Weights and moments where every rank holds all of them."""
+    copy = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = []
+    for name, p in names:
+        tensors = {WEIGHT: p.detach(), **{key: optimizer.state[p][key] for key in MOMENTS if key in optimizer.state[p]}}
+        found += [Piece(kind, name, tuple(p.shape), 0, tensor.view(-1), copy) for kind, tensor in tensors.items()]
+    return found
+
+
+def zero_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    """AdamW's state of one parameter, with moments of zero."""
+    return {"step": torch.tensor(float(step), device=parameter.device), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
 
 
 class SingleEngine(Engine):
     """No process group."""
 
-    def __init__(self, step_module: TrainStep, accumulate: int, clip: float, betas: tuple[float, float]):
-        super().__init__(accumulate, clip)
+    def __init__(self, step_module: TrainStep, train: TrainConfig):
+        super().__init__(step_module, train)
         self.module: nn.Module = step_module
-        self.optimizer = build_optimizer(self.names(), betas)
+        self.optimizer = build_optimizer(self.names(), self.betas)
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.accumulate).backward()
+        self.scaled(loss).backward()
 
     def step(self) -> StepStats:
-        limit = self.clip if self.clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.names()], limit)
+        stats = guard([p for _, p in self.names()], self.optimizer, self.clip, self.scaler)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepStats(norm)
+        return stats
 
-    def gather(self) -> tuple[dict[str, torch.Tensor], Moments]:
-        weights = {name: p.detach().float().cpu().clone() for name, p in self.names()}
-        moments: Moments = {key: {} for key in MOMENT_KEYS}
-        for name, p in self.names():
-            for key in MOMENT_KEYS:
-                state = self.optimizer.state[p].get(key)
-                moments[key][name] = torch.zeros_like(weights[name]) if state is None else state.detach().cpu().clone()
-        return weights, moments
+    def held(self) -> list[Piece]:
+        return whole_pieces(self.names(), self.optimizer)
 
-    def load_moments(self, moments: Moments, step: int) -> None:
-        for name, p in self.names():
-            state = {key: moments[key][name].to(p.device) for key in MOMENT_KEYS}
-            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **state}
+    def create_state(self, step: int) -> None:
+        for _, p in self.names():
+            self.optimizer.state[p] = zero_state(p.detach(), step)
 
 
 class DDPEngine(SingleEngine):
     """DistributedDataParallel: gradients averaged over ranks on the last micro-batch only."""
 
-    def __init__(self, step_module: TrainStep, accumulate: int, clip: float, betas: tuple[float, float]):
-        super().__init__(step_module, accumulate, clip, betas)
-        device = next(step_module.parameters()).device
-        self.module = DistributedDataParallel(
-            step_module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+    def __init__(self, step_module: TrainStep, train: TrainConfig):
+        super().__init__(step_module, train)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        self.module = DistributedDataParallel(step_module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def prepare(self, last: bool) -> None:
         assert isinstance(self.module, DistributedDataParallel)

@@ -1,0 +1,89 @@
+"""A run that hangs ends, and says which rank keeps the others waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from var_scale.run_folder import RunFolder
+from var_scale.train.world import World
+
+HUNG = 4  # exit code of a run without progress
+PHASES = ("start", "data", "forward", "backward", "optimiser", "exchange", "log", "evaluate", "save", "end")
+STORE_SECONDS = 5.0
+
+
+class Watchdog:
+    """Every rank tells where it is (`beat`). A thread passes that on through the rendezvous store; when nothing moves for `seconds`, it
+    compares the ranks, writes who is behind to status.json and every rank's stack to log/, and ends the process."""
+
+    def __init__(self, folder: RunFolder, world: World, seconds: float):
+        self.folder, self.world, self.seconds = folder, world, seconds
+        self.period = min(10.0, seconds / 4)
+        self.at, self.since = (0, "start"), time.monotonic()
+        self.store = self._connect()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self, phase: str, step: int) -> None:
+        """This rank begins `phase` of optimiser step `step`."""
+        self.at, self.since = (step, phase), time.monotonic()
+
+    def _connect(self) -> dist.Store | None:
+        """A connection of its own: the main thread may be waiting in the other one."""
+        if self.world.size == 1:
+            return None
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=STORE_SECONDS))
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.period)
+            if self.store:
+                with contextlib.suppress(RuntimeError):  # rank 0 may be the one that is gone; said when the time is over
+                    self.store.set(f"beat/{self.world.rank}", f"{self.at[0]} {self.at[1]} {time.time()}")
+            if time.monotonic() - self.since > self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        reason = f"no progress for {self.seconds:g} s at step {self.at[0]}: {self._who()}"
+        self.folder.log.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.log / f"hang-rank-{self.world.rank}.txt", "w") as file:
+            file.write(f"rank {self.world.rank}: {reason}\n")
+            faulthandler.dump_traceback(file)
+        print(f"error: rank {self.world.rank}: {reason}", flush=True)
+        if self.folder.status()["state"] != "failed":
+            self.folder.set_status("failed", f"{reason}; stacks in {self.folder.log}")
+        time.sleep(self.period)  # the other ranks write their stacks too
+        sys.stdout.flush()
+        os._exit(HUNG)
+
+    def _who(self) -> str:
+        """Ranks that do not answer, else those behind, else where all wait."""
+        if self.store is None:
+            return f"waiting in {self.at[1]}"
+        seen: dict[int, tuple[int, str, float]] = {}
+        for rank in range(self.world.size):
+            try:
+                if self.store.check([f"beat/{rank}"]):
+                    step, phase, moment = self.store.get(f"beat/{rank}").decode().split()
+                    seen[rank] = (int(step), phase, time.time() - float(moment))
+            except RuntimeError:
+                return "the store at rank 0 does not answer: rank 0 hangs, or its node is gone"
+        silent = [rank for rank in range(self.world.size) if rank not in seen or seen[rank][2] > 3 * self.period + STORE_SECONDS]
+        if silent:
+            last = {rank: f", last seen in {phase} of step {step}" for rank, (step, phase, _) in seen.items()}
+            return "; ".join(f"rank {rank} does not answer{last.get(rank, '')}" for rank in silent)
+        furthest = max((step, PHASES.index(phase)) for step, phase, _ in seen.values())
+        behind = [rank for rank, (step, phase, _) in seen.items() if (step, PHASES.index(phase)) < furthest]
+        if behind:
+            return "; ".join(f"rank {rank} is in {seen[rank][1]} of step {seen[rank][0]}" for rank in behind) + (
+                f", others wait in {PHASES[furthest[1]]} of step {furthest[0]}"
+            )
+        return f"all ranks wait in {PHASES[furthest[1]]}; the network or a driver hangs"
