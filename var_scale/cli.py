@@ -158,13 +158,17 @@ def tokenizer_train(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train one model in a run folder, or continue it."""
+    import torch
+
     from var_scale.cluster.local import train_here
     from var_scale.cluster.pipeline import Study, require_inputs
+    from var_scale.model.attention import require_trainable
     from var_scale.progress import say
     from var_scale.run_folder import RunFolder
     from var_scale.train.loop import create_run
 
     config = _load(args)
+    require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.study:  # a size of a study, with the study's data and tokenizer
         from var_scale.config.load import run_config
 
@@ -241,7 +245,10 @@ def bench_kernels(args: argparse.Namespace) -> None:
     """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
     from var_kernels.bench.run import run
 
-    run(args.operators, args.shapes, args.out, args.tune)
+    try:
+        run(args.operators, args.shapes, args.out, args.tune)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def bench_step(args: argparse.Namespace) -> None:

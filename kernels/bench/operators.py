@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from var_kernels import adaptive_layer_norm, block_attention, gate_adaptive_layer_norm, gelu_mlp, linear_cross_entropy, nearest_code
+from var_kernels import (
+    adaptive_layer_norm,
+    block_attention,
+    cached_attention,
+    gate_adaptive_layer_norm,
+    gelu_mlp,
+    linear_cross_entropy,
+    nearest_code,
+)
 from var_kernels.attention import mask, scales
 
 PATCHES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 30: (1, 2, 3, 4)}
@@ -35,10 +43,14 @@ class Shape:
 
 SHAPES = [
     *(Shape(f"d{d} B={B} L=680", 64 * d, B, 680) for d in (16, 24, 30) for B in (32, 96)),
-    *(Shape(f"d{d} B=8 L=2240", 64 * d, 8, 2240) for d in (16, 36)),
+    *(Shape(f"d{d} B=8 L=2240", 64 * d, 8, 2240) for d in (16, 24, 30, 36)),
 ]
 TRY = [Shape("try", 128, 2, 30, 256)]
 """a shape for a look at the bench itself where there is no GPU"""
+
+
+OPERATORS = ["adaptive_layer_norm", "gate_adaptive_layer_norm", "block_attention", "cached_attention", "gelu_mlp", "linear_cross_entropy",
+             "nearest_code"]  # fmt: skip
 
 
 @dataclass
@@ -56,6 +68,8 @@ class Problem:
     """useful FLOPs, forward and backward"""
     serial: bool = False
     """products and memory passes follow each other: their floors add up; else the larger one counts"""
+    parts: tuple[str, ...] = ()
+    """forms that are only a part of the operator: timed, not compared"""
 
 
 def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Problem]:
@@ -83,6 +97,7 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
                   compete(eager_gate, gate_adaptive_layer_norm, device), bytes=(4 * n * half, 6 * n * half),
                   flops=(12 * n, 24 * n))  # fmt: skip
 
+    yield _cached_attention(shape, dtype, device)
     yield _attention(shape, randn(B, L, 3, H, 64), torch.full((H,), math.log(4.0), device=device, requires_grad=True), grad)
 
     hidden = 4 * C
@@ -91,7 +106,11 @@ def problems(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator
     def eager_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
 
-    yield Problem("gelu_mlp", shape, [randn(B, L, C), *weights], [grad], compete(eager_mlp, gelu_mlp, device),
+    def products(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return x @ w1.t() @ w2.t()
+
+    yield Problem("gelu_mlp", shape, [randn(B, L, C), *weights], [grad],
+                  compete(eager_mlp, gelu_mlp, device) | {"products": products}, parts=("products",),
                   bytes=((6 * n + 2 * C * hidden) * half, (7 * n + 4 * C * hidden) * half),
                   flops=(4 * n * hidden, 8 * n * hidden))  # fmt: skip
 
@@ -143,6 +162,24 @@ def _public_ce(target: Tensor) -> dict[str, Callable[..., Any]]:
 
         forms["quack"] = quack
     return forms
+
+
+def _cached_attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The last scale's queries over all keys, without a gradient: the dearest step of sampling."""
+    last = PATCHES[shape.L][-1] ** 2
+    q, k, v = (torch.randn(shape.B, n, shape.heads, 64, device=device).to(dtype) for n in (last, shape.L, shape.L))
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=0.125).transpose(1, 2)
+
+    forms = compete(eager, lambda q, k, v: cached_attention(q, k, v, 0.125), device)
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        forms["flash-attn"] = lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=0.125)
+    useful = 4 * shape.B * shape.heads * 64 * last * shape.L
+    moved = (2 * q.numel() + 2 * k.numel()) * q.element_size()
+    return Problem("cached_attention", shape, [q, k, v], [], forms, bytes=(moved, 0), flops=(useful, 0))
 
 
 def _attention(shape: Shape, qkv: Tensor, log_scale: Tensor, grad: Tensor) -> Problem:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-STYLE = {"eager": ("o", "0.6"), "compile": ("s", "#7a5195"), "ours": ("D", "#1f6fb2")}
+COLOURS = ("#1f6fb2", "#c8581f", "#2f8f4e", "#7a5195", "#b5892b", "#c2417c", "0.3")
+"""of the operators, in the order they come"""
+MARKERS = {"eager": "o", "compile": "s", "ours": "D"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -20,21 +22,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
     widest = max((f / b for row in results["rows"] for f, b in zip(row["flops"], row["bytes"], strict=True) if b), default=1.0)
     edges = [0.5, product / copy, 2 * max(widest, product / copy)]
     axis.plot(edges, [min(product, copy * x) for x in edges], color="0.2", lw=1.4, label="copy and product rate, measured here")
-    labelled: set[str] = set()
+    colours = dict(zip(dict.fromkeys(row["operator"] for row in results["rows"]), COLOURS, strict=False))
     for row in results["rows"]:
+        colour = colours[row["operator"]]
         for name, form in row["forms"].items():
-            marker, colour = STYLE.get(name, ("^", "#c8581f"))
+            marker = MARKERS.get(name, "^")
             for place, what in enumerate(("forward", "backward")):
                 if what not in form or not row["flops"][place] or not row["bytes"][place]:
                     continue
                 intensity, rate = row["flops"][place] / row["bytes"][place], row["flops"][place] / (1e-3 * form[what]["p50"])
                 face = colour if what == "forward" else "none"
-                axis.plot(intensity, rate, marker, color=colour, mfc=face, ms=5, ls="", label=None if name in labelled else name)
-                labelled.add(name)
+                axis.plot(intensity, rate, marker, color=colour, mfc=face, ms=7 if name == "ours" else 4, ls="")
+                if name == "ours" and what == "forward":
+                    axis.annotate(row["shape"], (intensity, rate), xytext=(4, 3), textcoords="offset points", fontsize=5, color=colour)
+    for operator, colour in colours.items():
+        axis.plot([], [], "D", color=colour, label=operator)
+    for name, marker in {**MARKERS, "another library": "^"}.items():
+        axis.plot([], [], marker, color="0.4", ls="", label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("FLOP a byte")
     axis.set_ylabel("FLOP/s")
     axis.set_title(f"{results['device']}, {results['date']}  (filled: forward, open: backward)")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", fontsize=7)
     figure.savefig(path, dpi=150)

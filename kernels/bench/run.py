@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from var_kernels.bench.measure import Time, copy_rate, measure, product_rate
-from var_kernels.bench.operators import SHAPES, TRY, Problem, Shape, problems
+from var_kernels.bench.operators import OPERATORS, SHAPES, TRY, Problem, Shape, problems
 
 from var_kernels import gelu_mlp
 from var_kernels.mlp import tune
@@ -51,8 +51,8 @@ def everything(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]
     """Outputs and gradients, detached."""
     outs = outputs(form, problem)
     wanted = [t for t in problem.inputs if t.requires_grad]
-    grads = torch.autograd.grad(outs, wanted, problem.gradients) if problem.gradients else ()
-    return [t.detach() for t in (*outs, *grads)]
+    grads = torch.autograd.grad(outs, wanted, problem.gradients, allow_unused=True) if problem.gradients else ()
+    return [t.detach() for t in (*outs, *grads) if t is not None]
 
 
 def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) -> dict[str, Any]:
@@ -63,10 +63,10 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
         outs = outputs(form, problem)
 
         def backward() -> None:
-            torch.autograd.grad(outs, wanted, problem.gradients, retain_graph=True)
+            torch.autograd.grad(outs, wanted, problem.gradients, retain_graph=True, allow_unused=True)
 
         def both() -> None:
-            torch.autograd.grad(outputs(form, problem), wanted, problem.gradients)
+            torch.autograd.grad(outputs(form, problem), wanted, problem.gradients, allow_unused=True)
 
         result["backward"] = asdict(measure(backward, device))
         del outs
@@ -90,7 +90,7 @@ def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, floa
     row["forms"] = {}
     for name, form in problem.forms.items():
         try:
-            reason = wrong(form, problem)
+            reason = "" if name in problem.parts else wrong(form, problem)
             row["forms"][name] = {"wrong": reason} if reason else time_form(form, problem, device)
         except Exception as error:  # a competitor that does not run here must not end the bench
             row["forms"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
@@ -135,11 +135,32 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.processor() or platform.machine()})"
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
     return {"device": name, "versions": versions, "commit": commit or None, "command": " ".join(["var-scale", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def require_writable(out: Path | None) -> None:
+    """ValueError when results could not be written there, before an hour is spent on them."""
+    if out is None:
+        return
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: results are JSON; give a name that ends in .json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write there ({error.strerror}); give another file") from None
+
+
+def require_known(what: str, given: list[str], known: list[str]) -> None:
+    """ValueError for a name that none of the known ones begins with."""
+    for name in given:
+        if not any(other.startswith(name) for other in known):
+            raise ValueError(f"--{what} {name}: not known; take one of {', '.join(known)}")
 
 
 def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -173,6 +194,9 @@ def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: b
     """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU. `tune_first` decides the
     form of the MLP at each width and keeps the decision on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_known("operators", operators, OPERATORS)
+    require_known("shapes", shapes, [shape.name for shape in SHAPES])
+    require_writable(out)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [s for s in SHAPES if not shapes or any(s.name.startswith(text) for text in shapes)] if device.type == "cuda" else TRY
     ceilings = {"copy_bytes_per_s": copy_rate(device), "product_flop_per_s": product_rate(device, dtype)}
@@ -193,11 +217,10 @@ def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: b
             times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
             print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
         for problem in problems(shape, device, dtype):
-            if not operators or problem.name in operators:
+            if not operators or any(problem.name.startswith(name) for name in operators):
                 torch._dynamo.reset()  # each shape compiled for itself
                 rows.append(run_problem(problem, device, ceilings))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
         from var_kernels.bench.roofline import draw
 

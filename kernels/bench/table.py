@@ -11,12 +11,55 @@ from var_kernels.bench.run import floor_seconds
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
+TARGETS = {
+    ("adaptive_layer_norm", 680): (0.90, 0.85),
+    ("gate_adaptive_layer_norm", 680): (0.90, 0.80),
+    ("block_attention", 680): (0.30, 0.25),
+    ("block_attention", 2240): (0.40, 0.33),
+    ("linear_cross_entropy", 680): (0.85, 0.85),
+}
+"""share of the floor that an H200 is to reach, forward and backward; the MLP: 0.92 of its own products' time"""
+
+
+def target_of(row: dict[str, Any], place: int) -> float | None:
+    """The target of a row's forward (0) or backward (1) pass."""
+    found = TARGETS.get((row["operator"], int(row["shape"].rpartition("=")[2])))
+    return found[place] if found and place < 2 else None
+
+
+def verdict(row: dict[str, Any], what: str, reached: float | None, wanted: float | None) -> str:
+    """Which targets a pass meets: its share of the floor, the MLP's of its products, and no slower than torch.compile."""
+    ours, said = row["forms"]["ours"][what]["p50"], []
+    if wanted and reached is not None:
+        said.append(f"{'met' if reached >= wanted else 'MISSED'} ({100 * wanted:.0f} %)")
+    if "products" in row["forms"] and what in row["forms"]["products"]:
+        share = row["forms"]["products"][what]["p50"] / ours
+        said.append(f"{'met' if share >= 0.92 else 'MISSED'} ({100 * share:.0f} of 92 % of its products)")
+    compiled = row["forms"].get("compile", {}).get(what)
+    if compiled and compiled["p50"] < ours:
+        said.append("MISSED (slower than torch.compile)")
+    return ", ".join(said)
+
+
+def steps_table(results: dict[str, Any]) -> str:
+    """Blocks and steps with the operators and without, as `bench step` timed them."""
+    lines = [f"**{results['device']}**, {results['date']}, commit {str(results['commit'])[:9]}. `{results['command']}`", "",
+             "| config | batch | form | block, ms | step, ms | peak, GiB | attention | kernels |",
+             "|---|---:|---|---:|---:|---:|---|---|"]  # fmt: skip
+    for row in results["rows"]:
+        peak = f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else ""
+        lines.append(f"| {row['config']} | {row['batch']} | {row['form']} | {row['block_ms']:.3f} | {row['step_ms']:.2f} | {peak} | "
+                     f"{row['attention']} | {row['kernels']} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def table(results: dict[str, Any]) -> str:
     """One device's times as Markdown: milliseconds of ours, and each other form as a multiple of it."""
     lines = [f"**{results['device']}**, {results['date']}, commit {str(results['commit'])[:9]}, torch {results['versions']['torch']}, "
              f"triton {results['versions']['triton']}: copy {results['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s, product "
              f"{results['ceilings']['product_flop_per_s'] / 1e12:.0f} TFLOP/s. `{results['command']}`", ""]  # fmt: skip
-    lines += ["| shape | operator | pass | ours, ms (20 to 80 %) | of the floor | others, times ours |", "|---|---|---|---:|---:|---|"]
+    lines += ["| shape | operator | pass | ours, ms (20 to 80 %) | of the floor | target | others, times ours |",
+              "|---|---|---|---:|---:|---|---|"]  # fmt: skip
     for row in results["rows"]:
         ours = row["forms"].get("ours", {})
         for place, what in enumerate(("forward", "backward", "both")):
@@ -25,18 +68,22 @@ def table(results: dict[str, Any]) -> str:
             others = [f"{name} {form[what]['p50'] / ours[what]['p50']:.2f}" if what in form else f"{name}: {next(iter(form.values()))}"
                       for name, form in row["forms"].items() if name != "ours" and (what in form or what == "forward")]  # fmt: skip
             time, floor = ours[what], floor_seconds(row, place, results["ceilings"]) if place < 2 else 0.0
-            share = f"{100 * floor / (1e-3 * time['p50']):.0f} %" if floor else ""
+            reached = floor / (1e-3 * time["p50"]) if floor else None
+            share = f"{100 * reached:.0f} %" if reached else ""
             spread = f"{time['p50']:.4f} ({time['p20']:.4f} to {time['p80']:.4f})"
-            lines.append(f"| {row['shape']} | {row['operator']} | {what} | {spread} | {share} | {', '.join(others)} |")
+            lines.append(f"| {row['shape']} | {row['operator']} | {what} | {spread} | {share} | "
+                         f"{verdict(row, what, reached, target_of(row, place))} | {', '.join(others)} |")  # fmt: skip
     return "\n".join(lines)
 
 
 def measured(folder: Path) -> str:
-    """All devices; says so where nothing was measured."""
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        return "Not measured yet: no GPU was at hand. `var-scale bench kernels --out kernels/bench/results/DEVICE.json` fills this in."
-    return "\n\n".join(table(json.loads(path.read_text())) for path in files)
+    """All GPUs; says so where nothing was measured. A CPU's times say nothing about the kernels and are left out."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [results for results in found if not results["device"].startswith("CPU")]
+    if not found:
+        return ("Not measured yet: no GPU was at hand. `var-scale bench kernels --out kernels/bench/results/DEVICE.json`, then "
+                "`python -m var_kernels.bench.table`, fill this in.")  # fmt: skip
+    return "\n\n".join(table(results) if "ceilings" in results else steps_table(results) for results in found)
 
 
 def fill(text: str, folder: Path) -> str:

@@ -7,6 +7,7 @@ kinds of instruction from the machine code with the cuobjdump that comes with Tr
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TENSOR_CORE = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\b(UTC[HQ]MMA|HMMA\.)"}
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "i64": "*i64", "i32": "*i32"}
+POINTERS = {"fp16": "*fp16", "fp32": "*fp32", "bf16": "*bf16", "i64": "*i64", "i32": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Case:
     stages: int = 3
     matrix: bool = False
     """uses tensor cores"""
+    stack: int = 0
+    """bytes of spills that are known and small"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,14 @@ def cases(architecture: str) -> Iterator[Case]:
     for name, kernel, inner in (("keys", attention.backward_keys, "BLOCK_M"), ("queries", attention.backward_queries, "BLOCK_N")):
         back = shared | {"STAGES": a.backward_stages, inner: a.backward_inner}
         yield Case(f"attention.backward_{name}", kernel, heads, back, a.backward_warps, matrix=True)
+    for kind, D, spilled in (("fp16", 64, 16), ("fp32", 64, 24), ("bf16", 128, 0)):
+        typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
+        c = attention_config.config_for(D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2)
+        settings: dict[str, Any] = shared | {"D": D, "BLOCK_D": D, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "STAGES": c.backward_stages}
+        for name, kernel, inner in (("keys", attention.backward_keys, "BLOCK_M"), ("queries", attention.backward_queries, "BLOCK_N")):
+            constants = settings | {inner: c.backward_inner}
+            matrix = kind != "fp32"
+            yield Case(f"attention.backward_{name} {kind} D={D}", kernel, typed, constants, c.backward_warps, matrix=matrix, stack=spilled)
     yield Case("attention.inverse_norms", attention.inverse_norms, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
     yield Case("attention.weighted_dots", attention.weighted_dots, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
 
@@ -173,12 +184,16 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
 
 def main(arguments: list[str]) -> None:
     """Print a table, or JSON lines."""
-    chosen = [a for a in arguments if a.startswith("sm_")] or list(ARCHITECTURES)
+    chosen = [a for a in arguments if a != "--json"] or list(ARCHITECTURES)
+    if unknown := [a for a in chosen if a not in ARCHITECTURES]:
+        sys.exit(f"error: {unknown[0]} is not known; take one or more of {', '.join(ARCHITECTURES)}, and --json for JSON lines")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("error: with TRITON_INTERPRET=1 Triton does not compile; unset it")
     for architecture in chosen:
         for case in cases(architecture):
             result = build(case, architecture)
             if "--json" in arguments:
-                print(json.dumps(asdict(result) | {"matrix": case.matrix, "warps": case.warps}), flush=True)
+                print(json.dumps(asdict(result) | {"matrix": case.matrix, "warps": case.warps, "known_stack": case.stack}), flush=True)
             else:
                 print(f"{architecture:7} {result.name:30} {result.registers:4} registers {result.stack:4} stack {result.shared:7} shared "
                       f"{result.wide_loads:3} wide {result.narrow_loads:3} narrow {result.tensor_core:4} matrix", flush=True)  # fmt: skip

@@ -66,10 +66,16 @@ def launches(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def require(condition: bool, message: str, *values: Any) -> None:
+    """ValueError unless the arguments of an operator fit: the kernels themselves would read past their ends. `values` fill the message."""
+    if not condition:
+        raise ValueError(message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values)))
+
+
 def eager(
     forward: Callable[..., tuple[Tensor, ...]], save: Callable[..., None], backward: Callable[..., tuple[Any, ...]], differentiable: int = 1
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """An operator's autograd function for eager calls, past the dispatcher, whose overhead is a third of a small kernel's time.
+    """An operator's autograd function for eager calls, past the dispatcher and its overhead.
 
     `forward(*inputs)` gives all outputs, of which the first `differentiable` have gradients; `save(ctx, inputs, outputs)` and
     `backward(ctx, *gradients)` are as torch.library.register_autograd takes them.

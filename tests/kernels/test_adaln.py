@@ -88,7 +88,7 @@ def test_wrong_shapes() -> None:
     x, row = torch.randn(2, 3, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)
     with pytest.raises(ValueError, match=r"scale has the shape \(2, 8\)"):
         op.adaptive_layer_norm(x, row[:, :8], row)
-    with pytest.raises(ValueError, match=r"y .* differ"):
+    with pytest.raises(ValueError, match="y has the shape"):
         op.gate_adaptive_layer_norm(x, x[:, :2], row, row, row)
     with pytest.raises(ValueError, match="keep has the shape"):
         op.gate_adaptive_layer_norm(x, x, row, row, row, keep_B=torch.ones(3, device=DEVICE))

@@ -112,6 +112,30 @@ def test_the_scale_is_held_at_100() -> None:
     assert log_scale.grad is not None and float(log_scale.grad[0]) == 0.0 and float(log_scale.grad[1]) != 0.0
 
 
+@pytest.mark.parametrize("patch_nums", [PATCHES_256, pytest.param((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), marks=pytest.mark.slow)])
+def test_whole_schedules(patch_nums: tuple[int, ...]) -> None:
+    """L = 680 and 2240, one head: every tile of a real model."""
+    L = sum(side * side for side in patch_nums)
+    qkv, g, log_scale = torch.randn(1, L, 3, 1, 16, device=DEVICE), torch.randn(1, L, 16, device=DEVICE), torch.ones(1, device=DEVICE)
+
+    def reference_form(qkv: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+        return reference.attention(*qkv.unbind(2), scales(patch_nums), log_scale, 1.0).reshape(1, L, 16)
+
+    check(lambda qkv, log_scale: op.block_attention(qkv, patch_nums, log_scale), reference_form, [qkv, log_scale], [g], sums=[2])
+
+
+def test_the_scale_in_the_shape_of_the_parameter() -> None:
+    """(1, H, 1, 1) as in the model: the same output and the gradient of each head."""
+    qkv, log_scale = torch.randn(2, 14, 3, 3, 16, device=DEVICE), torch.tensor([0.2, 1.0, -0.5], device=DEVICE)
+    grads = []
+    for shape in ((3,), (1, 3, 1, 1)):
+        leaf = log_scale.view(shape).clone().requires_grad_()
+        op.block_attention(qkv, (1, 2, 3), leaf).square().sum().backward()
+        assert leaf.grad is not None and leaf.grad.shape == shape
+        grads.append(leaf.grad.flatten())
+    assert torch.equal(*grads) and len(set(grads[0].tolist())) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_zero_vector_has_finite_gradients(dtype: torch.dtype) -> None:
     """|q| = 0 or |k| = 0 is divided by 1e-12, as F.normalize does; also in float16, which has no 1e12."""
@@ -141,9 +165,21 @@ def test_cached_attention_is_the_last_scale_of_the_whole() -> None:
 
 def test_wrong_calls() -> None:
     qkv = torch.randn(1, 14, 3, 2, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="does not hold the tokens"):
+    with pytest.raises(ValueError, match="does not hold the 5 tokens"):
         op.block_attention(qkv, (1, 2))
     with pytest.raises(ValueError, match="pattern 'half' is not known"):
         op.block_attention(qkv, (1, 2, 3), pattern="half")
+    with pytest.raises(ValueError, match="qkv is"):
+        op.block_attention(qkv.flatten(2), (1, 2, 3))
+    with pytest.raises(ValueError, match="positive integers"):
+        op.block_attention(qkv, (1, -2, 3))
+    with pytest.raises(ValueError, match="1 scales for 2 heads"):
+        op.block_attention(qkv, (1, 2, 3), torch.zeros(1, device=DEVICE))
+    with pytest.raises(ValueError, match="wider than"):
+        op.block_attention(torch.randn(1, 14, 3, 1, 96, device=DEVICE), (1, 2, 3))
+    q, k, v = qkv.unbind(2)
+    for wrong in ((q, k, v[:, :5]), (q, k[..., :8], v), (q, k[:, :, :1], v[:, :, :1]), (q[0], k[0], v[0])):
+        with pytest.raises(ValueError, match="cached_attention"):
+            op.cached_attention(*wrong)
     with pytest.raises(AssertionError, match="must not fall"):
         Visible((1, 0), (2, 2), 2).transposed  # noqa: B018

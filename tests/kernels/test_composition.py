@@ -157,17 +157,20 @@ def test_where_the_kernels_run() -> None:
 
 def test_readme_shows_the_results_that_are_there() -> None:
     """kernels/README.md is what `python -m var_kernels.bench.table` makes of the results."""
-    from var_kernels.bench.table import fill, table
+    from var_kernels.bench.table import fill, table, target_of, verdict
 
     kernels = Path(__file__).parents[2] / "kernels"
     text = (kernels / "README.md").read_text()
     assert fill(text, kernels / "bench" / "results") == text
     time = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
     forms = {"ours": {"forward": time}, "eager": {"forward": time | {"p50": 5.0}}, "flex": {"failed": "no"}}
-    row = {"shape": "d16", "operator": "x", "forms": forms, "bytes": [1e9, 0], "flops": [0, 0], "serial": False}
+    row = {"shape": "d16 B=1 L=680", "operator": "x", "forms": forms, "bytes": [1e9, 0], "flops": [0, 0], "serial": False}
     shown = table({"device": "H", "date": "d", "commit": None, "versions": {"torch": "1", "triton": "2"}, "command": "c",
                    "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e12}, "rows": [row]})  # fmt: skip
-    assert "| d16 | x | forward | 2.0000 (1.0000 to 3.0000) | 50 % | eager 2.50, flex: no |" in shown
+    assert "| d16 B=1 L=680 | x | forward | 2.0000 (1.0000 to 3.0000) | 50 % |  | eager 2.50, flex: no |" in shown
+    named = row | {"operator": "adaptive_layer_norm", "forms": forms | {"compile": {"forward": time | {"p50": 1.9}}}}
+    assert verdict(named, "forward", 0.5, target_of(named, 0)) == "MISSED (90 %), MISSED (slower than torch.compile)"
+    assert verdict(named, "forward", 0.93, target_of(named, 0)).startswith("met (90 %)")
 
 
 def test_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,31 @@ def test_the_mean_does_not_underflow_in_float16() -> None:
     assert relative(got, w.grad) < 3e-3
 
 
+def test_expanded_gradients_and_strided_inputs() -> None:
+    """One number as the gradient of all rows (strides 0), and an x that is a part of something wider."""
+    wide, w = torch.randn(12, 40, device=DEVICE), torch.randn(32, 16, device=DEVICE, requires_grad=True)
+    x, target = wide[:, 3:19].detach().requires_grad_(), torch.randint(32, (12,), device=DEVICE)
+    got = torch.autograd.grad(op.linear_cross_entropy(x, w, None, target)[0].sum(), [x, w])
+    exact = torch.autograd.grad(F.cross_entropy(x.double() @ w.double().t(), target, reduction="sum"), [x, w])
+    for ours, truth in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_calls() -> None:
+    """Shapes that do not fit are errors; a target that is no code gives NaN, not a number."""
+    x, w, b = torch.randn(8, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE), torch.randn(32, device=DEVICE)
+    target = torch.randint(32, (8,), device=DEVICE)
+    targets = (target[:5], target.float())
+    for wrong in ((x[None], w, b, target), (x, w[:, :5], b, target), (x, w, b[:5], target), *((x, w, b, t) for t in targets)):
+        with pytest.raises(ValueError, match="needed, not"):
+            op.linear_cross_entropy(*wrong)
+    with pytest.raises(ValueError, match="outside"):
+        op.linear_cross_entropy(x, w, b, target, 2.0)
+    target[2], target[5] = -100, 32
+    loss, _, _ = op.linear_cross_entropy(x, w, b, target)
+    assert loss.isnan().nonzero().flatten().tolist() == [2, 5]
+
+
 def test_without_a_gradient_nothing_is_kept() -> None:
     x, w = torch.randn(8, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE, requires_grad=True)
     target = torch.randint(32, (8,), device=DEVICE)

@@ -18,6 +18,7 @@ from var_kernels.mlp import reference as two_layers
 from var_kernels.vq import reference as vq
 from var_scale.config.schema import TrainConfig
 from var_scale.model import build_vae, build_var
+from var_scale.model.attention import ScaleMask, attend, block_causal_bias
 from var_scale.train.step import TrainStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -108,3 +109,35 @@ def test_a_d16_step_with_and_without_kernels() -> None:
     assert float(error) < 1.5 * float(allowed) + 1e-3
     again, again_gradient = step(fused, True)
     assert torch.equal(again, ours) and torch.equal(again_gradient, our_gradient), "two runs differ"
+
+
+@pytest.mark.parametrize("backend", ["flex", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_back_ends_train(backend: str, dtype: torch.dtype) -> None:
+    """Output and gradients of the other back-ends that train, against the one with a mask."""
+    pytest.importorskip({"flex": "torch", "xformers": "xformers"}[backend])
+    L, H, D = 680, 2, 64
+    scale_mask = ScaleMask(PATCHES[L], block_causal_bias(PATCHES[L]).cuda(), dtype)
+    log_scale, g = torch.tensor([1.4, 0.3], device="cuda"), randn(2, L, H * D, dtype=dtype)
+    packed = randn(2, L, 3, H, D, dtype=dtype)
+    results = []
+    for name in ("sdpa", backend):
+        qkv = packed.clone().requires_grad_()
+        out = attend(qkv, scale_mask, log_scale, 1.0, name, None)
+        results.append((out.detach(), *torch.autograd.grad(out, [qkv], g)))
+    for value, truth in zip(*reversed(results), strict=True):
+        assert float((value - truth).norm() / truth.norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash", "xformers", "flex"])
+def test_other_back_ends_sample(backend: str) -> None:
+    """The same image, up to rounding, whatever attention runs; flash-attn has no float32."""
+    pytest.importorskip({"flash": "flash_attn", "xformers": "xformers"}.get(backend, "torch"))
+    torch.manual_seed(0)
+    vae = build_vae(ch=32, device="cuda")
+    plain = build_var(vae, depth=2, kernels="off", attention="sdpa", device="cuda").eval()
+    other = build_var(vae, depth=2, kernels="off", attention=backend, device="cuda").eval()
+    other.load_state_dict(plain.state_dict())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        images = [var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5, top_k=1) for var in (plain, other)]
+    assert float((images[0] - images[1]).abs().mean()) < 0.05

@@ -47,6 +47,20 @@ def test_what_is_kept() -> None:
         op.gelu_mlp(x, *parameters, save="all")
 
 
+def test_expanded_gradients_strided_inputs_and_wrong_shapes() -> None:
+    """One number as the gradient of everything (strides 0), an x that is a part of something wider; weights that do not fit."""
+    x = torch.randn(3, 7, 40, device=DEVICE)[..., 5:21].detach().requires_grad_()
+    parameters = [t.requires_grad_() for t in weights(16, 64, torch.float32)]
+    got = torch.autograd.grad(op.gelu_mlp(x, *parameters).sum(), [x, *parameters])
+    exact = torch.autograd.grad(reference.mlp(x.double(), *(t.double() for t in parameters)).sum(), [x, *parameters])
+    for ours, truth in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+    w1, b1, w2, b2 = parameters
+    for wrong in ((x[..., :9], w1, b1, w2, b2), (x, w1, b1[:3], w2, b2), (x, w1, b1, w2[:, :5], b2), (x, w1, b1, w2, b2[:5])):
+        with pytest.raises(ValueError, match="are needed"):
+            op.gelu_mlp(*wrong)
+
+
 def test_gelu_of_large_values() -> None:
     """No overflow in the exponential: gelu(-large) = 0, gelu(large) = large."""
     h = torch.tensor([-1e4, -60.0, -5.0, 0.0, 5.0, 60.0, 1e4], device=DEVICE)

@@ -17,7 +17,7 @@ from var_kernels.mlp import op as mlp_op
 from var_scale.config.schema import TrainConfig
 from var_scale.errors import UserError
 from var_scale.model import VAR
-from var_scale.model.attention import ScaleMask, choose_backend
+from var_scale.model.attention import ScaleMask, choose_backend, require_trainable
 from var_scale.train.step import TrainStep
 
 LABELS = torch.tensor([0, 3, 1])
@@ -119,6 +119,10 @@ def test_choices_are_said_and_wrong_ones_refused() -> None:
     assert choose_backend("auto", cpu)[0] == "sdpa" and "NVIDIA GPU" in choose_backend("auto", cpu)[1]
     with pytest.raises(UserError, match="attention=triton: the kernels need an NVIDIA GPU"):
         choose_backend("triton", cpu)
+    for name, text in (("triton", "NVIDIA GPU"), ("flex", "no backward pass on CPUs")):
+        with pytest.raises(UserError, match=text):
+            require_trainable(name, cpu)
+    require_trainable("auto", cpu)
     choices = tiny().choices()
     assert choices["attention"].startswith("sdpa (") and choices["kernels"].startswith("off (asked: auto")
     with pytest.raises(UserError, match="kernels='yes' is not known"):

@@ -12,8 +12,8 @@ from rich.table import Table
 
 OPTIONAL = {
     "triton": "the fused kernels need it, on NVIDIA GPUs; elsewhere it costs nothing",
-    "flash-attn": "one choice of attention back-end (sampling) is missing",
-    "xformers": "one choice of attention back-end is missing",
+    "flash-attn": "back-end attention=flash (sampling) is missing: pip install flash-attn, on a machine with an NVIDIA GPU",
+    "xformers": "back-end attention=xformers is missing: pip install xformers, on a machine with an NVIDIA GPU",
 }
 
 
@@ -45,6 +45,7 @@ def doctor() -> None:
     table.add_row("engines", "single ddp fsdp deepspeed", "nccl" if gpus else "gloo")
     backend, why = choose_backend("auto", device)
     table.add_row("attention auto", backend, why)
+    table.add_row("attention others", "sdpa flex", "flex trains on GPUs only")
     table.add_row("fused kernels", "off" if why_not(device) else "on", why_not(device))
     for name, version in package_versions().items():
         table.add_row(name, version or "missing", "" if version else OPTIONAL.get(name, "pip install var-scale again"))

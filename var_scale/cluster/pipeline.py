@@ -109,7 +109,7 @@ def run_study(config: Config, runs: Path) -> Path:
     lock = take_lock(study.folder / ".lock")
     if lock is None:
         raise UserError(f"{study.folder}: another process is running this study; wait for it or stop it")
-    check_batches(study)
+    check_machine(study)
     write_config(config, study.folder / "study.yaml")
     if not study.ended():
         prepare_data(study)
@@ -123,12 +123,17 @@ def run_study(config: Config, runs: Path) -> Path:
     return study.report
 
 
-def check_batches(study: Study) -> None:
-    """Refuse batches that do not divide over the processes of a run here."""
+def check_machine(study: Study) -> None:
+    """Refuse batches that do not divide over the processes of a run here, and attention back-ends that cannot train here."""
+    import torch
+
     from var_scale.cluster.local import process_count
     from var_scale.data.order import rank_slice
+    from var_scale.model.attention import require_trainable
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for config, _ in study.runs():
+        require_trainable(config.model.attention, device)
         rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from var_scale.cluster.local import process_count
-from var_scale.cluster.pipeline import Study, check_batches
+from var_scale.cluster.pipeline import Study, check_machine
 from var_scale.config.schema import Config
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import find_device
@@ -20,7 +20,7 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     """Print the plan; with `save` keep it, and the measured step times, as plan.json in the study's folder."""
     configs = [config for config, _ in study.runs()]
     if study.spec.device == "auto":
-        check_batches(study)
+        check_machine(study)
     steps = [Schedule.of(c.train, c.train_samples).total_steps for c in configs]
     on_this_machine = study.spec.device == "auto"
     world = process_count(configs[0].engine) if on_this_machine else study.spec.devices

@@ -61,6 +61,9 @@ def sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | Non
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=bias_11LL, scale=scale)
 
 
+NOT_TRAINED = "attention=flash: flash-attn has no block-causal mask, it only samples; train with triton, flex, xformers or sdpa"
+
+
 def xformers(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:
     """xformers.ops.memory_efficient_attention."""
     from xformers.ops import memory_efficient_attention
@@ -74,7 +77,7 @@ def xformers(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor |
 def flash(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:
     """flash_attn.flash_attn_func, without a mask; needs float16 or bfloat16."""
     if bias_11LL is not None:
-        raise UserError("attention=flash: flash-attn has no block-causal mask, it only samples; train with triton, flex, xformers or sdpa")
+        raise UserError(NOT_TRAINED)
     if q_BHLD.dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"attention=flash: flash-attn takes bfloat16 or float16, not {q_BHLD.dtype}; sample under autocast")
     from flash_attn import flash_attn_func
@@ -83,8 +86,8 @@ def flash(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | No
 
 
 def _flex_block(device: torch.device) -> int:
-    """Block of FlexAttention's mask. At 256 pixels 64 skips 25 % of the pairs and 128 only 0.8 %, but from Hopper on its backward pass has
-    no kernel for 64 unless everything is autotuned."""
+    """Block of FlexAttention's mask. At 256 pixels 64 skips 25 % of the pairs and 128 only 0.8 %, but from Hopper on its backward pass is
+    reported to have no kernel for 64 unless everything is autotuned (not tried here)."""
     return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 64
 
 
@@ -132,8 +135,8 @@ def backend_name(name: str) -> str:
         raise UserError(f"attention back-end {name!r} is not known; take one of {', '.join(known)}, or add it with register_backend")
     package = PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"attention back-end {name!r} needs {package}, which is not installed: pip install 'var-scale[gpu]' on a Linux "
-                        "machine with an NVIDIA GPU; or take another, such as auto")  # fmt: skip
+        raise UserError(f"attention back-end {name!r} needs {package}, which is not installed: pip install {package.replace('_', '-')} "
+                        "on a Linux machine with an NVIDIA GPU; or take another, such as auto")  # fmt: skip
     return name
 
 
@@ -145,6 +148,16 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     if name == "triton" and reason:
         raise UserError(f"attention=triton: {reason}; take auto or sdpa")
     return name, "asked for by name"
+
+
+def require_trainable(name: str, device: torch.device) -> None:
+    """UserError for a back-end that cannot train on `device`, before anything is spent."""
+    backend_name(name)
+    backend, _ = choose_backend(name, device)
+    if backend == "flash":
+        raise UserError(NOT_TRAINED)
+    if backend == "flex" and device.type == "cpu":
+        raise UserError("attention=flex: FlexAttention has no backward pass on CPUs; train with auto or sdpa")
 
 
 def attend(

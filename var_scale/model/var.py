@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from var_kernels import linear_cross_entropy, why_not
+from var_kernels.mlp.tune import summary as form_of_mlp
 from var_scale.errors import UserError, require_positive
 from var_scale.model.attention import ScaleMask, backend_name, block_causal_bias, choose_backend, level_index
 from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pending, fused
@@ -221,7 +222,8 @@ class VAR(nn.Module):
         backend, why = choose_backend(self.attention, device)
         reason = why_not(device)
         on, reason = self.kernels == "on" or (self.kernels == "auto" and not reason), reason or "they run here"
-        return {"attention": f"{backend} ({why})", "kernels": f"{'on' if on else 'off'} (asked: {self.kernels}; {reason})"}
+        return {"attention": f"{backend} ({why})", "kernels": f"{'on' if on else 'off'} (asked: {self.kernels}; {reason})",
+                "mlp": f"{form_of_mlp()} products" if on and not why_not(device) else "PyTorch"}  # fmt: skip
 
     def _checked_input(self, label_B: Tensor, x_BlZ: Tensor | None, end: int) -> Tensor:
         """The input of the later scales, empty where there is only the first; UserError if it or the labels do not fit."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from var_kernels.bench.measure import measure
-from var_kernels.bench.run import describe
+from var_kernels.bench.run import describe, require_writable
 
 from var_scale.config.load import load
 from var_scale.config.schema import Config
+from var_scale.errors import UserError
 from var_scale.model.attention import ScaleMask
 from var_scale.model.block import fused
 from var_scale.model.load import build_model, new_tokenizer
@@ -28,17 +29,23 @@ FORMS = {"plain": {"kernels": "off", "attention": "sdpa"}, "fused": {"kernels": 
 def bench_step(names: list[str], batch: int, overrides: list[str], out: Path | None) -> list[dict[str, Any]]:
     """Time block and step of each config at `batch` samples, print them, and write JSON to `out`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        require_writable(out)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if device.type != "cuda":
+        say("no GPU here: both forms are plain PyTorch unless model.kernels=on is set; their times say nothing about the kernels")
     rows = []
     for name in names:
         for form, model in FORMS.items():
-            changed = [*overrides, *(f"model.{key}={value}" for key, value in model.items())]
-            config = load(name, changed)
+            keys = [f"model.{key}={value}" for key, value in model.items()]
+            config = load(name, [*overrides, *keys] if form == "plain" else [*keys, *overrides])  # a back-end asked for is the fused form
             row = {"config": name, "form": form, "batch": batch, **time_config(config, batch, device)}
             rows.append(row)
             memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
-            say(f"{name} batch {batch} {form:6} block {row['block_ms']:.3f} ms  step {row['step_ms']:.2f} ms{memory}  {row['attention']}")
+            say(f"{name} batch {batch} {form:6} block {row['block_ms']:.3f} ms  step {row['step_ms']:.2f} ms{memory}  "
+                f"attention {row['attention']}, kernels {row['kernels']}")  # fmt: skip
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**describe(device), "rows": rows}, indent=1) + "\n")
         say(f"written: {out}")
     return rows

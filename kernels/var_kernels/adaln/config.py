@@ -25,8 +25,8 @@ class AdaLNConfig:
 def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
     """Parameters for rows of C elements of `itemsize` bytes.
 
-    Backward: 8 warps keep 2048 lanes at about 64 registers a thread without spills (ahead-of-time compilation for sm_90), so four
-    programs fit on an SM and enough loads are in flight; with 4 warps it takes 128. Rows past 2048 take 16.
+    Backward: 8 warps keep 2048 lanes at 125 registers a thread without spills (compiled ahead of time for sm_90), so two programs fit on
+    a multiprocessor, the number that `splits` plans with. Rows past 2048 take 16.
     """
     block = 1 << max(5, (C - 1).bit_length())
     stages = next((s for s in (3, 2) if 4 * (s - 1) * block * itemsize <= ROOM), 1)

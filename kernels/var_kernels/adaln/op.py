@@ -9,7 +9,7 @@ from torch import Tensor
 
 from var_kernels.adaln import reference
 from var_kernels.adaln.config import MAX_C, config_for, splits
-from var_kernels.dispatch import eager, launches, multiprocessors, use_triton
+from var_kernels.dispatch import eager, launches, multiprocessors, require, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -24,10 +24,12 @@ def gate_adaptive_layer_norm(
     Source: the reference block, x = x + drop_path(f(x) * gamma), ln_wo_grad(x).mul(scale + 1).add(shift); computed in float32.
     """
     out = out_dtype or y_BLC.dtype
+    gamma, scale, shift = _flat(gamma_BC), _flat(scale_BC), _flat(shift_BC)
+    _check(x_BLC, y_BLC, gamma, keep_B, scale, shift)
     if x_BLC.shape[-1] > MAX_C or not (torch.compiler.is_compiling() or use_triton(x_BLC)):
-        x_new = reference.gate_residual(x_BLC, y_BLC, gamma_BC, keep_B)
-        return x_new, reference.adaln(x_new, scale_BC, shift_BC, eps, out)
-    x_new, h, _, _ = _run(x_BLC, y_BLC, _flat(gamma_BC), keep_B, _flat(scale_BC), _flat(shift_BC), eps, out)
+        x_new = reference.gate_residual(x_BLC, y_BLC, gamma, keep_B)
+        return x_new, reference.adaln(x_new, scale, shift, eps, out)
+    x_new, h, _, _ = _run(x_BLC, y_BLC, gamma, keep_B, scale, shift, eps, out)
     return x_new, h
 
 
@@ -36,9 +38,11 @@ def adaptive_layer_norm(
 ) -> Tensor:
     """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaptive_layer_norm` without the residual: for the first block and the head."""
     out = out_dtype or x_BLC.dtype
+    scale, shift = _flat(scale_BC), _flat(shift_BC)
+    _check(x_BLC, None, None, None, scale, shift)
     if x_BLC.shape[-1] > MAX_C or not (torch.compiler.is_compiling() or use_triton(x_BLC)):
-        return reference.adaln(x_BLC, scale_BC, shift_BC, eps, out)
-    return _run(x_BLC, None, None, None, _flat(scale_BC), _flat(shift_BC), eps, out)[1]
+        return reference.adaln(x_BLC, scale, shift, eps, out)
+    return _run(x_BLC, None, None, None, scale, shift, eps, out)[1]
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
@@ -60,7 +64,6 @@ def launch_forward(
     from var_kernels.adaln import triton as kernels
 
     B, L, C = x.shape
-    _check(x, y, gamma, keep, scale, shift)
     x, y, keep = x.contiguous(), None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
     h = torch.empty_like(x, dtype=out)
     x_new = x.new_empty(0) if y is None else torch.empty_like(x)
@@ -104,14 +107,12 @@ def launch_backward(
 
 
 def _check(x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor) -> None:
+    require(x.ndim == 3, "adaln: x is (B, L, C), not {}", x.shape)
     B, _, C = x.shape
-    if y is not None and y.shape != x.shape:
-        raise ValueError(f"adaln: y {tuple(y.shape)} and x {tuple(x.shape)} differ")
-    for name, v in (("gamma", gamma), ("scale", scale), ("shift", shift)):
-        if v is not None and v.shape != (B, C):
-            raise ValueError(f"adaln: {name} has the shape {tuple(v.shape)}, {(B, C)} is needed for x {tuple(x.shape)}")
-    if keep is not None and keep.shape != (B,):
-        raise ValueError(f"adaln: keep has the shape {tuple(keep.shape)}, ({B},) is needed")
+    for name, v, wanted in (("y", y, x.shape), ("gamma", gamma, (B, C)), ("scale", scale, (B, C)), ("shift", shift, (B, C)),
+                            ("keep", keep, (B,))):  # fmt: skip
+        if v is not None:
+            require(v.shape == wanted, "adaln: {} has the shape {}, {} is needed for x {}", name, v.shape, wanted, x.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,7 +150,6 @@ def adaln_op(
 def _(
     x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, y, gamma, keep, scale, shift)
     x_new = x.new_empty(0) if y is None or gamma is None else reference.gate_residual(x, y, gamma, keep)
     v = upcast(x if y is None else x_new)
     var, mean = torch.var_mean(v, -1, correction=0)

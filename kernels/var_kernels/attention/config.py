@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_D = 256
+
+def max_width(itemsize: int) -> int:
+    """Widest head, for elements of so many bytes: wider ones spill hundreds of bytes, or do not fit small GPUs (compiled ahead of time)."""
+    return 128 if itemsize <= 2 else 64
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class AttentionConfig:
     """with 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60"""
     block_n: int = 64
     warps: int = 4
-    """64 x 64 with 4 warps takes 128 registers a thread on sm_90: four programs share a multiprocessor and hide each other's softmax"""
+    """64 x 64 with 4 warps takes 165 registers a thread on sm_90: three programs share a multiprocessor and hide each other's softmax"""
     stages: int = 3
     backward_warps: int = 4
     backward_stages: int = 2

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from var_kernels.attention import reference
-from var_kernels.attention.config import MAX_D, AttentionConfig, config_for
+from var_kernels.attention.config import AttentionConfig, config_for, max_width
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.attention.schedule import Pattern, Visible, everything, scales, tiles_on
-from var_kernels.dispatch import INTERPRETED, eager, generation, launches, use_triton
+from var_kernels.dispatch import INTERPRETED, eager, generation, launches, require, use_triton
 
 
 def block_attention(
@@ -20,14 +20,20 @@ def block_attention(
 ) -> Tensor:
     """Attention of all tokens of a scale schedule, each over the scales its pattern lets it see; returns (B, L, H D).
 
-    `qkv_BL3HD` is the packed projection, read as it lies. With `log_scale_H` the reference's attn_l2_norm: q <- q/|q| exp(min(s, ln 100)),
-    k <- k/|k|, no other scale; without it q k^T is multiplied by `sm_scale`. `pattern`: full, own, or how many scales (schedule.py).
-    ValueError: L is not the schedule's length, or an unknown pattern.
+    `qkv_BL3HD` is the packed projection, read as it lies. With `log_scale_H` (one number a head, in any shape) the reference's
+    attn_l2_norm: q <- q/|q| exp(min(s, ln 100)), k <- k/|k|, no other scale; without it q k^T is multiplied by `sm_scale`. `pattern`: full,
+    own, or how many scales (schedule.py). On GPUs heads are at most 128 channels wide in half precision, 64 in float32.
+    ValueError: L is not the schedule's length, an unknown pattern, not one scale a head.
     """
-    B, L, three, H, D = qkv_BL3HD.shape
-    schedule = tuple(int(side) for side in patch_nums)
-    if three != 3 or sum(side * side for side in schedule) != L:
-        raise ValueError(f"attention: qkv {tuple(qkv_BL3HD.shape)} does not hold the tokens of patch_nums {schedule}")
+    schedule = tuple(patch_nums)
+    require(qkv_BL3HD.ndim == 5 and qkv_BL3HD.shape[2] == 3, "attention: qkv is (B, L, 3, H, D), not {}", qkv_BL3HD.shape)
+    require(all(isinstance(side, int) and side > 0 for side in schedule), "attention: patch_nums {} are not positive integers", schedule)
+    B, L, _, H, D = qkv_BL3HD.shape
+    tokens = sum(side * side for side in schedule)
+    require(tokens == L, "attention: qkv {} does not hold the {} tokens of patch_nums {}", qkv_BL3HD.shape, tokens, schedule)
+    if log_scale_H is not None:
+        require(log_scale_H.numel() == H, "attention: {} scales for {} heads", log_scale_H.numel(), H)
+        log_scale_H = log_scale_H.reshape(H)
     arguments = (qkv_BL3HD, log_scale_H, list(schedule), str(pattern), float(sm_scale))
     if torch.compiler.is_compiling():
         return attention_op(*arguments)[0].reshape(B, L, H * D)
@@ -42,6 +48,9 @@ def cached_attention(q_BlHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, sm_scale: f
     q and k come normalised where the model does so: the cache keeps normalised keys."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_BlHD, k_BLHD, v_BLHD)):
         raise RuntimeError("cached_attention has no gradient; call it under torch.no_grad(), or use block_attention")
+    q, k, v = q_BlHD.shape, k_BLHD.shape, v_BLHD.shape
+    fit = len(q) == 4 and k == v and q[::2] == k[::2] and q[3] == k[3]
+    require(fit, "cached_attention: q (B, l, H, D) and k, v (B, L, H, D) are needed, not {}, {}, {}", q, k, v)
     visible = everything(q_BlHD.shape[1], k_BLHD.shape[1])
     if not use_triton(q_BlHD):
         return reference.attention(q_BlHD, k_BLHD, v_BLHD, visible, None, sm_scale)
@@ -69,7 +78,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """Batch, token and head stride of each; the channels of a head must lie side by side."""
     out: tuple[int, ...] = ()
     for t in tensors:
-        assert t.stride(3) == 1, "attention: the channels of a head must be contiguous"
+        require(t.stride(3) == 1, "attention: the channels of a head must be contiguous")
         out += (t.stride(0), t.stride(1), t.stride(2))
     return out
 
@@ -83,8 +92,8 @@ def launch_forward(
 
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
-    if D > MAX_D:
-        raise ValueError(f"attention: heads of {D} channels are wider than {MAX_D}; use another back-end")
+    widest = max_width(q.element_size())
+    require(widest >= D, "attention: heads of {} channels are wider than {} ({}); use another back-end", D, widest, q.dtype)
     config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
     settings, log_scale = _settings(config, D, q.dtype), None if log_scale is None else log_scale.contiguous()
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)

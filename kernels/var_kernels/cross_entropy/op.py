@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
 from var_kernels.cross_entropy.config import MAX_V, warps_for
-from var_kernels.dispatch import compute_dtype, eager, launches, use_triton
+from var_kernels.dispatch import compute_dtype, eager, launches, require, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -23,13 +23,21 @@ def linear_cross_entropy(
 
     The loss is the cross-entropy with label smoothing plus `z_loss` times the squared log-sum-exp. Only the loss has a gradient. The logits
     are made in autocast's type (else that of x), and the forward pass leaves their gradient, up to the factor of each row, in their place:
-    nothing else of size N V is kept, and nothing waits for the GPU. `target_N` int64 in 0..V-1.
-    ValueError: V above 16384.
+    nothing else of size N V is kept, and nothing waits for the GPU. `target_N` int64 in 0..V-1; on a GPU the loss of another is NaN.
+    ValueError: shapes that do not fit, V above 16384, smoothing outside [0, 1).
     """
-    if weight_VC.shape[0] > MAX_V:
-        raise ValueError(f"linear_cross_entropy: a vocabulary of {weight_VC.shape[0]} is larger than {MAX_V}")
+    V = weight_VC.shape[0]
+    require(V <= MAX_V, "linear_cross_entropy: a vocabulary of {} is larger than {}", V, MAX_V)
+    fit = x_NC.ndim == weight_VC.ndim == 2 and x_NC.shape[1] == weight_VC.shape[1] and (bias_V is None or bias_V.shape == (V,))
+    shapes = x_NC.shape, weight_VC.shape, None if bias_V is None else bias_V.shape
+    require(fit, "linear_cross_entropy: x (N, C), weight (V, C) and bias (V,) are needed, not {}, {}, {}", *shapes)
+    fit = target_N.shape == x_NC.shape[:1] and target_N.dtype == torch.int64
+    require(fit, "linear_cross_entropy: target ({},) int64 is needed, not {} {}", x_NC.shape[0], target_N.shape, target_N.dtype)
+    require(0 <= smoothing < 1, "linear_cross_entropy: label smoothing {} is outside [0, 1)", smoothing)
     if not (torch.compiler.is_compiling() or use_triton(x_NC)):
-        return reference.cross_entropy(F.linear(x_NC, weight_VC, bias_V), target_N, smoothing, z_loss)
+        dtype = compute_dtype(x_NC)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        return reference.cross_entropy(F.linear(x_NC.to(dtype), weight_VC.to(dtype), bias), target_N, smoothing, z_loss)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_NC, weight_VC, bias_V))
     arguments = (x_NC.to(compute_dtype(x_NC)), weight_VC, bias_V, target_N, float(smoothing), float(z_loss), gradient)
     loss, ce, best, _ = linear_ce_op(*arguments) if torch.compiler.is_compiling() else _eager(*arguments)

@@ -20,6 +20,7 @@ def cross_entropy(logits, target, loss, ce, best, V, row_stride, smoothing, z_lo
     total = tl.sum(e, axis=0)
     lse = largest + tl.log(total)
     at_target = tl.sum(tl.where(cols == wanted, z, 0.0), axis=0)  # not a second load: other warps may have written the row by then
+    at_target = tl.where((wanted >= 0) & (wanted < V), at_target, float("nan"))
     mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / V
     tl.store(ce + row, lse - at_target)
     tl.store(loss + row, (1.0 - smoothing) * (lse - at_target) + smoothing * (lse - mean) + z_loss * lse * lse)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_kernels import dispatch
-from var_kernels.dispatch import INTERPRETED, compute_dtype, eager, generation, launches, multiprocessors, use_triton
+from var_kernels.dispatch import INTERPRETED, compute_dtype, eager, generation, launches, multiprocessors, require, use_triton
 from var_kernels.mlp import config, reference
 from var_kernels.mlp.tune import choice
 
@@ -25,9 +25,13 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: st
     """
     if save not in SAVE:
         raise ValueError(f"gelu_mlp: save={save!r} is not known; take one of {', '.join(SAVE)}")
+    fit = b1.ndim == b2.ndim == 1 and w1.shape == (b1.numel(), x.shape[-1]) and w2.shape == (b2.numel(), b1.numel())
+    shapes = x.shape, w1.shape, b1.shape, w2.shape, b2.shape
+    require(fit, "gelu_mlp: w1 (F, C), b1 (F,), w2 (O, F), b2 (O,) are needed for x {}, not {}, {}, {}, {}", *shapes)
+    dtype = compute_dtype(x)
     if not (torch.compiler.is_compiling() or use_triton(x)):
-        return reference.mlp(x, w1, b1, w2, b2)
-    arguments = (x.to(compute_dtype(x)), w1, b1, w2, b2, save)
+        return reference.mlp(x.to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype))
+    arguments = (x.to(dtype), w1, b1, w2, b2, save)
     return mlp_op(*arguments)[0] if torch.compiler.is_compiling() else _eager(*arguments)[0]
 
 

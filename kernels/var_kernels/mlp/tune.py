@@ -50,6 +50,14 @@ def choice(device: torch.device, dtype: torch.dtype, C: int, hidden: int, rows: 
     return str(_measured().get(key(device, dtype, C, hidden, rows), {}).get("choice", "vendor"))
 
 
+def summary() -> str:
+    """Where the form comes from, for a run's record."""
+    if "VAR_KERNELS_MLP" in os.environ:
+        return f"{os.environ['VAR_KERNELS_MLP']} (VAR_KERNELS_MLP)"
+    kept = {entry["choice"] for entry in _measured().values()}
+    return f"{' or '.join(sorted(kept))} by width ({cache_file()})" if kept else "vendor"
+
+
 def decide(times: dict[str, float]) -> str:
     """The form for these milliseconds."""
     return "triton" if times["triton"] < MARGIN * times["vendor"] else "vendor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from var_kernels.dispatch import launches, use_triton
+from var_kernels.dispatch import launches, require, use_triton
 from var_kernels.vq import config, reference
 
 
@@ -16,6 +16,8 @@ def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor, precision: str = "ieee") -> 
     """
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"nearest_code: precision={precision!r} is not known; take ieee or tf32")
+    fit = z_NZ.ndim == codebook_VZ.ndim == 2 and z_NZ.shape[1] == codebook_VZ.shape[1]
+    require(fit, "nearest_code: vectors (N, Z) and codes (V, Z) are needed, not {} and {}", z_NZ.shape, codebook_VZ.shape)
     if not use_triton(z_NZ) or z_NZ.shape[1] > config.MAX_Z:
         return reference.nearest_code(z_NZ, codebook_VZ)
     return nearest_code_op(z_NZ.detach(), codebook_VZ.detach(), precision)
