@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -85,8 +86,8 @@ class Monitor:
         first, now, steps = table[0], time.monotonic(), len(self.rows)
         waits = [row[7] for row in table]
         window = Window(
-            steps=steps, loss=statistics.fmean(row[0] for row in table), loss_largest=max(row[1] for row in table),
-            loss_per_scale=[statistics.fmean(values) for values in zip(*(row[10:] for row in table), strict=True)],
+            steps=steps, loss=_mean(row[0] for row in table), loss_largest=max(row[1] for row in table),
+            loss_per_scale=[_mean(values) for values in zip(*(row[10:] for row in table), strict=True)],
             grad_norm=first[2], grad_norm_largest=first[3], skipped=round(first[4]), bad=round(max(row[5] for row in table)),
             streak=round(first[6]), seconds=now - self.began, data_seconds=max(waits), slowest_rank=waits.index(max(waits)),
             stop=any(row[8] for row in table), save=bool(first[9]),
@@ -94,6 +95,12 @@ class Monitor:
         window.loss_per_scale = [value for value in window.loss_per_scale if not math.isnan(value)]
         self.began, self.data_seconds, self.rows, self.per_scale = now, 0.0, [], []
         return window
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def _sums(lengths: list[int]) -> list[int]:

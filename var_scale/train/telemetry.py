@@ -137,10 +137,18 @@ class Telemetry:
 
             self.folder.log.mkdir(parents=True, exist_ok=True)
             run_id = f"{self.folder.path.resolve().parent.name}-{config.name}"
-            run = wandb.init(
-                project=config.log.wandb_project, group=self.folder.path.resolve().parent.name, name=config.name, id=run_id,
-                resume="allow", mode=config.log.wandb, dir=str(self.folder.log), config={**config.model_dump(mode="json"), "env": env},
-            )  # fmt: skip
+            arguments: dict[str, Any] = {
+                "project": config.log.wandb_project, "group": self.folder.path.resolve().parent.name, "name": config.name, "id": run_id,
+                "resume": "allow", "dir": str(self.folder.log), "config": {**config.model_dump(mode="json"), "env": env},
+            }  # fmt: skip
+            try:
+                run = wandb.init(mode=config.log.wandb, **arguments)
+            except Exception as error:
+                if config.log.wandb != "online":
+                    raise
+                kept = self.folder.log / "wandb"
+                say(f"warning: wandb cannot be reached ({error}); it records offline, `wandb sync {kept}/offline-*` sends it later")
+                run = wandb.init(mode="offline", **arguments)
         except Exception as error:
             say(f"warning: wandb is not available ({error}); metrics.jsonl is complete")
             return None

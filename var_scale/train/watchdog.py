@@ -44,10 +44,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(self.period)
             if self.store:
                 with contextlib.suppress(RuntimeError):  # rank 0 may be the one that is gone; said when the time is over
                     self.store.set(f"beat/{self.world.rank}", f"{self.at[0]} {self.at[1]} {time.time()}")
+            time.sleep(self.period)
             if time.monotonic() - self.since > self.seconds:
                 self._end()
 
@@ -76,7 +76,7 @@ class Watchdog:
                     seen[rank] = (int(step), phase, time.time() - float(moment))
             except RuntimeError:
                 return "the store at rank 0 does not answer: rank 0 hangs, or its node is gone"
-        silent = [rank for rank in range(self.world.size) if rank not in seen or seen[rank][2] > 3 * self.period + STORE_SECONDS]
+        silent = [rank for rank in range(self.world.size) if rank not in seen or seen[rank][2] > 2.5 * self.period]
         if silent:
             last = {rank: f", last seen in {phase} of step {step}" for rank, (step, phase, _) in seen.items()}
             return "; ".join(f"rank {rank} does not answer{last.get(rank, '')}" for rank in silent)

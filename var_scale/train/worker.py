@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import traceback
@@ -44,9 +45,24 @@ def main() -> None:
         code = USER_ERROR
         _fail(run, world, str(error))
     except Exception as error:
-        traceback.print_exc()
-        _fail(run, world, f"{type(error).__name__}: {error}".splitlines()[0])
+        if not (reason := out_of_memory(error, world)):
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _fail(run, world, reason)
     leave(world, code)
+
+
+def out_of_memory(error: Exception, world: World) -> str:
+    """One line for an allocation that failed; empty for another error."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in text:
+        return ""
+    from var_scale.train.telemetry import peak_memory
+
+    asked = re.search(r"allocate ([\d.]+ ?\w*)", text)
+    more = f", and {asked.group(1)} more were asked for" if asked else ""
+    return (f"out of memory: this process held {peak_memory(world.device) / 2**30:.2f} GiB at most{more}; raise train.accumulate (smaller "
+            "micro-batches), set engine.recompute=mlp or block, or share the state over more processes (engine=fsdp, zero3)")  # fmt: skip
 
 
 def _fail(run: RunFolder, world: World, reason: str) -> None:
