@@ -107,7 +107,8 @@ class Run:
         return f"{self.data.digest}:{self.val.digest}"
 
     def close(self) -> None:
-        """Finish the mirrors."""
+        """Finish the mirrors; nothing hangs any more."""
+        self.watchdog.close()
         if self.telemetry:
             self.telemetry.close()
 

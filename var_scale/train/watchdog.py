@@ -28,12 +28,16 @@ class Watchdog:
         self.folder, self.world, self.seconds = folder, world, seconds
         self.period = min(10.0, seconds / 4)
         self.at, self.since = (0, "start"), time.monotonic()
-        self.store = self._connect()
+        self.store, self.over = self._connect(), False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, phase: str, step: int) -> None:
         """This rank begins `phase` of optimiser step `step`."""
         self.at, self.since = (step, phase), time.monotonic()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self.over = True
 
     def _connect(self) -> dist.Store | None:
         """A connection of its own: the main thread may be waiting in the other one."""
@@ -43,12 +47,12 @@ class Watchdog:
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=STORE_SECONDS))
 
     def _watch(self) -> None:
-        while True:
+        while not self.over:
             if self.store:
                 with contextlib.suppress(RuntimeError):  # rank 0 may be the one that is gone; said when the time is over
                     self.store.set(f"beat/{self.world.rank}", f"{self.at[0]} {self.at[1]} {time.time()}")
             time.sleep(self.period)
-            if time.monotonic() - self.since > self.seconds:
+            if not self.over and time.monotonic() - self.since > self.seconds:
                 self._end()
 
     def _end(self) -> None:
