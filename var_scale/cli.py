@@ -241,6 +241,24 @@ def sample(args: argparse.Namespace) -> None:
     say(f"{len(classes)} classes x {args.per_class} images: {args.out}")
 
 
+def checkpoint_export(args: argparse.Namespace) -> None:
+    """Write a run's newest checkpoint as the official trainer's ar-ckpt file: weights, tokenizer, optimiser."""
+    from var_scale.train.official import export_checkpoint
+
+    epoch = export_checkpoint(args.run, args.out)
+    print(f"{args.out}: written, {epoch} whole epochs done")
+
+
+def checkpoint_import(args: argparse.Namespace) -> None:
+    """Make a run folder that goes on where an official ar-ckpt file ends."""
+    from var_scale.train.official import import_checkpoint
+
+    config = _load(args)
+    folder = args.folder or args.runs / "single" / Path(args.config).stem
+    step = import_checkpoint(args.checkpoint, config, folder)
+    print(f"{folder}: goes on from step {step}; `var-scale train {args.config} --folder {folder}` with the same overrides")
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
     """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
     from var_kernels.bench.run import run
@@ -323,6 +341,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=_number(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
     sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
     sub.add_argument("--zoom", type=_number(int, 1), default=1, help="enlarge the picture")
+
+    checkpoint = family("checkpoint", "the official trainer's checkpoints")
+    sub = command(checkpoint, "export", checkpoint_export)
+    sub.add_argument("run", type=Path, help="run folder")
+    sub.add_argument("out", type=Path, help="file to write, such as ar-ckpt-last.pth")
+    sub = command(checkpoint, "import", checkpoint_import)
+    sub.add_argument("checkpoint", type=Path, help="official training checkpoint, ar-ckpt-*.pth")
+    _config(sub)
+    _runs(sub)
+    sub.add_argument("--folder", type=Path, default=None, help="run folder to make; default RUNS/single/CONFIG")
 
     bench = family("bench", "timings of this machine: kernels, step")
     sub = command(bench, "kernels", bench_kernels)

@@ -70,6 +70,21 @@ def test_missing_file_broken_yaml_and_circle(tmp_path: Path) -> None:
         load(str(tmp_path / "b.yaml"))
 
 
+def test_deepspeed_json(tmp_path: Path) -> None:
+    """A DeepSpeed user's own file, beside the config or by preset; `auto` leaves a key to the recipe."""
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "train_batch_size": "auto", '
+                                        '"bf16": {"enabled": "auto"}}')  # fmt: skip
+    (tmp_path / "c.yaml").write_text("include: study/tiny\nengine: {name: deepspeed, deepspeed: mine.json}\n")
+    assert load(str(tmp_path / "c.yaml")).engine.deepspeed["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert set(load(str(tmp_path / "c.yaml")).engine.deepspeed) == {"zero_optimization"}
+    assert load("study/tiny", ["engine=zero1", "engine.deepspeed=engine/zero3.json"]).engine.zero_stage == 3
+    with pytest.raises(UserError, match="no such file; give a DeepSpeed JSON"):
+        load("study/tiny", ["engine.deepspeed=engine/zero9.json"])
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load(str(tmp_path / "c.yaml"))
+
+
 def test_the_command_line_is_stronger_than_a_size_preset() -> None:
     """A size's preset gives way to what the person asked for, and only there."""
     config = load("study/var_paper", ["train.batch_size=1536", "model.attn_l2_norm=false"])

@@ -58,7 +58,7 @@ def test_hundred_steps_on_all_engines_and_world_sizes(shared_aln: bool, tmp_path
 
 def test_every_engine_continues_every_other(tmp_path: Path) -> None:
     """Written by each engine at world 2 (HSDP at 4), continued by each at 1, 2 and 4; and written at 1, continued at 2. Averaged weights
-    go along. The losses and the evaluation are those of the run that was not stopped; at the same world size and engine the weights, moments
+    go along. The losses and the evaluation are those of the run that was not stopped; at the same world size and engine weights, moments
     and averages are bit for bit the same."""
     small_config(tmp_path)
     recipe = {"steps": 8, "keep_steps": [4], "checkpoint_seconds": 1e6, "ema": 0.9}
@@ -82,8 +82,8 @@ def test_every_engine_continues_every_other(tmp_path: Path) -> None:
         np.testing.assert_allclose(losses(folder), want[4:], rtol=1e-5, err_msg=path.name)
         for key in ("loss_per_scale", "ema_loss_per_scale"):
             np.testing.assert_allclose(final(folder)[key], evaluated[key], rtol=1e-5, err_msg=path.name)
-    for name in ENGINES:  # each in processes of its own, as real runs are: ZeRO 3 replaces torch's linear in its process
+    for name, engine in ENGINES.items():  # each in processes of its own, as real runs are: ZeRO 3 replaces torch's linear in its process
         for path, more in ((tmp_path / f"{name}-whole", {}), (tmp_path / f"{name}-rest", {"from": str(tmp_path / f"{name}-whole")})):
-            run_many(tmp_path, 2, [job(path, ENGINES[name], recipe, steps=[4], **more)])
+            run_many(tmp_path, 2, [job(path, engine, recipe, steps=[4], **more)])
         one, two = (tmp_path / f"{name}-{part}/checkpoints/step-00000008/state.json" for part in ("whole", "rest"))
         assert json.loads(one.read_text())["files"] == json.loads(two.read_text())["files"], name

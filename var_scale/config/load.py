@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,30 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold `key: value` lines, not {type(tree).__name__}")
+    engine = tree.get("engine")
+    if isinstance(engine, dict) and isinstance(engine.get("deepspeed"), str):
+        engine["deepspeed"] = read_deepspeed(engine["deepspeed"], path.parent)
     includes = tree.pop("include", [])
     merged: dict[str, Any] = {}
     for name in [includes] if isinstance(includes, str) else includes:
         merged = merge(merged, read_tree(find_config(str(name), path.parent), (*seen, path.resolve())))
     return merge(merged, tree)
+
+
+def read_deepspeed(name: str, beside: Path | None = None) -> dict[str, Any]:
+    """DeepSpeed's own JSON, by path or preset name such as engine/zero2.json; keys whose value is "auto" are left to the recipe."""
+    roots = [*([beside] if beside else []), Path(), config_root()]
+    path = next((root / name for root in roots if (root / name).is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(str(p.relative_to(config_root())) for p in config_root().rglob("*.json")))
+        raise UserError(f"engine.deepspeed: {name}: no such file; give a DeepSpeed JSON, or one of {known}")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, as DeepSpeed's configuration")
+    return {key: inner for key, inner in value.items() if inner not in ("auto", {"enabled": "auto"})}
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -150,6 +170,8 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
         if isinstance(value, Preset):
             tree = {k: v for k, v in tree.items() if k != key} | value.tree  # nothing of the old section stays
             continue
+        if key == "engine.deepspeed" and isinstance(value, str):
+            value = read_deepspeed(value)
         tree = merge(tree, nested(key, value))
         if key.partition(".")[0] in ("tokenizer", "model", "train") and tree.get("study"):
             tree = merge(tree, {"study": {"common": {key: value}}})  # stronger than a size's preset

@@ -212,7 +212,9 @@ class EngineConfig(Section):
     )
     recompute_every: Positive = Field(1, description="every so many blocks are recomputed")
     compile: bool = Field(False, description="torch.compile every block; not with ZeRO 3")
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed's own configuration, passed through")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="DeepSpeed's own configuration, passed through: a map, or a JSON file such as engine/zero2.json"
+    )
 
     @property
     def zero_stage(self) -> int:

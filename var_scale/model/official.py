@@ -28,7 +28,7 @@ def read_weights(path: Path | str, part: str) -> State:
     Takes a bare state dict and the official training checkpoint (trainer.var_wo_ddp, trainer.vae_local). Only tensors are unpickled.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_checkpoint(path)
     trainer = content.get("trainer") if isinstance(content, dict) else None
     if isinstance(trainer, dict):
         key = {"var": "var_wo_ddp", "vae": "vae_local"}[part]
@@ -37,10 +37,11 @@ def read_weights(path: Path | str, part: str) -> State:
             raise UserError(f"{path}: this training checkpoint has no trainer.{key}")
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: this is neither a state dict nor an official training checkpoint")
-    return {_strip(name): tensor for name, tensor in content.items()}
+    return {strip(name): tensor for name, tensor in content.items()}
 
 
-def _read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> Any:
+    """The content of a .pth or .safetensors file, on the CPU; nothing but plain tensors and numbers is unpickled."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -53,7 +54,7 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: this weights file cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
-def _strip(name: str) -> str:
+def strip(name: str) -> str:
     """Remove wrapper prefixes, wherever in the name they stand."""
     for prefix in PREFIXES:
         name = re.sub(rf"(^|\.){re.escape(prefix)}", r"\1", name)

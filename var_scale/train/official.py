@@ -1,0 +1,129 @@
+"""The official trainer's checkpoint (ar-ckpt-*.pth), both ways: weights, AdamW moments, loss scale.
+
+It holds {epoch, iter, args, trainer: {config, var_wo_ddp, vae_local, var_opt: {optimizer, scaler}}}. Its optimiser numbers the parameters
+group by group, those without weight decay first, in the order of the model (spec of its filter_params).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_scale.config.load import config_hash
+from var_scale.config.schema import Config
+from var_scale.data.loader import TokenData
+from var_scale.errors import UserError
+from var_scale.files import atomic_file
+from var_scale.model.load import build_model, load_tokenizer
+from var_scale.model.official import read_checkpoint, strip
+from var_scale.train.engine.base import MOMENTS
+from var_scale.train.engine.single import SingleEngine
+from var_scale.train.loop import create_run, newest_checkpoint
+from var_scale.train.optim import decays
+from var_scale.train.save import CheckpointWriter
+from var_scale.train.schedule import Schedule
+from var_scale.train.step import TrainStep
+from var_scale.train.world import choose_precision
+
+CPU = torch.device("cpu")
+
+
+def numbered(var: nn.Module) -> list[str]:
+    """Official parameter names in the order in which the official optimiser numbers them."""
+    named = list(var.named_parameters())
+    return [name for wanted in (False, True) for name, p in named if decays(name, p) == wanted]
+
+
+def export_checkpoint(run_folder: Path, out: Path) -> int:
+    """Write the newest checkpoint of a run as the official trainer's; returns the epochs it says are done (the official trainer can only
+    go on from a whole one)."""
+    config, checkpoint = newest_checkpoint(run_folder)
+    checkpoint.check()
+    tokenizer, _ = load_tokenizer(config.tokenizer, CPU)
+    var = build_model(config, tokenizer, CPU)
+    checkpoint.load_into(var)
+    moments = {key: checkpoint.tensors(key) for key in MOMENTS}
+    order = numbered(var)
+    state = {
+        number: {"step": torch.tensor(float(checkpoint.step)), **{key: moments[key][name] for key in MOMENTS}}
+        for number, name in enumerate(order)
+    }
+    without = sum(not decays(name, p) for name, p in var.named_parameters())
+    numbers = [list(range(without)), list(range(without, len(order)))]
+    recipe = {"lr": config.train.base_lr, "betas": tuple(config.train.adam_betas), "eps": 1e-8, "amsgrad": False, "maximize": False,
+              "foreach": None, "capturable": False, "differentiable": False, "fused": True}  # fmt: skip
+    groups = [
+        {**recipe, "weight_decay": scale * config.train.weight_decay, "wd_sc": scale, "lr_sc": 1.0, "params": params}
+        for scale, params in zip((0.0, 1.0), numbers, strict=True)
+    ]
+    optimizer: dict[str, Any] = {"optimizer": {"state": state, "param_groups": groups}}
+    if scale := checkpoint.state.get("loss_scale"):
+        optimizer["scaler"] = {"scale": scale["scale"], "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 1000,
+                               "_growth_tracker": int(scale["good_steps"])}  # fmt: skip
+    per_epoch = -(-TokenData(Path(str(config.data.tokens_train))).num_samples // config.train.batch_size)
+    trainer = {
+        "config": {"patch_nums": tuple(config.tokenizer.patch_nums), "label_smooth": config.train.label_smoothing, "prog_it": 0,
+                   "last_prog_si": -1, "first_prog": True},
+        "var_wo_ddp": var.state_dict(), "vae_local": tokenizer.state_dict(), "var_opt": optimizer,
+    }  # fmt: skip
+    with atomic_file(out) as file:
+        torch.save({"epoch": checkpoint.step // per_epoch, "iter": 0, "trainer": trainer, "args": {}}, file)
+    return checkpoint.step // per_epoch
+
+
+def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
+    """Make a run folder of `config` that goes on where an official training checkpoint ends; returns its step.
+
+    UserError: not a training checkpoint, of another model, or the folder has checkpoints of its own.
+    """
+    content = read_checkpoint(path)
+    trainer = content.get("trainer") if isinstance(content, dict) else None
+    if not isinstance(trainer, dict) or "var_opt" not in trainer:
+        raise UserError(f"{path}: is not an official training checkpoint (no trainer.var_opt); for bare weights nothing is to be continued")
+    tokenizer, tokenizer_hash = load_tokenizer(config.tokenizer, CPU)
+    folders = Path(str(config.data.tokens_train)), Path(str(config.data.tokens_val))
+    train, val = (TokenData(f, tokenizer_hash, config.tokenizer.patch_nums) for f in folders)
+    run = create_run(config, folder)
+    if any(run.checkpoints.glob("step-*")):
+        raise UserError(f"{folder}: has checkpoints already; give another --folder")
+    var = build_model(config, tokenizer, CPU)
+    _set(var, {strip(name): tensor for name, tensor in trainer["var_wo_ddp"].items()}, path)
+    module = TrainStep(var, tokenizer.quantize, config.train, choose_precision(config.train.precision, CPU))
+    engine = SingleEngine(module, config.train)
+    step = int(content["epoch"]) * -(-train.num_samples // config.train.batch_size)
+    total = Schedule.of(config.train, train.num_samples).total_steps
+    if not 0 < step < total:
+        raise UserError(f"{path}: {content['epoch']} epochs are step {step} of {total}; nothing is left to continue, or set train.epochs")
+    engine.create_state(step)
+    state = trainer["var_opt"]["optimizer"]["state"]
+    names = numbered(var)
+    if sorted(state) != list(range(len(names))):
+        raise UserError(f"{path}: its optimiser has {len(state)} parameters, the model of the config {len(names)}")
+    for number, name in enumerate(names):
+        place = engine.optimizer.state[var.get_parameter(name)]
+        for key in MOMENTS:
+            if state[number][key].shape != place[key].shape:
+                raise UserError(f"{path}: the moments of {name} have the shape {tuple(state[number][key].shape)}; is it another model?")
+            place[key].copy_(state[number][key])
+    extra: dict[str, Any] = {}
+    if scaler := trainer["var_opt"].get("scaler"):
+        extra["loss_scale"] = {"scale": float(scaler["scale"]), "good_steps": float(scaler["_growth_tracker"])}
+    writer = CheckpointWriter(run.checkpoints, 0, 1, "imported", config.train.keep_checkpoints)
+    writer.save(engine, {
+        "step": step, "config_hash": config_hash(config), "data_hash": f"{train.digest}:{val.digest}", "seconds": 0.0, "passed_over": 0,
+        "times_back": 0, "imported_from": str(path), **extra,
+    })  # fmt: skip
+    writer.wait()
+    run.set_status("preempted", f"imported from {path}; training goes on from here", step=step, total_steps=total)
+    return step
+
+
+def _set(var: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """All weights and buffers, strictly."""
+    try:
+        var.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the model of the config: {str(error).splitlines()[1].strip()[:200]}") from None
