@@ -276,6 +276,23 @@ def bench_step(args: argparse.Namespace) -> None:
     bench_step(args.configs, args.batch, args.set, args.out)
 
 
+def bench_train(args: argparse.Namespace) -> None:
+    """Time a training step of a config on its engine's processes, and where its time goes; or with --dry-run what each rank would hold."""
+    from var_scale.cluster.bench import bench_train, show_dry_run
+
+    config = _load(args)
+    if config.study:
+        from var_scale.config.load import run_config
+
+        if args.depth is None:
+            raise UserError(f"--depth: name a size of this study, such as {config.study.depths[0]}")
+        config = run_config(config, args.depth, config.train.seed)
+    if args.dry_run:
+        show_dry_run(config, args.world)
+    else:
+        bench_train(config, args.steps, args.warmup, args.out, args.trace)
+
+
 def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run."""
     from var_scale.study.table import fit_table
@@ -364,6 +381,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=_number(int, 1), default=32, help="samples a step")
     sub.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every config")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
+
+    sub = command(bench, "train", bench_train)
+    _config(sub)
+    sub.add_argument("--depth", type=_number(int, 1), default=None, help="size of a study")
+    sub.add_argument("--steps", type=_number(int, 1), default=10, help="steps to time")
+    sub.add_argument("--warmup", type=_number(int, 1), default=3, help="steps before them")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
+    sub.add_argument("--trace", type=Path, default=None, metavar="FILE.json", help="write a profiler trace of one step (chrome://tracing)")
+    sub.add_argument("--dry-run", action="store_true", help="no step: build the config for --world ranks and print what each would hold")
+    sub.add_argument("--world", type=_number(int, 1), default=1, help="ranks of the dry run")
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")

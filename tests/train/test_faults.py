@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.runs import final, losses, run, small_config
-from var_scale.cluster.local import _environment, launch_command
+from var_scale.cluster.local import launch_command, launch_environment
 from var_scale.run_folder import RunFolder
 from var_scale.train.loop import create_run
 from var_scale.train.watchdog import HUNG
@@ -109,7 +109,8 @@ def test_a_silent_rank_is_named(tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     config, path = small_config(tmp_path / "data", engine=DDP, train={"steps": 10000, "hang_seconds": 8}), tmp_path / "run"
     create_run(config, path)
-    process = subprocess.Popen(launch_command(config, path), env=_environment(config), start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(launch_command(config, path), env=launch_environment(config), start_new_session=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
     folder = RunFolder(path)
     try:
         while len(folder.read_metrics()) < 10:
@@ -136,7 +137,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
     def small_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    process = subprocess.run(launch_command(config, tmp_path / "run"), env=_environment(config), preexec_fn=small_memory,
+    process = subprocess.run(launch_command(config, tmp_path / "run"), env=launch_environment(config), preexec_fn=small_memory,
                              capture_output=True, text=True, check=False)  # fmt: skip
     status = folder.status()
     assert process.returncode != 0 and status["state"] == "failed", process.stderr[-2000:]

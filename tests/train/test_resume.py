@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import losses, rewind, run, small_config
-from var_scale.cluster.local import _environment, launch_command, run_local
+from var_scale.cluster.local import launch_command, launch_environment, run_local
 from var_scale.errors import UserError
 from var_scale.model.load import build_model, new_tokenizer
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
@@ -31,7 +31,7 @@ RECIPE = {"steps": 150, "precision": "bf16", "checkpoint_seconds": 0.3}
 def start(config, path: Path) -> subprocess.Popen[bytes]:
     """Launch without waiting, in a session of its own."""
     create_run(config, path)
-    return subprocess.Popen(launch_command(config, path), env=_environment(config), start_new_session=True,
+    return subprocess.Popen(launch_command(config, path), env=launch_environment(config), start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 

@@ -40,9 +40,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch_command(config: Config, folder: Path) -> list[str]:
-    """The command line: python, torchrun, or the `deepspeed` launcher."""
-    worker, count = "var_scale.train.worker", str(process_count(config.engine))
+def launch_command(config: Config, folder: Path, worker: str = "var_scale.train.worker") -> list[str]:
+    """The command line that runs a module on every rank: python, torchrun, or the `deepspeed` launcher."""
+    count = str(process_count(config.engine))
     if config.engine.name == "single":
         return [sys.executable, "-m", worker, str(folder)]
     port = str(free_port())
@@ -53,7 +53,7 @@ def launch_command(config: Config, folder: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", worker, str(folder)]
 
 
-def _environment(config: Config) -> dict[str, str]:
+def launch_environment(config: Config) -> dict[str, str]:
     """The run's environment: who started it, threads, and DeepSpeed's accelerator where there is no GPU."""
     env = {**os.environ, PARENT_ENV: process_identity(os.getpid()) or "", "PYTHONUNBUFFERED": "1"}
     package_root = str(Path(__file__).resolve().parents[2])
@@ -78,7 +78,7 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
         log.flush()
         child = subprocess.Popen(
             launch_command(config, folder), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=_environment(config), start_new_session=True,
+            env=launch_environment(config), start_new_session=True,
         )  # fmt: skip
     try:
         return _follow(child, run, label)

@@ -20,12 +20,12 @@ from var_scale.train.step import TrainStep
 
 def build_mesh(device: torch.device, shard: int) -> DeviceMesh:
     """All ranks in one row, or replicas of groups of `shard` ranks that hold one copy together (HSDP)."""
-    world = dist.get_world_size()
+    world, kind = dist.get_world_size(), "cpu" if device.type == "meta" else device.type  # meta: a dry run
     if shard in (0, world):
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     if world % shard:
         raise UserError(f"engine.shard: {shard} does not divide {world} processes; set it to a divisor, or to 0 for one group of all")
-    return init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 class FSDPEngine(SingleEngine):
