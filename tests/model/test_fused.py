@@ -17,7 +17,8 @@ from var_kernels.mlp import op as mlp_op
 from var_scale.config.schema import TrainConfig
 from var_scale.errors import UserError
 from var_scale.model import VAR
-from var_scale.model.attention import ScaleMask, choose_backend, require_trainable
+from var_scale.model.attention import ScaleMask, block_causal_bias, choose_backend, require_trainable, sdpa
+from var_scale.model.blocks import blocks
 from var_scale.train.step import TrainStep
 
 LABELS = torch.tensor([0, 3, 1])
@@ -113,10 +114,42 @@ def test_triton_attention_and_norms_in_the_interpreter(attn_l2_norm: bool, monke
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("patch_nums", "scale"), [((1, 2, 3), 0.3), ((1,), 1.0), ((1, 3, 5, 9), 1.0)])
+def test_blocks(patch_nums: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
+    """Attention scale by scale against the one with a mask: output and gradients; in bfloat16 no further from float64 than twice that."""
+    L = sum(side * side for side in patch_nums)
+    inputs, g = [torch.randn(2, 3, L, 16, dtype=torch.float64) for _ in range(3)], torch.randn(2, 3, L, 16, dtype=torch.float64)
+    bias = block_causal_bias(patch_nums).double()
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return [t.double() for t in (out.detach(), *torch.autograd.grad(out, leaves, g.to(dtype)))]
+
+    exact = run(lambda q, k, v: sdpa(q, k, v, bias, scale), torch.float64)
+    plain = run(lambda q, k, v: (q @ k.transpose(2, 3) * scale + bias.to(dtype)).softmax(-1) @ v, dtype)
+    ours = run(lambda q, k, v: blocks(q, k, v, patch_nums, scale), dtype)
+    again = run(lambda q, k, v: blocks(q, k, v, patch_nums, scale), dtype)
+    for a, b, c, d in zip(ours, plain, exact, again, strict=True):
+        room = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+        assert torch.equal(a, d) and float((a - c).norm()) <= max(2 * float((b - c).norm()), room * float(c.norm()))
+
+
+def test_blocks_in_the_model() -> None:
+    """By name on a CPU: the same losses and gradients as sdpa; sampling too."""
+    plain, other = tiny(attention="sdpa"), tiny(attention="blocks")
+    other.load_state_dict(plain.state_dict())
+    for a, b in zip(losses(plain.train()), losses(other.train()), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    images = [var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5) for var in (plain, other)]
+    assert torch.equal(*images)
+
+
 def test_choices_are_said_and_wrong_ones_refused() -> None:
     """auto says why; triton by name on a CPU, flash for training and masks of one's own for triton are errors."""
     cpu = torch.device("cpu")
-    assert choose_backend("auto", cpu)[0] == "sdpa" and "NVIDIA GPU" in choose_backend("auto", cpu)[1]
+    assert "sdpa" in choose_backend("auto", cpu)[0] and "NVIDIA GPU" in choose_backend("auto", cpu)[1]
     with pytest.raises(UserError, match="attention=triton: the kernels need an NVIDIA GPU"):
         choose_backend("triton", cpu)
     for name, text in (("triton", "NVIDIA GPU"), ("flex", "no backward pass on CPUs")):
@@ -124,7 +157,7 @@ def test_choices_are_said_and_wrong_ones_refused() -> None:
             require_trainable(name, cpu)
     require_trainable("auto", cpu)
     choices = tiny().choices()
-    assert choices["attention"].startswith("sdpa (") and choices["kernels"].startswith("off (asked: auto")
+    assert choices["attention"].startswith("blocks in half precision, else sdpa (") and choices["kernels"].startswith("off (asked: auto")
     with pytest.raises(UserError, match="kernels='yes' is not known"):
         tiny(kernels="yes")
     with pytest.raises(UserError, match="only by the fused operators"):

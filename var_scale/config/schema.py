@@ -111,7 +111,7 @@ class ModelConfig(Section):
     init_adaln_gamma: float = Field(1e-5, description="scale of the gate weights at the start")
     init_head: float = Field(0.02, description="scale of the head weights at the start")
     init_std: float = Field(-1.0, description="standard deviation at the start; negative: sqrt(1 / 3C)")
-    attention: Literal["auto", "triton", "flex", "flash", "xformers", "sdpa"] = Field(
+    attention: Literal["auto", "triton", "flex", "flash", "xformers", "blocks", "sdpa"] = Field(
         "auto", description="attention back-end; auto: triton on NVIDIA GPUs from Ampere on, else sdpa"
     )
     kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(

@@ -6,10 +6,10 @@
 | flex | yes | yes | torch's FlexAttention with its block mask |
 | flash | no | yes | flash-attn: it has no block-causal mask, so only the unmasked attention of sampling |
 | xformers | yes | yes | memory_efficient_attention with a mask tensor |
+| blocks | yes | yes | one product a scale over the keys it sees (blocks.py); CPUs, long schedules |
 | sdpa | yes | yes | torch's scaled_dot_product_attention with a mask tensor; everywhere, the definition of the others |
 
-On one CPU core with L = 30, head dims 8 and 64, forward and backward, sdpa takes 1.05-1.15 times an explicit softmax, and at L = 130 and
-680 0.65-0.8 times; so there is no second CPU path.
+On one CPU core with L = 30, head dims 8 and 64, forward and backward, sdpa takes 1.05-1.15 times an explicit softmax.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from torch.nn import functional as F
 from var_kernels import block_attention, cached_attention, use_triton, why_not
 from var_kernels.attention import scales
 from var_kernels.attention.reference import MAX_LOG_SCALE
+from var_kernels.dispatch import compute_dtype
 from var_scale.errors import UserError
+from var_scale.model.blocks import SHORTEST, blocks
 
 # (q, k, v: (B, H, L, D); bias: (1, 1, Lq, Lk), 0 or -inf, or None; scale) -> (B, H, L, D)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -130,7 +132,7 @@ def register_backend(name: str, attention: Attention) -> None:
 
 def backend_name(name: str) -> str:
     """`name`, checked. UserError for a back-end that is unknown or not installed."""
-    known = ["auto", "triton", "flex", *sorted(BACKENDS)]
+    known = ["auto", "triton", "flex", "blocks", *sorted(BACKENDS)]
     if name not in known:
         raise UserError(f"attention back-end {name!r} is not known; take one of {', '.join(known)}, or add it with register_backend")
     package = PACKAGES.get(name)
@@ -143,6 +145,10 @@ def backend_name(name: str) -> str:
 def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     """The back-end that runs on `device`, and why. UserError when one was asked for by name and cannot run there."""
     reason = why_not(device)
+    if name == "blocks" and device.type != "cpu":
+        raise UserError("attention=blocks: is for CPUs; take auto")
+    if name == "auto" and device.type == "cpu" and reason:
+        return "blocks in half precision, else sdpa", f"and sdpa below {SHORTEST} tokens and for sampling; {reason}"
     if name == "auto":
         return ("sdpa", reason) if reason else ("triton", "the fused kernels run on this GPU")
     if name == "triton" and reason:
@@ -172,6 +178,9 @@ def attend(
     if backend == "auto":
         known = isinstance(mask, ScaleMask) or (mask is None and cache is not None)  # the kernels' two forms: training, sampling
         backend = "triton" if known and use_triton(qkv_BL3HD) else "sdpa"
+        short = L < SHORTEST or compute_dtype(qkv_BL3HD).itemsize > 2
+        if backend == "sdpa" and isinstance(mask, ScaleMask) and qkv_BL3HD.device.type == "cpu" and not short:
+            backend = "blocks"
     if backend == "triton" and isinstance(mask, ScaleMask) and cache is None:
         return block_attention(qkv_BL3HD, mask.patch_nums, log_scale_H, scale)
     q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
@@ -186,11 +195,13 @@ def attend(
         if mask is not None:
             raise UserError("attention=triton takes the block-causal mask of the model, not a tensor; take sdpa for a mask of your own")
         return cached_attention(q_BHLD.transpose(1, 2), k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2), scale).reshape(B, L, H * D)
-    if backend == "flex":
+    if backend == "blocks" and isinstance(mask, ScaleMask):
+        o_BHLD = blocks(q_BHLD, k_BHLD, v_BHLD, mask.patch_nums, scale)
+    elif backend == "flex":
         o_BHLD = flex(q_BHLD, k_BHLD, v_BHLD, mask if isinstance(mask, ScaleMask) else None, scale)
     else:
         bias_11LL = mask.bias_11LL if isinstance(mask, ScaleMask) else mask
-        o_BHLD = BACKENDS[backend](q_BHLD, k_BHLD, v_BHLD, bias_11LL, scale)
+        o_BHLD = BACKENDS["sdpa" if backend == "blocks" else backend](q_BHLD, k_BHLD, v_BHLD, bias_11LL, scale)
     return o_BHLD.transpose(1, 2).reshape(B, L, H * D)
 
 
