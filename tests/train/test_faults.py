@@ -148,12 +148,15 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
 def test_the_options_together_and_what_they_record(tmp_path: Path) -> None:
     """Averaged weights, z-loss, weights of scales, progressive training, recomputation: one run with all, evaluated both ways."""
     recipe = {"ema": 0.5, "z_loss": 1e-4, "scale_weights": "scale", "progressive": 0.5, "progressive_start": 0, "evals": 2}
-    code, folder = run(small_config(tmp_path / "data", train=recipe, engine={**ENGINES["fsdp"], "recompute": "block"}), tmp_path / "run")
+    engine = {**ENGINES["fsdp"], "recompute": "block"}
+    code, folder = run(small_config(tmp_path / "data", train=recipe, engine=engine, log={"activations": True}), tmp_path / "run")
     assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
     rows = [row for row in folder.read_metrics() if row["kind"] == "train"]
     assert [row.get("stage") for row in rows][:2] == [0, 0] and rows[-1].get("stage") is None
     assert len(rows[0]["loss_per_scale"]) == 1 and len(rows[-1]["loss_per_scale"]) == 3
     assert rows[0]["tokens_per_second"] / rows[0]["images_per_second"] == pytest.approx(1)
     assert rows[-1]["memory_bytes"] > 1e8 and rows[-1]["step_seconds"] > rows[-1]["data_seconds"] >= 0
+    largest, rms = rows[5]["activation_max"], rows[5]["activation_rms"]
+    assert len(rms) == 2 and all(m > r > 0 for m, r in zip(largest, rms, strict=True))
     last = final(folder)
     assert last["ema_loss_avg"] != last["loss_avg"] and last["ema_loss_avg"] == pytest.approx(last["loss_avg"], rel=0.2)

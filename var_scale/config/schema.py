@@ -226,6 +226,7 @@ class LogConfig(Section):
     """Mirrors of metrics.jsonl; they may fail without harm."""
 
     every: Positive = Field(10, description="steps between rows of metrics.jsonl")
+    activations: bool = Field(False, description="root mean square of the residual stream after every block, and its largest element")
     tensorboard: bool = Field(True, description="write TensorBoard files to log/")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="wandb mode")
     wandb_project: str = Field("var-scale", description="wandb project")

@@ -21,6 +21,7 @@ from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
 from var_scale.progress import say
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.train.activations import ActivationNorms
 from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
@@ -69,6 +70,8 @@ class Run:
         lengths = [pn * pn for pn in config.tokenizer.patch_nums]
         self.monitor = Monitor(world, len(lengths), lengths, scaled=self.precision == "fp16")
         self.spikes = Spikes()
+        blocks = self.engine.train_step_module().var.blocks
+        self.activations = ActivationNorms(blocks) if config.log.activations and world.main else None
         self.began = self.last_save = time.monotonic()
 
     def _open_data(self, folder: str | None, tokenizer_hash: str) -> TokenData:
@@ -184,6 +187,8 @@ class Run:
         engine, beat, place = self.engine, self.watchdog.beat, step + self.passed_over
         engine.set_rates(self.schedule.lr(step), self.schedule.wd(step))
         stage, newest = self.schedule.stage(step, len(self.config.tokenizer.patch_nums))
+        if self.activations:
+            self.activations.armed = (step + 1) % self.config.log.every == 0
         noise, losses, waited = StepNoise(self.config, place), [], 0.0
         for micro in range(self.config.train.accumulate):
             beat("data", step)
@@ -234,6 +239,8 @@ class Run:
             "mfu": flops / (peak * self.world.size) if peak else None, "memory_bytes": peak_memory(self.world.device),
             "checkpoint_stall_seconds": self.writer.stall_seconds, "loss_per_scale": window.loss_per_scale,
         }  # fmt: skip
+        if self.activations:
+            row |= self.activations.read()
         if window.skipped:
             row |= {"skipped": window.skipped}
         if self.engine.scaler:
