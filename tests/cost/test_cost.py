@@ -1,8 +1,11 @@
 """Counts against the reference's own (spec/var-reference.md 1.12)."""
 
+from pathlib import Path
+
 import pytest
 
 from var_scale.cost import ModelShape, count_flops, count_memory, count_params, seconds
+from var_scale.cost.communication import Volume, efficiency, exchange, fill
 from var_scale.errors import UserError
 
 PN_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -100,3 +103,25 @@ def test_bad_input_is_one_clear_line() -> None:
         seconds(1.0, mfu=0.0)
     with pytest.raises(UserError, match="precision"):
         count_memory(ModelShape.official(8), 1, "fp8")  # type: ignore[arg-type]
+
+
+def test_exchange_volumes() -> None:
+    """The closed forms: a ring all-reduce is twice the tensor, sharded weights three times, HSDP an eighth between the nodes."""
+    size = 4.0 * 1000
+    assert exchange(1000, 8, "ddp") == Volume(2 * 7 / 8 * size, 0.0)
+    assert exchange(1000, 64, "zero2") == Volume(2 * 63 / 64 * size, 2 * 63 / 64 * size / 8)
+    assert exchange(1000, 64, "fsdp").between == 1.5 * exchange(1000, 64, "zero1").between
+    hybrid = exchange(1000, 64, "hsdp", 8)
+    assert hybrid == Volume(3 * 7 / 8 * size, 2 * 7 / 8 * size / 8)
+    assert exchange(1000, 1, "ddp") == Volume(0.0, 0.0)
+    with pytest.raises(UserError, match="divisor"):
+        exchange(1000, 12, "hsdp", 8)
+    shares = [efficiency(ModelShape.official(24), 768, world, "zero1") for world in (8, 64, 512)]
+    assert 1 > shares[0] > shares[1] > shares[2] > 0
+    assert efficiency(ModelShape.official(24), 768, 64, "zero1") > efficiency(ModelShape.official(24), 768, 64, "zero3")
+
+
+def test_the_page_on_scaling_out_is_current() -> None:
+    """docs/scaling-out.md is what `python -m var_scale.cost.communication` makes of it."""
+    page = (Path(__file__).parents[2] / "docs" / "scaling-out.md").read_text()
+    assert fill(page) == page
