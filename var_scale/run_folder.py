@@ -61,6 +61,11 @@ class RunFolder:
                 torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
+    def sync_metrics(self) -> None:
+        """Put the rows on disk: a checkpoint that comes after them relies on them."""
+        with open(self.metrics, "rb") as file:
+            os.fsync(file.fileno())
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows in force: a row {"kind": "restart", "step": k} takes back the rows after step k. A torn last line is ignored."""
         rows: list[dict[str, Any]] = []

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import final, losses, run, small_config
+from tests.runs import final, losses, rewind, run, small_config
 from var_scale.cluster.local import launch_command, launch_environment
 from var_scale.run_folder import RunFolder
+from var_scale.train.checkpoint import checkpoints
 from var_scale.train.loop import create_run
-from var_scale.train.watchdog import HUNG
 
 DDP = {"name": "ddp", "processes": 2}
 ENGINES = {
@@ -26,8 +26,8 @@ ENGINES = {
     **{f"zero{z}": {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": z}}} for z in (0, 2, 3)},
 }
 BREAK = """
-import os
-if os.environ.get("RANK") == "1":
+import os, sys
+if os.environ.get("RANK", "0") == "{rank}" and "worker" in " ".join(sys.orig_argv):
     import time
     import var_scale.train.step as step
     plain, calls = step.TrainStep.forward, [0]
@@ -43,11 +43,12 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.fixture
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], None]:
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes rank 1 do something at its n-th forward passes: a file that Python reads at every start."""
 
-    def make(calls: object, what: str) -> None:
-        (tmp_path / "sitecustomize.py").write_text(BREAK.replace("{calls}", str(calls)).replace("{what}", what))
+    def make(calls: object, what: str, rank: int = 1) -> None:
+        text = BREAK.replace("{calls}", str(calls)).replace("{what}", what).replace("{rank}", str(rank))
+        (tmp_path / "sitecustomize.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     return make
@@ -65,6 +66,24 @@ def test_a_step_that_is_not_finite_is_not_taken(name: str, broken, tmp_path: Pat
     rows = [row for row in folder.read_metrics() if row["kind"] == "train"]
     assert [row["step"] for row in rows if row.get("skipped")] == [8] and rows[7]["loss"] is not None
     assert all(np.isfinite(row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("name", ["single", pytest.param("zero1", marks=pytest.mark.slow)])
+def test_going_on_after_a_step_that_was_not_taken(name: str, broken, tmp_path: Path) -> None:
+    """AdamW counts the steps it took: a run stopped and continued after one was left out ends with the same bits. On one process the
+    loss is not finite on all ranks, which the progress line must survive."""
+    engine = {"name": "single"} if name == "single" else {**ENGINES["zero2"], "deepspeed": {"zero_optimization": {"stage": 1}}}
+    broken([4], INFINITE, rank=0 if name == "single" else 1)
+    recipe = {"keep_steps": [8], "ema": 0.9}
+    code, whole = run(small_config(tmp_path / "data", engine=engine, train=recipe), tmp_path / "whole")
+    assert code == 0 and [row["step"] for row in whole.read_metrics() if row.get("skipped")] == [4]
+    end = checkpoints(whole.checkpoints)[-1].state
+    assert end["skipped_steps"] == 1
+    broken([], "pass", rank=9)
+    rewind(whole, 8)
+    code, again = run(small_config(tmp_path / "data", engine=engine, train=recipe), tmp_path / "whole")
+    assert code == 0 and checkpoints(again.checkpoints)[-1].state["files"] == end["files"]
+    assert [c.step for c in checkpoints(again.checkpoints)] == [8, 20]
 
 
 def test_going_back_passes_over_the_samples(broken, tmp_path: Path) -> None:
@@ -125,7 +144,6 @@ def test_a_silent_rank_is_named(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     status = folder.status()
     assert status["state"] == "failed" and "rank 1 does not answer, last seen in" in status["reason"], status
-    assert HUNG != 0
 
 
 def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
@@ -148,7 +166,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
 def test_the_options_together_and_what_they_record(tmp_path: Path) -> None:
     """Averaged weights, z-loss, weights of scales, progressive training, recomputation: one run with all, evaluated both ways."""
     recipe = {"ema": 0.5, "z_loss": 1e-4, "scale_weights": "scale", "progressive": 0.5, "progressive_start": 0, "evals": 2}
-    engine = {**ENGINES["fsdp"], "recompute": "block"}
+    engine = {**ENGINES["fsdp"], "recompute": "block", "reshard_after_forward": False}
     code, folder = run(small_config(tmp_path / "data", train=recipe, engine=engine, log={"activations": True}), tmp_path / "run")
     assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
     rows = [row for row in folder.read_metrics() if row["kind"] == "train"]

@@ -187,6 +187,31 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["step-00000001"]
 
 
+def test_a_rank_that_cannot_write_stops_the_save(tmp_path: Path) -> None:
+    """Rank 0 does not wait for a part that will not come; nothing that looks like a checkpoint is left."""
+    engine, folder = small_engine(tmp_path), tmp_path / "checkpoints"
+    writer = CheckpointWriter(folder, 0, 2, "life", 2)
+    temporary = folder / ".step-00000003.life.tmp"
+    temporary.mkdir(parents=True)
+    (temporary / "part-00001.failed").touch()
+    writer.save(engine, {"step": 3})
+    with pytest.raises(UserError, match="part-00001 could not be written"):
+        writer.wait()
+    assert not checkpoints(folder) and not temporary.exists()
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    """`auto` may mean another precision on another machine: a run stays with the one it began with."""
+    config = small_config(tmp_path, train={"steps": 6, "keep_steps": [3]})
+    code, folder = run(config, tmp_path / "run")
+    assert code == 0
+    rewind(folder, 3)
+    state = folder.checkpoints / "step-00000003" / "state.json"
+    state.write_text(state.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    assert run_local(config, folder, "test") != 0
+    assert "set train.precision=bf16" in folder.status()["reason"]
+
+
 def test_other_config_or_data_is_refused(tmp_path: Path) -> None:
     """A run folder belongs to one config."""
     create_run(small_config(tmp_path), tmp_path / "run")

@@ -17,13 +17,16 @@ from tests.runs import small_config
 from var_scale.config.schema import TrainConfig
 from var_scale.data.loader import TokenData, TokenLoader
 from var_scale.model.build import build_vae_var
+from var_scale.train.engine.base import LossScale
 from var_scale.train.engine.single import SingleEngine
-from var_scale.train.loop import StepNoise
+from var_scale.train.noise import StepNoise
 from var_scale.train.optim import build_optimizer, decays
 from var_scale.train.schedule import Schedule, lr_factor, weight_decay
-from var_scale.train.step import TrainStep
+from var_scale.train.step import TrainStep, token_weights
+from var_scale.train.world import World
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+HERE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_shared_adaln"])
@@ -71,10 +74,10 @@ def test_label_and_path_dropout_do_not_depend_on_the_world_size(tmp_path: Path) 
     """What a sample of the global batch draws is the same on one rank, on two, and over micro-batches."""
     config = small_config(tmp_path, model={"drop_path_rate": 0.5})
     data = TokenData(tmp_path / "train")
-    whole = StepNoise(config, 7).of(TokenLoader(data, 0, 8).batch(7), torch.device("cpu"))
+    whole = StepNoise(config, 7).of(TokenLoader(data, 0, 8).batch(7), HERE)
     assert 0 < whole[1].float().mean() < 1 and (whole[1][0]).all()  # the first block always keeps its path
     for world, accumulate in ((2, 1), (1, 2), (2, 2)):
-        parts = [StepNoise(config, 7).of(TokenLoader(data, 0, 8, world, rank, accumulate).batch(7, micro), torch.device("cpu"))
+        parts = [StepNoise(config, 7).of(TokenLoader(data, 0, 8, world, rank, accumulate).batch(7, micro), HERE)
                  for micro in range(accumulate) for rank in range(world)]  # fmt: skip
         assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
         assert torch.equal(torch.cat([part[1] for part in parts], dim=2), whole[1])
@@ -122,3 +125,86 @@ def test_accumulation_counts_micro_batches() -> None:
     assert two.total_steps == plain.total_steps
     assert two.lr(99) == pytest.approx(plain.lr(99))
     assert math.isclose(two.warmup, 2 * plain.warmup)
+
+
+@pytest.mark.parametrize(("pg", "pg0", "pgwp"), [(0.8, 4, 0.0), (0.5, 0, 1.5), (1.0, 2, 0.3), (0.01, 1, 0.0)])
+def test_progressive_stages_are_the_references(pg: float, pg0: int, pgwp: float) -> None:
+    """Stage and weight of every step, against the reference's bookkeeping written out: it counts iterations within a stage as they come."""
+    config = TrainConfig(epochs=20, batch_size=8, progressive=pg, progressive_start=pg0, progressive_warmup_epochs=pgwp)
+    schedule, scales = Schedule.of(config, 100), 10
+    total, per_epoch = schedule.total_steps, 13
+    warmup, grow = schedule.warmup, (pgwp or 20 / 300) * per_epoch
+    last, first, within = -1, True, 0
+    for g in range(total):
+        if g <= warmup:
+            stage = pg0
+        elif g >= total * pg:
+            stage = scales - 1
+        else:
+            share = min(max((g - warmup) / (total * pg - warmup), 0), 1)
+            stage = pg0 + round(share * (scales - 1 - pg0))
+        if last != stage:
+            first, last, within = last == -1, stage, 0
+        within += 1
+        weight = 1.0 if first else max(min(within / grow, 1), 0.01)
+        want = (-1, 1.0) if stage == scales - 1 else (stage, weight)
+        assert schedule.stage(g, scales) == (want[0], pytest.approx(want[1])), g
+    if pg < 1:
+        assert schedule.lr(total - 1) == pytest.approx(schedule.peak_lr * config.lr_end)
+    assert Schedule.of(TrainConfig(epochs=20, batch_size=8), 100).stage(3, scales) == (-1, 1.0)
+
+
+def test_loss_scale_follows_the_references_rules() -> None:
+    """2^11; doubled after 1000 good steps, never above 2^15; halved at an overflow, which starts the count anew; kept in a checkpoint."""
+    scale, good, bad = LossScale(torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
+    values = []
+    for number in range(6000):
+        scale.update(good)
+        if number in (998, 999, 1999, 4999, 5999):
+            values.append(float(scale.scale))
+    assert values == [2.0**11, 2.0**12, 2.0**13, 2.0**15, 2.0**15]
+    scale.update(bad)
+    assert float(scale.scale) == 2.0**14
+    for _ in range(999):
+        scale.update(good)
+    again = LossScale(torch.device("cpu"))
+    again.load(scale.state())
+    for each in (scale, again):
+        assert float(each.scale) == 2.0**14
+        each.update(good)
+        assert float(each.scale) == 2.0**15
+
+
+def test_token_weights() -> None:
+    """Of mean 1: every scale the same, or a factor for the tokens of each scale."""
+    assert token_weights("token", (1, 2, 3)) is None
+    for given, sums in (("scale", [1 / 3] * 3), ([1.0, 0.0, 1.0], [0.1, 0.0, 0.9])):
+        weight_L = token_weights(given, (1, 2, 3))
+        assert weight_L is not None and float(weight_L.mean()) == pytest.approx(1)
+        assert [float(part.sum() / 14) for part in weight_L.split([1, 4, 9])] == pytest.approx(sums)
+
+
+def test_z_loss_and_weights_in_both_forms() -> None:
+    """The loss of TrainStep against the formula, with the fused operators and without, also of the first scales only."""
+    recipe = TrainConfig(steps=1, z_loss=0.01, label_smoothing=0.1, scale_weights="scale")
+    torch.manual_seed(0)
+    tokens_BL, label_B = torch.randint(32, (3, 14)), torch.tensor([0, 1, 2])
+    for kernels in ("off", "on"):
+        vae, var = build_vae_var(V=32, Cvae=8, ch=32, patch_nums=(1, 2, 3), num_classes=4, depth=2)
+        var.kernels = kernels
+        for block in var.blocks:
+            block.kernels = block.ffn.kernels = kernels
+        fill(vae.state_dict())
+        fill(var.state_dict())
+        step = TrainStep(var, vae.quantize, recipe, "fp32").train()
+        quiet = {"label_drop_B": torch.zeros(3, dtype=torch.bool), "path_keep_D2B": torch.ones(2, 2, 3, dtype=torch.bool)}
+        for stage, newest in ((-1, 1.0), (1, 0.25), (0, 1.0)):
+            loss = step(tokens_BL, label_B, **quiet, stage=stage, newest=newest)[0]
+            end = (1, 5, 14)[stage]
+            x = vae.quantize.idxBl_to_var_input([tokens_BL[:, :1], tokens_BL[:, 1:5], tokens_BL[:, 5:]][: stage + 1 or None])
+            logits = var(label_B, x, label_drop_B=quiet["label_drop_B"], path_keep_DB=quiet["path_keep_D2B"])
+            each = nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BL[:, :end].flatten(), reduction="none", label_smoothing=0.1)
+            each = (each + 0.01 * logits.flatten(0, 1).logsumexp(-1).square()).view(3, end)
+            weight_L = torch.tensor([14 / 3] + [14 / 12] * 4 + [14 / 27] * 9)[:end]
+            weight_L[(0, 1, 5)[stage] :] *= newest
+            torch.testing.assert_close(loss, (each * weight_L).sum(1).mean() / 14, rtol=1e-5, atol=1e-6)

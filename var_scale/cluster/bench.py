@@ -11,18 +11,23 @@ from typing import Any
 
 from var_kernels.bench.run import require_writable
 
-from var_scale.cluster.local import launch_command, launch_environment
+from var_scale.cluster.local import launch_command, launch_environment, process_count
 from var_scale.config.load import write_config
 from var_scale.config.schema import Config
 from var_scale.cost.time import DEVICES
+from var_scale.data.order import rank_slice
 from var_scale.errors import UserError
 from var_scale.files import read_json, write_json
 from var_scale.progress import say
 from var_scale.study.plan import short
 
+START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+"""`python -m var_scale.cluster.bench` puts the table of bench/results/ between them in docs/training.md"""
+
 
 def bench_train(config: Config, steps: int, warmup: int, out: Path | None, trace: Path | None) -> dict[str, Any]:
     """Run the bench on this machine's processes; prints the result, writes it to `out`, and a profiler trace to `trace`."""
+    rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
     try:
         require_writable(out)
         require_writable(trace)
@@ -80,3 +85,28 @@ def show_dry_run(config: Config, world: int) -> None:
         say(f"  {name:12} {getattr(memory, name) / 2**30:8.2f} GiB{estimate}")
     fits = [device.name for key, device in DEVICES.items() if key != "cpu" and memory.total < 0.92 * device.memory]
     say(f"  {'total':12} {memory.total / 2**30:8.2f} GiB: fits {', '.join(fits) if fits else 'none of the known devices'}")
+
+
+def results_table(folder: Path) -> str:
+    """The results that `--out` wrote into a folder, as Markdown."""
+    lines = ["| file | device | processes, engine, precision | batch | attention | step, ms | images/s | TFLOP/s | MFU |",
+             "|---|---|---|---:|---|---:|---:|---:|---:|"]  # fmt: skip
+    for path in sorted(folder.glob("*.json")):
+        r = read_json(path, "bench result")
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
+        lines.append(f"| {path.stem} | {r['device']} | {r['world']}, {r['engine']['name']}, {r['precision']} | {r['batch']} | "
+                     f"{r['choices']['attention'].split(' (')[0]} | {r['step_ms']:.0f} | {r['images_per_second']:.2f} | "
+                     f"{r['flops_per_second'] / 1e12:.3f} | {mfu} |")  # fmt: skip
+    return "\n".join(lines) if len(lines) > 2 else "Nothing measured yet."
+
+
+def fill(text: str, folder: Path) -> str:
+    """docs/training.md with its measured part made anew."""
+    head, rest = text.split(START)
+    return f"{head}{START}\n{results_table(folder)}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[2]
+    page = root / "docs" / "training.md"
+    page.write_text(fill(page.read_text(), root / "bench" / "results"))

@@ -110,7 +110,8 @@ def _show(bar: Progress, run: RunFolder) -> None:
     """One look at the newest row."""
     row = _last_row(run.metrics)
     if row and row.get("kind") == "train":
-        bar.update(row["step"], f"loss {row['loss']:.4f}  {row['images_per_second']:,.0f} images/s")
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        bar.update(row["step"], f"loss {loss}  {row['images_per_second']:,.0f} images/s")
 
 
 def _last_row(path: Path) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def status_table(study: Study) -> None:
         since = duration(time.time() - status["time"]) if "time" in status else ""
         table.add_row(
             config.name, status["state"], f"{status.get('step', 0)}/{status.get('total_steps', '?')}",
-            f"{last['loss']:.4f}" if last else "", f"{last['images_per_second']:,.0f}" if last else "",
+            f"{last['loss']:.4f}" if last and last["loss"] is not None else "", f"{last['images_per_second']:,.0f}" if last else "",
             duration(last["seconds"]) if last else "", str(status.get("restarts", 0)), since, status.get("reason", ""),
         )  # fmt: skip
     print_table(table)

@@ -207,7 +207,7 @@ def config_hash(config: Config) -> str:
     tree = dump(config)
     for section in ("log", "engine", "study"):
         tree.pop(section, None)
-    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds"):
+    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit"):
         tree["train"].pop(key, None)
     for key in ("images_train", "images_val", "tokens_train", "tokens_val"):
         tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest

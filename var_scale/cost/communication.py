@@ -57,7 +57,7 @@ def exchange(parameters: int, world: int, engine: str, shard: int = 0, node: int
         sent = rounds * (world - 1) / world * size
         return Volume(sent, sent / node if world > node else 0.0)
     if engine != "hsdp" or shard < 1 or world % shard:
-        raise UserError(f"communication: {engine} with shard {shard} of {world} is not known; take ddp, zero0 to zero3, fsdp, hsdp and a divisor")
+        raise UserError(f"communication: {engine}, shard {shard} of {world}: take ddp, zero0 to zero3, fsdp, or hsdp and a divisor")
     groups = world // shard
     within, across = 3 * (shard - 1) / shard * size, 2 * (groups - 1) / groups * size / shard
     return Volume(within, across) if shard <= node else Volume(within, within / node + across)
@@ -99,7 +99,8 @@ def tables() -> str:
             cells.append(f"{sent.inside / 1e9:.1f} / {sent.between / 1e9:.1f} GB")
         lines.append(f"| d{depth} | {total / 1e9:.2f} B | {' | '.join(cells)} |")
     lines += ["", "Expected efficiency at the official global batch (ZeRO 1 and 2 / ZeRO 3 and FSDP / HSDP in groups of 8), MODELLED, not "
-              "measured:", "", "| model | batch | " + " | ".join(f"{w} GPUs" for w in WORLDS) + " |", "|---|---:|" + "---:|" * len(WORLDS)]  # fmt: skip
+              "measured:", "", "| model | batch | " + " | ".join(f"{w} GPUs" for w in WORLDS) + " |",
+              "|---|---:|" + "---:|" * len(WORLDS)]  # fmt: skip
     for depth, batch in LADDER.items():
         cells = []
         for world in WORLDS:

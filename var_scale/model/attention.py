@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class ScaleMask:
     """the bias of the whole schedule"""
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def bias_11LL(self) -> Tensor:
         """0 where the query's scale >= the key's, else -inf."""
         end = sum(side * side for side in self.patch_nums)

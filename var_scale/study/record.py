@@ -97,11 +97,13 @@ def read_run(folder: Path) -> RunRecord:
     images = int(last.get("images", max((int(row.get("images", 0)) for row in train + evals), default=0)))
     params, flops = count_params(shape), count_flops(shape)
     values = {name: _number(last.get(name)) for name in METRICS}
+    share = int(last["flops_exact"]) / (images * flops.training) if "flops_exact" in last else 1.0  # progressive training saw less
     return RunRecord(
         name=str(run["name"]), depth=int(run["depth"]), seed=int(run["seed"]),
         params_total=params.total, params_paper=params.paper, params_per_token=params.per_token,
-        images=images, tokens=images * flops.tokens,
-        flops_exact=images * flops.training, flops_6nd=images * flops.training_6nd, flops_paper=images * flops.paper,
+        images=images, tokens=int(last.get("tokens", images * flops.tokens)),
+        flops_exact=int(last.get("flops_exact", images * flops.training)), flops_6nd=round(share * images * flops.training_6nd),
+        flops_paper=round(share * images * flops.paper),
         loss_last=values["loss_last"], loss_avg=values["loss_avg"], err_last=values["err_last"], err_avg=values["err_avg"],
         loss_per_scale=tuple(_number(v) for v in last.get("loss_per_scale", ())),
         err_per_scale=tuple(_number(v) for v in last.get("err_per_scale", ())),
@@ -203,7 +205,8 @@ def _number(value: Any) -> float:
 
 def _point(row: dict[str, Any], flops_per_image: int, folder: Path) -> CurvePoint:
     try:
-        return CurvePoint(int(row["step"]), float(row["images"] * flops_per_image), *(_number(row.get(name)) for name in METRICS))
+        flops = float(row.get("flops_exact", row["images"] * flops_per_image))
+        return CurvePoint(int(row["step"]), flops, *(_number(row.get(name)) for name in METRICS))
     except KeyError as error:
         raise UserError(f"{folder / 'metrics.jsonl'}: an evaluation row has no {error.args[0]}; restore the file") from None
 

@@ -92,9 +92,8 @@ class Bench:
         for micro in range(c.accumulate):
             engine.prepare(last=micro == c.accumulate - 1)
             batch = self.loader.batch(self.number, micro)
-            tokens_BL = torch.as_tensor(batch.tokens_BL).to(world.device, non_blocking=True).long()
-            label_B = torch.as_tensor(batch.labels_B).to(world.device, non_blocking=True).long()
-            extra = noise.of(batch, world.device)
+            tokens_BL, label_B = (world.put(torch.as_tensor(t)).long() for t in (batch.tokens_BL, batch.labels_B))
+            extra = noise.of(batch, world)
             done("data")
             loss, _, _ = engine.module(tokens_BL, label_B, *extra)
             done("forward")

@@ -1,7 +1,8 @@
 """The portable checkpoint (contract 6): float32 weights and moments by official name, whatever engine wrote them.
 
 A folder `step-XXXXXXXX` holds `part-RRRRR.safetensors` of every rank that wrote, `state.json`, and `index.json`, which says where each run
-of consecutive elements of each tensor lies. So any engine at any world size reads what it needs, and no rank ever holds the whole.
+of consecutive elements of each tensor lies. So any engine at any world size reads what it needs, and no rank holds all of the optimiser's
+state.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Checkpoint:
 
     def load_state(self, engine: Engine) -> None:
         """Set the optimiser state of an engine whose weights are already there; every rank reads only what it holds."""
-        engine.create_state(self.step)
+        engine.create_state(self.step - int(self.state["skipped_steps"]))
         for piece in engine.pieces():
             if piece.kind != WEIGHT and piece.kind in self.shapes:
                 self.read(piece.kind, piece.name, piece.start, piece.tensor)

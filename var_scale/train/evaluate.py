@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from var_scale.data.loader import TokenData
-from var_scale.data.order import eval_slices
+from var_scale.data.order import eval_slices, uniform
 from var_scale.train.engine.base import Engine
 from var_scale.train.world import World
 
@@ -29,6 +29,9 @@ def evaluate(
         bounds.append(bounds[-1] + pn * pn)
     mine = eval_slices(data.num_samples, batch, world.size, world.rank)
     rounds = len(eval_slices(data.num_samples, batch, world.size, 0))  # rank 0 has the most samples
+    var, drop_N = step_module.var, None
+    if var.eval_label_drop:  # as the reference does, but by sample: the same labels at every evaluation and world size
+        drop_N = torch.from_numpy(uniform(0, "evaluation", 0, data.num_samples) < var.cond_drop_rate)
     sums = torch.zeros(2, len(patch_nums), dtype=torch.float64, device=world.device)
     engine.module.eval()
     with torch.no_grad():
@@ -38,7 +41,8 @@ def evaluate(
             tokens, labels = data.gather(index)
             tokens_BL = torch.as_tensor(tokens, device=world.device).long()
             label_B = torch.as_tensor(labels, device=world.device).long()
-            _, ce_BL, correct_BL = engine.module(tokens_BL, label_B)
+            dropped = world.put(drop_N[torch.from_numpy(index)]) if drop_N is not None else None
+            _, ce_BL, correct_BL = engine.module(tokens_BL, label_B, dropped)
             for s, (start, end) in enumerate(pairwise(bounds)):
                 sums[0, s] += weight * ce_BL[:, start:end].double().sum()
                 sums[1, s] += weight * (~correct_BL[:, start:end]).double().sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from var_scale.train.telemetry import Telemetry, environment, peak_memory
 from var_scale.train.watchdog import Watchdog
 from var_scale.train.world import World, choose_precision
 
+SEEN_SECONDS = 120.0  # how long a rank waits for a checkpoint that rank 0 sees
 DIVERGED = 3  # exit code of a run whose loss is no longer finite
 
 
@@ -58,7 +60,7 @@ class Run:
         torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
         self.shape = shape_of(config)
 
-        resume = max(checkpoints(self.folder.checkpoints), key=lambda p: p.step, default=None)
+        resume = self._newest()
         self.engine = self._build_engine(tokenizer, resume)
         self.start = resume.step if resume else 0
         self.passed_over = int(resume.state["passed_over"]) if resume else 0
@@ -88,6 +90,9 @@ class Run:
         var = build_model(config, tokenizer, self.world.device)
         if resume:
             check_resume(resume, config, self.data_hash)
+            if resume.state["precision"] != self.precision:
+                raise UserError(f"{resume.folder}: was trained in {resume.state['precision']}, here it would be {self.precision}; set "
+                                f"train.precision={resume.state['precision']}")  # fmt: skip
             self._verify(resume)
             resume.load_into(var)
         module = TrainStep(var, tokenizer.quantize, config.train, self.precision)
@@ -96,6 +101,19 @@ class Run:
         if resume:
             resume.load_state(engine)
         return engine
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest checkpoint, chosen by rank 0 for all: on a shared disk another rank may not see it yet, or still see an older one."""
+        chosen = self.world.agree(max((c.step for c in checkpoints(self.folder.checkpoints)), default=0) if self.world.main else 0)
+        if not chosen:
+            return None
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not (found := [c for c in checkpoints(self.folder.checkpoints) if c.step == chosen]):
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.folder.checkpoints}: rank {self.world.rank} does not see step {chosen}, which rank 0 sees; is the "
+                                "folder on a disk that all nodes share?")  # fmt: skip
+            time.sleep(0.5)
+        return found[0]
 
     def _verify(self, checkpoint: Checkpoint) -> None:
         """The checksums of all files, shared among the ranks."""
@@ -166,7 +184,9 @@ class Run:
                 if verdict := self._verdict(window):
                     return self._diverged(done, verdict)
                 if window.bad and c.nonfinite == "rollback":
-                    done = self._go_back(done)
+                    if (back := self._go_back(done)) is None:
+                        return self._diverged(done, "no finite loss or gradient before the first checkpoint")
+                    done = back
                     continue
             if done in evals:
                 self._evaluate(done, final=done == total)
@@ -193,33 +213,34 @@ class Run:
         for micro in range(self.config.train.accumulate):
             beat("data", step)
             began = time.monotonic()
-            engine.prepare(last=micro == self.config.train.accumulate - 1)
             batch = self.loader.batch(place, micro)
-            inputs = (*self._tensors(batch), *noise.of(batch, self.world.device))
             waited += time.monotonic() - began
+            engine.prepare(last=micro == self.config.train.accumulate - 1)
+            inputs = (*self._tensors(batch), *noise.of(batch, self.world))
             beat("forward", step)
             loss, ce_BL, _ = engine.module(*inputs, stage, newest)
             beat("backward", step)
             engine.backward(loss)
             losses.append(loss.detach())
         beat("optimiser", step)
-        self.monitor.add(losses, ce_BL, engine.step())
+        stats = engine.step()
+        engine.skipped += stats.skipped
+        self.monitor.add(losses, ce_BL, stats)
         if engine.average:
             engine.average.update(engine)
         self.monitor.data_seconds += waited
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, L) and labels (B,) on the device."""
-        tokens_BL = torch.as_tensor(batch.tokens_BL).to(self.world.device, non_blocking=True).long()
-        return tokens_BL, torch.as_tensor(batch.labels_B).to(self.world.device, non_blocking=True).long()
+        return self.world.put(torch.as_tensor(batch.tokens_BL)).long(), self.world.put(torch.as_tensor(batch.labels_B)).long()
 
     def _look(self, done: int) -> Window:
         """The window's facts, the same on all ranks, and their row in the metrics."""
-        self.watchdog.beat("exchange", done)
+        self.watchdog.beat("exchange", done - 1)
         self.writer.check()
         due = time.monotonic() - self.last_save >= self.config.train.checkpoint_seconds
         window = self.monitor.look(stop=bool(self.stop.reason), save=due)
-        self.watchdog.beat("log", done)
+        self.watchdog.beat("log", done - 1)
         if self.world.main:
             self._log(done, window)
         return window
@@ -262,18 +283,17 @@ class Run:
             return f"{window.bad} of {window.steps} steps had no finite loss or gradient"
         if window.streak >= c.nonfinite_limit:
             return f"{window.streak} steps in a row had no finite loss or gradient"
-        if window.bad and c.nonfinite == "rollback":
-            if self.times_back >= c.nonfinite_limit:
-                return f"gone back {self.times_back} times"
-            if not checkpoints(self.folder.checkpoints):
-                return "no finite loss or gradient before the first checkpoint"
+        if window.bad and c.nonfinite == "rollback" and self.times_back >= c.nonfinite_limit:
+            return f"gone back {self.times_back} times"
         return ""
 
-    def _go_back(self, done: int) -> int:
-        """Load the last checkpoint and pass over the samples from there to here; returns the step to go on from."""
+    def _go_back(self, done: int) -> int | None:
+        """Load the last checkpoint and pass over the samples from there to here; returns the step to go on from, None if there is none."""
         self.writer.wait()
-        self.world.barrier()
-        back = checkpoints(self.folder.checkpoints)[-1]
+        self.world.barrier()  # no rank lists the folder while rank 0 still changes it
+        back = self._newest()
+        if back is None:
+            return None
         self._verify(back)
         back.load_weights(self.engine)
         back.load_state(self.engine)
@@ -286,20 +306,28 @@ class Run:
         return back.step
 
     def _save(self, done: int) -> None:
-        self.watchdog.beat("save", done)
+        began = time.monotonic()
+
+        def beat() -> None:
+            self.watchdog.beat("save", done - 1)
+
+        beat()
         state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds,
-                 "passed_over": self.passed_over, "times_back": self.times_back}  # fmt: skip
-        self.writer.save(self.engine, state)
+                 "passed_over": self.passed_over, "times_back": self.times_back, "precision": self.precision}  # fmt: skip
+        if self.world.main:
+            self.folder.sync_metrics()
+        self.writer.save(self.engine, state, beat)
         self.last_save = time.monotonic()
+        self.monitor.pause(self.last_save - began)
 
     def _finish_saving(self, done: int) -> None:
         """Until the checkpoint of this step is whole on disk."""
-        self.watchdog.beat("end", done)
-        self.writer.wait()
+        self.writer.wait(lambda: self.watchdog.beat("end", done - 1))
         self.world.barrier()
 
     def _evaluate(self, done: int, final: bool) -> None:
-        arguments = (self.engine, self.val, self.world, self.config.train.eval_batch, lambda: self.watchdog.beat("evaluate", done))
+        began = time.monotonic()
+        arguments = (self.engine, self.val, self.world, self.config.train.eval_batch, lambda: self.watchdog.beat("evaluate", done - 1))
         result = evaluate(*arguments)
         if self.engine.average:
             with self.engine.averaged():
@@ -307,12 +335,23 @@ class Run:
             result |= {f"ema_{key}": value for key, value in average.items() if key != "samples"}
         if self.telemetry:
             images = done * self.config.train.batch_size
-            self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": final, "seconds": self.seconds, **result})
+            seen = self._compute(done) if self.config.train.progressive else {}
+            self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": final, "seconds": self.seconds, **seen, **result})
+        self.monitor.pause(time.monotonic() - began)
+
+    def _compute(self, done: int) -> dict[str, int]:
+        """Exact training FLOPs and tokens of progressive training so far, which sees short sequences first."""
+        scales, batch = len(self.config.tokenizer.patch_nums), self.config.train.batch_size
+        steps = Counter(self.schedule.stage(step, scales)[0] for step in range(done))
+        counts = {stage: count_flops(self.shape.shown(stage)) for stage in steps}
+        return {"flops_exact": sum(n * batch * counts[stage].training for stage, n in steps.items()),
+                "tokens": sum(n * batch * counts[stage].tokens for stage, n in steps.items())}  # fmt: skip
 
     def _diverged(self, done: int, verdict: str) -> int:
-        self.writer.wait()
         if self.world.main:
             self.folder.set_status("diverged", f"step {done}: {verdict}; lower train.base_lr or use precision fp32", step=done)
+        self.writer.wait()
+        self.world.barrier()
         return DIVERGED
 
 

@@ -35,7 +35,7 @@ class Window:
     skipped: int
     """steps not taken: the gradient was not finite"""
     streak: int
-    """of them in a row at the end of the window"""
+    """the most of them in a row"""
     bad: int
     """of them such that no loss scale explains them: the loss itself was not finite, or float16 is not in use"""
     seconds: float
@@ -74,6 +74,10 @@ class Monitor:
         mean_S = torch.stack([part.mean() for part in ce_BL.split(lengths, dim=1)])
         self.per_scale.append(torch.nn.functional.pad(mean_S, (0, self.scales - len(lengths)), value=math.nan))
 
+    def pause(self, seconds: float) -> None:
+        """Time that was spent on something else, such as an evaluation, and belongs to no step."""
+        self.began += seconds
+
     def look(self, stop: bool, save: bool) -> Window:
         """Exchange with the other ranks, once, and start a new window. `stop`: any rank's wish counts; `save`: rank 0's."""
         rows = torch.stack(self.rows)  # (steps, 5)
@@ -81,7 +85,7 @@ class Monitor:
         host = torch.tensor([self.data_seconds, stop, save], dtype=torch.float64, device=rows.device)
         loss, norm = rows[:, 0].double(), rows[:, 1].double()
         finite = torch.where(torch.isfinite(loss), loss, math.nan)
-        facts = torch.stack([finite.nanmean(), loss.max(), norm[-1], norm.max(), rows[:, 2].sum(), rows[:, 3].sum(), rows[-1, 4]])
+        facts = torch.stack([finite.nanmean(), loss.max(), norm[-1], norm.max(), rows[:, 2].sum(), rows[:, 3].sum(), rows[:, 4].max()])
         table = self.world.gather(torch.cat([facts.double(), host, scale_S])).tolist()
         first, now, steps = table[0], time.monotonic(), len(self.rows)
         waits = [row[7] for row in table]

@@ -47,8 +47,9 @@ def export_checkpoint(run_folder: Path, out: Path) -> int:
     checkpoint.load_into(var)
     moments = {key: checkpoint.tensors(key) for key in MOMENTS}
     order = numbered(var)
+    taken = float(checkpoint.step - checkpoint.state["skipped_steps"])
     state = {
-        number: {"step": torch.tensor(float(checkpoint.step)), **{key: moments[key][name] for key in MOMENTS}}
+        number: {"step": torch.tensor(taken), **{key: moments[key][name] for key in MOMENTS}}
         for number, name in enumerate(order)
     }
     without = sum(not decays(name, p) for name, p in var.named_parameters())
@@ -97,11 +98,13 @@ def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
     total = Schedule.of(config.train, train.num_samples).total_steps
     if not 0 < step < total:
         raise UserError(f"{path}: {content['epoch']} epochs are step {step} of {total}; nothing is left to continue, or set train.epochs")
-    engine.create_state(step)
     state = trainer["var_opt"]["optimizer"]["state"]
     names = numbered(var)
     if sorted(state) != list(range(len(names))):
         raise UserError(f"{path}: its optimiser has {len(state)} parameters, the model of the config {len(names)}")
+    taken = int(state[0]["step"])
+    engine.create_state(taken)
+    engine.skipped.fill_(step - taken)
     for number, name in enumerate(names):
         place = engine.optimizer.state[var.get_parameter(name)]
         for key in MOMENTS:
@@ -114,7 +117,7 @@ def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
     writer = CheckpointWriter(run.checkpoints, 0, 1, "imported", config.train.keep_checkpoints)
     writer.save(engine, {
         "step": step, "config_hash": config_hash(config), "data_hash": f"{train.digest}:{val.digest}", "seconds": 0.0, "passed_over": 0,
-        "times_back": 0, "imported_from": str(path), **extra,
+        "times_back": 0, "precision": module.precision, "imported_from": str(path), **extra,
     })  # fmt: skip
     writer.wait()
     run.set_status("preempted", f"imported from {path}; training goes on from here", step=step, total_steps=total)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,12 @@ class CheckpointWriter:
         self.stall_seconds = 0.0
         if rank == 0:
             for left_over in folder.glob(".step-*.tmp"):  # of a life that was killed while it saved
-                remove_tree(left_over)
+                shutil.rmtree(left_over, ignore_errors=True)
 
-    def save(self, engine: Engine, state: dict[str, Any]) -> None:
+    def save(self, engine: Engine, state: dict[str, Any], beat: Callable[[], None] = lambda: None) -> None:
         """Begin to write the engine's weights and moments as `step-XXXXXXXX`; waits for an earlier save first. Every rank calls it."""
         began = time.monotonic()
-        self.wait()
+        self.wait(beat)
         pieces, values = self._snapshot(engine)
         copied = None
         if values.is_pinned():
@@ -55,11 +57,13 @@ class CheckpointWriter:
         self.thread.start()
         self.stall_seconds += time.monotonic() - began
 
-    def wait(self) -> None:
-        """Until the save in flight is on disk; raises what went wrong in it."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Until the save in flight is on disk; raises what went wrong in it. `beat` is called while it waits."""
+        while self.thread:
+            self.thread.join(1.0)
+            beat()
+            if not self.thread.is_alive():
+                self.thread = None
         self.check()
 
     def check(self) -> None:
@@ -100,14 +104,21 @@ class CheckpointWriter:
                 if self.rank == 0:
                     self._finish(temporary, state)
         except BaseException as error:  # told at the next look; the older checkpoints stay
-            shutil.rmtree(temporary, ignore_errors=True)
             self.error = error
+            with contextlib.suppress(OSError):
+                if self.rank == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                else:
+                    (temporary / f"part-{self.rank:05d}.safetensors").unlink(missing_ok=True)
+                    (temporary / f"part-{self.rank:05d}.failed").touch()
 
     def _finish(self, temporary: Path, state: dict[str, Any]) -> None:
         """Wait for the parts of all ranks, describe them, give the folder its name, drop old ones."""
         names = [temporary / f"part-{rank:05d}.json" for rank in range(self.size)]
         deadline = time.monotonic() + OTHERS_SECONDS
         while missing := [path for path in names if not path.exists()]:
+            if failed := sorted(path.stem for path in temporary.glob("part-*.failed")):
+                raise UserError(f"{temporary}: {failed[0]} could not be written by its rank; see its message")
             if time.monotonic() > deadline:
                 raise UserError(f"{temporary}: {missing[0].stem} was not written within {OTHERS_SECONDS:.0f} s by its rank")
             time.sleep(0.02)
@@ -118,13 +129,21 @@ class CheckpointWriter:
         write_json(temporary / STATE, {"format": FORMAT, **state, "files": files, "versions": versions, "time": time.time()})
         for path in names:
             path.unlink()
+        sync_folder(temporary)
         final = self.folder / f"step-{state['step']:08d}"
-        remove_tree(final)
+        self._remove(final)
         os.replace(temporary, final)
         sync_folder(self.folder)
         old = [c for c in checkpoints(self.folder) if c.step not in self.keep_steps]
         for checkpoint in old[: -self.keep]:
-            remove_tree(checkpoint.folder)
+            self._remove(checkpoint.folder)
+
+    def _remove(self, folder: Path) -> None:
+        """Under another name first: a kill in the middle leaves nothing that looks like a checkpoint."""
+        if folder.exists():
+            going = self.folder / f".{folder.name}.{self.life}.old.tmp"
+            os.replace(folder, going)
+            remove_tree(going)
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,7 +45,7 @@ class TrainStep(nn.Module):
         super().__init__()
         self.var = var
         self.frozen: tuple[Any] = (quantizer,)  # a tuple hides it from parameters() and state_dict()
-        self.patch_nums, self.half_dtype = var.patch_nums, HALF[precision]
+        self.patch_nums, self.precision, self.half_dtype = var.patch_nums, precision, HALF[precision]
         self.smoothing, self.z_loss = train.label_smoothing, train.z_loss
         weight_L = token_weights(train.scale_weights, self.patch_nums)
         self.weight_L: Tensor | None
@@ -60,8 +60,8 @@ class TrainStep(nn.Module):
         stage: int = -1,
         newest: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (scalar: mean over samples and all L tokens, of those trained), and detached cross-entropy (B, l) in nats and correctness
-        (B, l). `stage` >= 0 trains the scales 0..stage only, the last of them with the weight `newest`."""
+        """Loss (scalar: mean over samples and all L tokens, of those trained), and detached cross-entropy (B, l) in nats, and correctness
+        (B, l), empty while training. `stage` >= 0 trains the scales 0..stage only, the last of them with the weight `newest`."""
         var = self.var
         end = var.begin_ends[stage][1]
         tokens_BL, shown = tokens_BL[:, :end], self.patch_nums[: stage + 1] if stage >= 0 else self.patch_nums
@@ -89,7 +89,7 @@ class TrainStep(nn.Module):
                 loss_BL, ce_BL, best_BL = self.var(
                     label_B, x_BLZ, **kwargs, target_BL=tokens_BL, label_smoothing=self.smoothing, z_loss=self.z_loss
                 )
-            return loss_BL, ce_BL, best_BL == tokens_BL
+            return loss_BL, ce_BL, best_BL == tokens_BL if not self.training else best_BL.new_empty(0, dtype=torch.bool)
         with autocast:
             logits_BLV = self.var(label_B, x_BLZ, **kwargs)
         logits_BLV = logits_BLV.float()
@@ -99,6 +99,6 @@ class TrainStep(nn.Module):
             loss_BL = (1 - self.smoothing) * loss_BL - self.smoothing * F.log_softmax(logits_BLV, dim=-1).mean(dim=-1)
         if self.z_loss:
             loss_BL = loss_BL + self.z_loss * logits_BLV.logsumexp(dim=-1).square()
-        with torch.no_grad():
-            correct_BL = logits_BLV.argmax(dim=-1) == tokens_BL
+        with torch.no_grad():  # not while training: a pass over all logits that nobody reads
+            correct_BL = tokens_BL.new_empty(0, dtype=torch.bool) if self.training else logits_BLV.argmax(dim=-1) == tokens_BL
         return loss_BL, ce_BL, correct_BL

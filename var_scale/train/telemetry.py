@@ -71,6 +71,10 @@ def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes this process held: on the GPU, or resident on the host."""
     if device.type == "cuda":
@@ -89,10 +93,10 @@ class Telemetry:
 
     def row(self, row: dict[str, Any]) -> None:
         """Append to metrics.jsonl (what is not finite as null, JSON has no NaN), then mirror the numbers."""
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        row = {key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for key, value in row.items()}
         self.folder.append_metrics(row)
         numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        numbers |= {f"{row['kind']}/{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs)}
+        numbers |= {f"{row['kind']}/{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs) if v is not None}
         for mirror in list(self.mirrors):
             try:
                 mirror(numbers, row["step"])

@@ -12,12 +12,15 @@ import time
 
 import torch.distributed as dist
 
+from var_scale.errors import UserError
 from var_scale.run_folder import RunFolder
 from var_scale.train.world import World
 
 HUNG = 4  # exit code of a run without progress
 PHASES = ("start", "data", "forward", "backward", "optimiser", "exchange", "log", "evaluate", "save", "end")
 STORE_SECONDS = 5.0
+START_SECONDS = 1800.0
+"""least patience before the first step is done: reading, building and compiling take their time"""
 
 
 class Watchdog:
@@ -28,12 +31,14 @@ class Watchdog:
         self.folder, self.world, self.seconds = folder, world, seconds
         self.period = min(10.0, seconds / 4)
         self.at, self.since = (0, "start"), time.monotonic()
+        self.running = False
         self.store, self.over = self._connect(), False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, phase: str, step: int) -> None:
         """This rank begins `phase` of optimiser step `step`."""
         self.at, self.since = (step, phase), time.monotonic()
+        self.running = self.running or phase == "optimiser"
 
     def close(self) -> None:
         """Watch no longer."""
@@ -52,18 +57,27 @@ class Watchdog:
                 with contextlib.suppress(RuntimeError):  # rank 0 may be the one that is gone; said when the time is over
                     self.store.set(f"beat/{self.world.rank}", f"{self.at[0]} {self.at[1]} {time.time()}")
             time.sleep(self.period)
-            if not self.over and time.monotonic() - self.since > self.seconds:
+            limit = self.seconds if self.running else max(self.seconds, START_SECONDS)
+            if not self.over and time.monotonic() - self.since > limit:
                 self._end()
 
     def _end(self) -> None:
-        reason = f"no progress for {self.seconds:g} s at step {self.at[0]}: {self._who()}"
-        self.folder.log.mkdir(parents=True, exist_ok=True)
-        with open(self.folder.log / f"hang-rank-{self.world.rank}.txt", "w") as file:
-            file.write(f"rank {self.world.rank}: {reason}\n")
-            faulthandler.dump_traceback(file)
+        end = threading.Timer(2 * self.period + 2 * STORE_SECONDS, os._exit, (HUNG,))  # whatever happens to store and disk below
+        end.daemon = True
+        end.start()
+        who = ["the store at rank 0 does not answer: rank 0 hangs, or its node is gone"]
+        asking = threading.Thread(target=lambda: who.insert(0, self._who()), daemon=True)
+        asking.start()
+        asking.join(STORE_SECONDS)
+        reason = f"no progress for {time.monotonic() - self.since:.0f} s at step {self.at[0]}: {who[0]}"
         print(f"error: rank {self.world.rank}: {reason}", flush=True)
-        if self.folder.status()["state"] != "failed":
-            self.folder.set_status("failed", f"{reason}; stacks in {self.folder.log}")
+        with contextlib.suppress(UserError, OSError):
+            self.folder.log.mkdir(parents=True, exist_ok=True)
+            with open(self.folder.log / f"hang-rank-{self.world.rank}.txt", "w") as file:
+                file.write(f"rank {self.world.rank}: {reason}\n")
+                faulthandler.dump_traceback(file)
+            if self.folder.status()["state"] != "failed":
+                self.folder.set_status("failed", f"{reason}; stacks in {self.folder.log}")
         time.sleep(self.period)  # the other ranks write their stacks too
         sys.stdout.flush()
         os._exit(HUNG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -25,7 +26,8 @@ def main() -> None:
     folder = Path(arguments[0])
     run = RunFolder(folder)
     config = load(str(run.config))
-    world = start_world(group=config.engine.name != "single", threads=config.engine.threads)
+    timeout = 2 * config.train.hang_seconds + 300  # the watchdog is to speak first
+    world = start_world(config.engine.name != "single", config.engine.threads, timeout)
     lock = take_lock(folder / ".lock", wait_seconds=60) if world.main else None
     refused = torch.tensor(float(world.main and lock is None), device=world.device)
     if float(world.reduce(refused)) > 0:  # all ranks wait here: none looks for a checkpoint while an earlier life may still write one
@@ -76,8 +78,9 @@ def _fail(run: RunFolder, world: World, reason: str) -> None:
             time.sleep(0.1)
         reason = f"rank {world.rank}: {reason}"
     print(f"error: {reason}", flush=True)
-    if run.status()["state"] != "failed":  # the first to fail is the cause, what others meet then is its consequence
-        run.set_status("failed", reason)
+    with contextlib.suppress(UserError, OSError):  # the disk may be full
+        if run.status()["state"] != "failed":  # the first to fail is the cause, what others meet then is its consequence
+            run.set_status("failed", reason)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class World:
             dist.all_reduce(tensor, op=op)
         return tensor
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the device, without waiting for it: from page-locked memory, which a copy from plain memory would not be."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """The rows (k,) of all ranks, (size, k)."""
         table = row.new_empty(self.size, *row.shape)
@@ -61,8 +65,9 @@ class World:
             dist.barrier()
 
 
-def start_world(group: bool, threads: int) -> World:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE (torchrun, deepspeed) and join the process group when `group` is wanted."""
+def start_world(group: bool, threads: int, timeout: float = 1800.0) -> World:
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (torchrun, deepspeed) and join the process group when `group` is wanted. `timeout`: seconds after
+    which an exchange that does not end is an error."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -75,7 +80,7 @@ def start_world(group: bool, threads: int) -> World:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0" if size == 1 else "29500")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))
     return World(rank, size, local_rank, device)
 
 

@@ -96,6 +96,7 @@ class AveragedWeights:
     def __init__(self, engine: Engine, decay: float):
         self.decay = decay
         self.tensors = [tensor.clone() for tensor in self._weights(engine)]
+        self.views: list[Tensor] | None = None
 
     @staticmethod
     def _weights(engine: Engine) -> list[Tensor]:
@@ -103,8 +104,9 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, engine: Engine) -> None:
-        """After a step."""
-        torch._foreach_lerp_(self.tensors, self._weights(engine), 1 - self.decay)
+        """After a step, taken or not."""
+        self.views = self.views or self._weights(engine)  # after the first step: engines have settled where the masters lie
+        torch._foreach_lerp_(self.tensors, self.views, 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, engine: Engine) -> None:
@@ -131,6 +133,7 @@ class Engine(ABC):
         self.accumulate, self.clip, self.betas = train.accumulate, train.clip, train.adam_betas
         self.device = next(step_module.parameters()).device
         self.average: AveragedWeights | None = None
+        self.skipped = torch.zeros((), device=self.device)
         self.scaler = LossScale(self.device) if step_module.half_dtype == torch.float16 else None
 
     def prepare(self, last: bool) -> None:
@@ -168,8 +171,8 @@ class Engine(ABC):
             self.average.swap(self)
 
     @abstractmethod
-    def create_state(self, step: int) -> None:
-        """Make the optimiser state as after `step` steps, with moments of zero."""
+    def create_state(self, taken: int) -> None:
+        """Make the optimiser state as after so many steps that were taken, with moments of zero."""
 
     def publish(self) -> None:  # noqa: B027  # nothing to do where the masters are the model's weights
         """After a change of the master weights: make the model's weights of them, where they are others."""
@@ -180,11 +183,12 @@ class Engine(ABC):
         return loss * self.scaler.scale if self.scaler else loss
 
     def extra_state(self) -> dict[str, Any]:
-        """What else a continuation needs."""
-        return {"loss_scale": self.scaler.state()} if self.scaler else {}
+        """What else a continuation needs: the steps not taken, which AdamW did not count, and the loss scale."""
+        return {"skipped_steps": int(self.skipped), **({"loss_scale": self.scaler.state()} if self.scaler else {})}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """From a checkpoint, also one that another engine wrote."""
+        self.skipped.fill_(state["skipped_steps"])
         if self.scaler and "loss_scale" in state:
             self.scaler.load(state["loss_scale"])
 

@@ -37,6 +37,9 @@ def engine_config(given: dict[str, Any], world: int, batch_size: int, accumulate
     for key in ("fp16", "bf16", "torch_autocast"):  # also: ZeRO 0 with DeepSpeed's bf16 takes wrong first steps
         if given.get(key, {}).get("enabled"):
             raise UserError(f"engine.deepspeed.{key}: precision is set by train.precision on every engine; remove the key")
+    for key, needed in (("managed_gradient_accumulation", True), ("compute_grad_norm", True)):
+        if given.get(key, needed) != needed or given.get("zero_optimization", {}).get(key, needed) != needed:
+            raise UserError(f"engine.deepspeed.{key}: must stay {needed} here; remove the key")
     if "optimizer" in given or "scheduler" in given:
         raise UserError("engine.deepspeed.optimizer: optimiser and schedule are set by train.* on every engine; remove the key")
     zero = given.get("zero_optimization", {})
@@ -123,14 +126,15 @@ class DeepSpeedEngine(Engine):
                 found.append(Piece(kind, name, shape, start, tensor[: min(tensor.numel(), total - start)]))
         return found
 
-    def create_state(self, step: int) -> None:
+    def create_state(self, taken: int) -> None:
         zero: Any = self.optimizer
         if self.stage == 0:
             held = [p for _, p in self.names()]
         else:
             held = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        self.inner.state.clear()
         for tensor in held:
-            self.inner.state[tensor] = zero_state(tensor.detach(), step)
+            self.inner.state[tensor] = zero_state(tensor.detach(), taken)
 
     def publish(self) -> None:
         zero: Any = self.optimizer

@@ -49,6 +49,7 @@ class FSDPEngine(SingleEngine):
                 module.reshard()  # what an evaluation left gathered is of the old weights
 
     def held(self) -> list[Piece]:
+        self.publish()
         copy = (self.mesh.get_local_rank("replicate"), self.mesh.size(0)) if self.mesh.ndim == 2 else (0, 1)
         rank, parts = self.mesh.get_local_rank("shard"), self.mesh.size(self.mesh.ndim - 1)
         found = []

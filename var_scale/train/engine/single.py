@@ -48,9 +48,10 @@ class SingleEngine(Engine):
     def held(self) -> list[Piece]:
         return whole_pieces(self.names(), self.optimizer)
 
-    def create_state(self, step: int) -> None:
+    def create_state(self, taken: int) -> None:
+        self.optimizer.state.clear()  # before a rollback makes it anew: the old moments are freed first
         for _, p in self.names():
-            self.optimizer.state[p] = zero_state(p.detach(), step)
+            self.optimizer.state[p] = zero_state(p.detach(), taken)
 
 
 class DDPEngine(SingleEngine):
