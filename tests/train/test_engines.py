@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import final, losses, rewind, run, small_config
+from tests.runs import final, losses, run, small_config
 from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.train.engine.deepspeed import engine_config
@@ -39,22 +39,6 @@ def test_same_losses(name: str, reference: tuple[Path, list[float], dict], tmp_p
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(final(folder)["loss_per_scale"], want_final["loss_per_scale"], rtol=1e-5)
     assert final(folder)["samples"] == 37
-
-
-@pytest.mark.parametrize("name", ["fsdp", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_checkpoint_moves_between_engines(name: str, reference: tuple[Path, list[float], dict], tmp_path: Path) -> None:
-    """Stop at step ten, go on with another engine and world size, in both directions: the same losses."""
-    root, want, _ = reference
-    for first, second in ((ENGINES[name], {"name": "single"}), ({"name": "single"}, ENGINES[name])):
-        path = tmp_path / first["name"]
-        keep = {"accumulate": 2, "checkpoint_seconds": 1e-6, "keep_checkpoints": 100}
-        code, folder = run(small_config(root, train=keep, engine=first), path)
-        assert code == 0
-        rewind(folder, 10)
-        code, folder = run(small_config(root, train=keep, engine=second), path)
-        assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
-        assert any(row["kind"] == "restart" for row in folder.read_metrics())
-        np.testing.assert_allclose(losses(folder), want, rtol=1e-5)
 
 
 def test_no_compiler_is_needed(reference: tuple[Path, list[float], dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

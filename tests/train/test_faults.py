@@ -146,6 +146,7 @@ def test_a_silent_rank_is_named(tmp_path: Path) -> None:
     assert status["state"] == "failed" and "rank 1 does not answer, last seen in" in status["reason"], status
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_one_line(tmp_path: Path) -> None:
     """A batch that does not fit: the peak, and what to change."""
     config = small_config(tmp_path, train={"batch_size": 8192 * 64, "steps": 1})

@@ -17,7 +17,7 @@ from var_scale.run_folder import RunFolder
 from var_scale.train.checkpoint import checkpoints
 from var_scale.train.loop import create_run
 
-KILLS = int(os.environ.get("VAR_SCALE_SOAK_KILLS", "6"))
+KILLS = int(os.environ.get("VAR_SCALE_SOAK_KILLS", "3"))
 ENGINES = {
     "fsdp": {"name": "fsdp", "processes": 2},
     "zero2": {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": 2}}},

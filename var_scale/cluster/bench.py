@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def bench_train(config: Config, steps: int, warmup: int, out: Path | None, trace
         done = subprocess.run(command, env=launch_environment(config), capture_output=True, text=True, check=False)
         if not (folder / "result.json").exists():
             raise UserError(f"the bench ended without a result (exit code {done.returncode}): {_last_line(done.stdout + done.stderr)}")
-        result = read_json(folder / "result.json")
+        result = read_json(folder / "result.json") | {"command": " ".join(["var-scale", *sys.argv[1:]])}
         if trace:
             shutil.copyfile(folder / "trace.json", trace)
     show(result)

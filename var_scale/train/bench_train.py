@@ -32,7 +32,7 @@ from var_scale.train.engine.build import build_engine
 from var_scale.train.noise import StepNoise
 from var_scale.train.schedule import Schedule
 from var_scale.train.step import TrainStep
-from var_scale.train.telemetry import peak_memory
+from var_scale.train.telemetry import peak_memory, processor_name
 from var_scale.train.world import World, choose_precision, leave, start_world
 
 PHASES = ("data", "forward", "backward", "optimiser")
@@ -153,7 +153,7 @@ def measure(folder: Path, world: World) -> None:
     step, flops, batch = times[len(times) // 2] / 1e3, count_flops(shape_of(config)), config.train.batch_size
     rate, peak = flops.training * batch / step, peak_of(world.device_name, bench.precision)
     write_json(folder / "result.json", {
-        **describe(world.device), "world": world.size, "precision": bench.precision, "engine": config.engine.model_dump(mode="json"),
+        **describe(world.device), **({"device": f"CPU ({processor_name()})"} if world.device.type == "cpu" else {}), "world": world.size, "precision": bench.precision, "engine": config.engine.model_dump(mode="json"),
         "choices": bench.engine.train_step_module().var.choices(), "batch": batch, "accumulate": config.train.accumulate,
         "data": "token shards" if config.data.tokens_train else "random tokens", "step_ms": 1e3 * step,
         "step_ms_range": [times[0], times[-1]], "images_per_second": batch / step, "tokens_per_second": batch * flops.tokens / step,
