@@ -1,7 +1,7 @@
 """Block-causal attention on CPUs: one product a scale over the keys it sees, nothing computed that is masked, and a backward of its own.
 
-On two cores with AVX-512 bf16 (d8, L = 680, batch 2) a training step in bfloat16 takes 0.87 of the time with scaled_dot_product_attention
-and a mask, one layer's attention a third; in float32 the step gains nothing, nor do short schedules from the cut.
+On two cores with AVX-512 bf16 (d8, L = 680, batch 2) a training step in bfloat16 takes 0.82 of the time with scaled_dot_product_attention
+and a mask (bench/results/cpu-d8-*), one layer's attention a third; in float32 the step gains nothing, nor do short schedules.
 """
 
 from __future__ import annotations

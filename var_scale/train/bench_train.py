@@ -152,8 +152,9 @@ def measure(folder: Path, world: World) -> None:
         return
     step, flops, batch = times[len(times) // 2] / 1e3, count_flops(shape_of(config)), config.train.batch_size
     rate, peak = flops.training * batch / step, peak_of(world.device_name, bench.precision)
+    cpu = {"device": f"CPU ({processor_name()})"} if world.device.type == "cpu" else {}
     write_json(folder / "result.json", {
-        **describe(world.device), **({"device": f"CPU ({processor_name()})"} if world.device.type == "cpu" else {}), "world": world.size, "precision": bench.precision, "engine": config.engine.model_dump(mode="json"),
+        **describe(world.device), **cpu, "world": world.size, "precision": bench.precision, "engine": config.engine.model_dump(mode="json"),
         "choices": bench.engine.train_step_module().var.choices(), "batch": batch, "accumulate": config.train.accumulate,
         "data": "token shards" if config.data.tokens_train else "random tokens", "step_ms": 1e3 * step,
         "step_ms_range": [times[0], times[-1]], "images_per_second": batch / step, "tokens_per_second": batch * flops.tokens / step,
