@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -102,3 +103,8 @@ def take_lock(path: Path, wait_seconds: float = 0.0) -> int | None:
                 os.close(handle)
                 return None
             time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: {path}: this file system has no locks; make sure that nothing else trains this run", flush=True)
+            return handle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -136,6 +137,22 @@ def test_death_before_the_first_step_is_a_failure(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="another process"):
         run_local(config, folder, "test")
     os.close(lock)
+
+
+def test_an_old_stop_file_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that a cluster starts again, with nobody who removes the STOP file of the life before; and a disk without locks."""
+    config = small_config(tmp_path)
+    folder = create_run(config, tmp_path / "run")
+    (folder.path / "STOP").touch()
+    environment = {k: v for k, v in launch_environment(config).items() if k != "VAR_SCALE_PARENT"}
+    assert subprocess.run(launch_command(config, folder.path), env=environment, capture_output=True, check=False).returncode == 0
+    assert folder.status()["state"] == "complete"
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("var_scale.run_folder.fcntl.flock", no_locks)
+    assert take_lock(tmp_path / "lock") is not None
 
 
 def test_stop_signal_saves_and_asks_for_a_requeue(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from var_scale.config.load import load
 from var_scale.errors import UserError
 from var_scale.run_folder import RunFolder, take_lock
+from var_scale.train.stopping import PARENT_ENV
 from var_scale.train.world import World, leave, start_world
 
 USER_ERROR = 2
@@ -29,6 +31,8 @@ def main() -> None:
     timeout = 2 * config.train.hang_seconds + 300  # the watchdog is to speak first
     world = start_world(config.engine.name != "single", config.engine.threads, timeout)
     lock = take_lock(folder / ".lock", wait_seconds=60) if world.main else None
+    if world.main and lock is not None and PARENT_ENV not in os.environ:
+        (folder / "STOP").unlink(missing_ok=True)  # it stopped an earlier life; `var-scale train` removes it before it starts the ranks
     refused = torch.tensor(float(world.main and lock is None), device=world.device)
     if float(world.reduce(refused)) > 0:  # all ranks wait here: none looks for a checkpoint while an earlier life may still write one
         if world.main:
