@@ -276,6 +276,13 @@ def bench_step(args: argparse.Namespace) -> None:
     bench_step(args.configs, args.batch, args.set, args.out)
 
 
+def bench_official(args: argparse.Namespace) -> None:
+    """Compare a training step with the official trainer's, from a checkout of its code, on this device."""
+    from var_scale.cluster.bench import bench_official
+
+    bench_official(_load(args), args.checkout, args.steps, args.warmup, args.compile_official, args.out)
+
+
 def bench_train(args: argparse.Namespace) -> None:
     """Time a training step of a config on its engine's processes, and where its time goes; or with --dry-run what each rank would hold."""
     from var_scale.cluster.bench import bench_train, show_dry_run
@@ -381,6 +388,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=_number(int, 1), default=32, help="samples a step")
     sub.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every config")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
+
+    sub = command(bench, "official", bench_official)
+    sub.add_argument("checkout", type=Path, help="folder of the official code, FoundationVision/VAR")
+    _config(sub)
+    sub.add_argument("--steps", type=_number(int, 1), default=10, help="steps to time")
+    sub.add_argument("--warmup", type=_number(int, 1), default=3, help="steps before them")
+    sub.add_argument("--compile-official", action="store_true", help="torch.compile the official transformer (its tfast)")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
 
     sub = command(bench, "train", bench_train)
     _config(sub)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.runs import final, losses, run, small_config
-from var_scale.cluster.bench import bench_train, fill, show_dry_run
+from var_scale.cluster.bench import bench_official, bench_train, fill, show_dry_run
+from var_scale.config.load import load
 from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.train.dry_run import dry_run
@@ -81,10 +82,20 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         bench_train(broken, 1, 1, None, None)
 
 
+def test_what_the_comparison_with_the_official_trainer_needs(tmp_path: Path) -> None:
+    """A checkout, the official tokenizer, one process; what its code lacks is said in one line."""
+    config = load("model/d6", ["engine=single", "train.batch_size=1", "train.precision=fp32"])
+    with pytest.raises(UserError, match="no trainer"):
+        bench_official(config, tmp_path, 1, 1, False, None)
+    (tmp_path / "trainer.py").write_text("import a_missing_module\n")
+    with pytest.raises(UserError, match="needs the official tokenizer"):
+        bench_official(small_config(tmp_path), tmp_path, 1, 1, False, None)
+    with pytest.raises(UserError, match="cannot be imported"):
+        bench_official(config, tmp_path, 1, 1, False, None)
+
+
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     """A d16 as one rank of 64, in seconds: FSDP is built, and holds its share; HSDP more of it."""
-    from var_scale.config.load import load
-
     def at(world: int, *overrides: str) -> tuple[Config, object]:
         config = load("model/d16", ["train.precision=bf16", *overrides])
         return config, dry_run(config, world)

@@ -52,8 +52,36 @@ def bench_train(config: Config, steps: int, warmup: int, out: Path | None, trace
     return dict(result)
 
 
+def bench_official(config: Config, checkout: Path, steps: int, warmup: int, compiled: bool, out: Path | None) -> dict[str, Any]:
+    """Our step from tokens and the official trainer's from images, each in a process of its own, one after the other on this device."""
+    if not (checkout / "trainer.py").is_file():
+        raise UserError(f"{checkout}: is not a checkout of the official code (no trainer.py); clone FoundationVision/VAR and give its path")
+    if config.tokenizer.arch != "cnn" or config.engine.name != "single":
+        raise UserError("bench official: needs the official tokenizer (tokenizer.arch=cnn) and engine=single")
+    ours = bench_train(config, steps, warmup, None, None)
+    with tempfile.TemporaryDirectory(prefix="var-scale-bench-") as name:
+        folder = Path(name)
+        write_config(config, folder / "config.yaml")
+        job = {"steps": steps, "warmup": warmup, "official": str(checkout.resolve()), "compile": compiled}
+        write_json(folder / "bench.json", job)
+        command = [sys.executable, "-m", "var_scale.train.bench_official", str(folder)]
+        done = subprocess.run(command, env=launch_environment(config), capture_output=True, text=True, check=False)
+        if not (folder / "official.json").exists():
+            reason = _last_line(done.stdout + done.stderr)
+            raise UserError(f"the official step ended without a result (exit code {done.returncode}): {reason}")
+        official = read_json(folder / "official.json")
+    ratio = official["step_ms"] / ours["step_ms"]
+    say(f"official trainer, tokenising in the step: {official['step_ms']:.2f} ms, peak {official['memory_bytes'] / 2**30:.2f} GiB; "
+        f"ours, from tokens: {ratio:.2f} times its images a second")  # fmt: skip
+    result = ours | {"official": official, "official_compiled": compiled, "ratio": ratio}
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        say(f"written: {out}")
+    return result
+
+
 def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if "Error" in line]
+    lines = [line for line in text.splitlines() if "Error" in line or line.startswith("error:")]
     return lines[-1].strip() if lines else "no message"
 
 
