@@ -66,6 +66,12 @@ def read_json(path: Path, what: str = "file") -> Any:
         raise UserError(f"{path}: this {what} is not valid JSON ({error}); remove the file and run the same command again") from None
 
 
+def replace_between(text: str, start: str, end: str, new: str) -> str:
+    """`text` with `new` between the lines of the two markers."""
+    head, rest = text.split(start)
+    return f"{head}{start}\n{new}\n{end}{rest.split(end)[1]}"
+
+
 def canonical_hash(value: Any) -> str:
     """sha256 of a JSON value with sorted keys and no spaces: equal values have equal hashes on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -18,7 +18,7 @@ from var_scale.config.schema import Config
 from var_scale.cost.time import DEVICES
 from var_scale.data.order import rank_slice
 from var_scale.errors import UserError
-from var_scale.files import read_json, write_json
+from var_scale.files import read_json, replace_between, write_json
 from var_scale.progress import say
 from var_scale.study.plan import short
 
@@ -131,8 +131,7 @@ def results_table(folder: Path) -> str:
 
 def fill(text: str, folder: Path) -> str:
     """docs/training.md with its measured part made anew."""
-    head, rest = text.split(START)
-    return f"{head}{START}\n{results_table(folder)}\n{END}{rest.split(END)[1]}"
+    return replace_between(text, START, END, results_table(folder))
 
 
 if __name__ == "__main__":

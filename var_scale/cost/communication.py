@@ -12,6 +12,7 @@ from var_scale.cost.flops import count_flops
 from var_scale.cost.params import count_params
 from var_scale.cost.shape import ModelShape
 from var_scale.errors import UserError
+from var_scale.files import replace_between
 
 START, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -112,8 +113,7 @@ def tables() -> str:
 
 def fill(text: str) -> str:
     """The page with its tables made anew."""
-    head, rest = text.split(START)
-    return f"{head}{START}\n{tables()}\n{END}{rest.split(END)[1]}"
+    return replace_between(text, START, END, tables())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,13 @@ from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.model.attention import ScaleMask
 from var_scale.model.block import fused
-from var_scale.model.load import build_model, new_tokenizer
 from var_scale.progress import say
+from var_scale.train.bench_train import timed
 from var_scale.train.engine.single import SingleEngine
-from var_scale.train.step import HALF, TrainStep
-from var_scale.train.world import choose_precision
+from var_scale.train.untrained import untrained
+from var_scale.train.world import World
 
+REPEATS = 10
 FORMS = {"plain": {"kernels": "off", "attention": "sdpa"}, "fused": {"kernels": "auto", "attention": "auto"}}
 
 
@@ -54,11 +53,9 @@ def bench_step(names: list[str], batch: int, overrides: list[str], out: Path | N
 def time_config(config: Config, batch: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds (median) of a block forward and backward, and of a whole optimiser step; peak of memory on a GPU."""
     torch.manual_seed(0)
-    tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(device)
-    var = build_model(config, tokenizer, device)
-    precision = choose_precision(config.train.precision, device)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    module = TrainStep(var, tokenizer.quantize, config.train, precision)
+    module = untrained(config, device)
+    var = module.var
     engine = SingleEngine(module, config.train.model_copy(update={"accumulate": 1}))
     module.train()
     tokens_BL = torch.randint(config.tokenizer.vocab_size, (batch, var.L), device=device)
@@ -69,7 +66,7 @@ def time_config(config: Config, batch: int, device: torch.device) -> dict[str, A
         engine.backward(engine.module(tokens_BL, label_B)[0])
         engine.step()
 
-    dtype = HALF[precision] or torch.float32
+    dtype = module.half_dtype or torch.float32
     block, x_BLC = var.blocks[0], torch.randn(batch, var.L, var.C, device=device, dtype=dtype, requires_grad=True)
     cond = var.shared_ada_lin(torch.randn(batch, var.C, device=device)).to(dtype).detach()
     mask, gradient = ScaleMask(var.patch_nums, var.attn_bias_for_masking, dtype), torch.randn_like(x_BLC)
@@ -84,24 +81,11 @@ def time_config(config: Config, batch: int, device: torch.device) -> dict[str, A
                 x = block(x_BLC, cond, mask)
         torch.autograd.grad(x, wanted, gradient, allow_unused=True)
 
-    result: dict[str, Any] = {"block_ms": measure(one_block, device).p50, "step_ms": _median(step, device), **var.choices()}
+    steps = timed(step, 2 + REPEATS, World(0, 1, 0, device))[2:]
+    step_ms = sorted(steps)[REPEATS // 2]
+    result: dict[str, Any] = {"block_ms": measure(one_block, device).p50, "step_ms": step_ms, **var.choices()}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
-
-
-def _median(function: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Milliseconds of a call that changes weights, after two calls to warm up."""
-    times = []
-    for number in range(2 + repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[repeats // 2]

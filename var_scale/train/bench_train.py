@@ -26,14 +26,13 @@ from var_scale.cost.time import peak_of
 from var_scale.data.loader import Batch, TokenData, TokenLoader
 from var_scale.data.order import rank_slice
 from var_scale.files import write_json
-from var_scale.model.load import build_model, new_tokenizer
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
 from var_scale.train.noise import StepNoise
 from var_scale.train.schedule import Schedule
-from var_scale.train.step import TrainStep
 from var_scale.train.telemetry import peak_memory, processor_name
-from var_scale.train.world import World, choose_precision, leave, start_world
+from var_scale.train.untrained import untrained
+from var_scale.train.world import World, leave, start_world
 
 PHASES = ("data", "forward", "backward", "optimiser")
 EXCHANGES = ("gloo:", "nccl:", "nccldevkernel")
@@ -62,10 +61,9 @@ class Bench:
         self.config, self.world = config, world
         torch.manual_seed(config.train.seed)
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-        tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(world.device)
-        self.precision = choose_precision(config.train.precision, world.device)
-        module = TrainStep(build_model(config, tokenizer, world.device), tokenizer.quantize, config.train, self.precision)
-        self.engine: Engine = build_engine(config.engine, config.train, module.to(world.device))
+        module = untrained(config, world.device)
+        self.precision = module.precision
+        self.engine: Engine = build_engine(config.engine, config.train, module)
         self.engine.module.train()
         c, tokens = config.train, config.data.tokens_train
         data = TokenData(Path(tokens)) if tokens else None

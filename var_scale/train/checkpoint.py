@@ -93,12 +93,13 @@ class Checkpoint:
 
     def tensors(self, kind: str = WEIGHT) -> dict[str, torch.Tensor]:
         """All tensors of a kind, whole, float32."""
-        found = {}
-        for name, shape in self.shapes[kind].items():
-            flat = torch.empty(math.prod(shape))
-            self.read(kind, name, 0, flat)
-            found[name] = flat.view(shape)
-        return found
+        return {name: self._whole(kind, name) for name in self.shapes[kind]}
+
+    def _whole(self, kind: str, name: str) -> torch.Tensor:
+        shape = self.shapes[kind][name]
+        flat = torch.empty(math.prod(shape))
+        self.read(kind, name, 0, flat)
+        return flat.view(shape)
 
     def load_into(self, var: torch.nn.Module, kind: str = WEIGHT) -> None:
         """Set the weights of `var`; its buffers are not in a checkpoint. UserError when names or shapes differ."""
@@ -106,9 +107,7 @@ class Checkpoint:
             raise UserError(f"{self.folder}: the checkpoint does not fit the run's config; restore config.yaml")
         with torch.no_grad():
             for name, p in var.named_parameters():
-                flat = torch.empty(p.numel())
-                self.read(kind, name, 0, flat)
-                p.copy_(flat.view(p.shape))
+                p.copy_(self._whole(kind, name))
 
     def load_weights(self, engine: Engine) -> None:
         """Set the master weights of a running engine."""

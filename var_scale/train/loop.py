@@ -67,10 +67,10 @@ class Run:
         self.times_back = int(resume.state["times_back"]) if resume else 0
         self.seconds_before = float(resume.state["seconds"]) if resume else 0.0
         life = world.agree(secrets.randbits(31))
-        keep_steps = tuple(step for step in c.keep_steps)
-        self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", c.keep_checkpoints, keep_steps)
+        keep = c.keep_checkpoints, tuple(c.keep_steps)
+        self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", *keep)
         lengths = [pn * pn for pn in config.tokenizer.patch_nums]
-        self.monitor = Monitor(world, len(lengths), lengths, scaled=self.precision == "fp16")
+        self.monitor = Monitor(world, lengths, scaled=self.precision == "fp16")
         self.spikes = Spikes()
         blocks = self.engine.train_step_module().var.blocks
         self.activations = ActivationNorms(blocks) if config.log.activations and world.main else None

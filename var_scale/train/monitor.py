@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ class Monitor:
     """One rank's collector."""
 
     world: World
-    scales: int
     lengths: list[int]
+    """tokens of each scale"""
     scaled: bool
     """a loss scale is in use: a gradient may overflow without harm"""
     began: float = field(default_factory=time.monotonic)
@@ -70,9 +71,9 @@ class Monitor:
         streak = stats.skipped if self.streak is None else (self.streak + 1) * stats.skipped
         self.streak = streak
         self.rows.append(torch.stack([loss.float(), stats.grad_norm.float(), stats.skipped, bad, streak]))
-        lengths = [n for n, total in zip(self.lengths, _sums(self.lengths), strict=True) if total <= ce_BL.shape[1]]
+        lengths = [n for n, total in zip(self.lengths, accumulate(self.lengths), strict=True) if total <= ce_BL.shape[1]]
         mean_S = torch.stack([part.mean() for part in ce_BL.split(lengths, dim=1)])
-        self.per_scale.append(torch.nn.functional.pad(mean_S, (0, self.scales - len(lengths)), value=math.nan))
+        self.per_scale.append(torch.nn.functional.pad(mean_S, (0, len(self.lengths) - len(lengths)), value=math.nan))
 
     def pause(self, seconds: float) -> None:
         """Time that was spent on something else, such as an evaluation, and belongs to no step."""
@@ -105,14 +106,6 @@ def _mean(values: Iterable[float]) -> float:
     """Of those that are numbers; NaN where none is."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
-
-
-def _sums(lengths: list[int]) -> list[int]:
-    total, out = 0, []
-    for n in lengths:
-        total += n
-        out.append(total)
-    return out
 
 
 class Spikes:

@@ -18,13 +18,13 @@ from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
 from var_scale.files import atomic_file
 from var_scale.model.load import build_model, load_tokenizer
-from var_scale.model.official import read_checkpoint, strip
+from var_scale.model.official import load_strict, read_checkpoint, strip
 from var_scale.train.engine.base import MOMENTS
 from var_scale.train.engine.single import SingleEngine
 from var_scale.train.loop import create_run, newest_checkpoint
 from var_scale.train.optim import decays
 from var_scale.train.save import CheckpointWriter
-from var_scale.train.schedule import Schedule
+from var_scale.train.schedule import Schedule, steps_per_epoch
 from var_scale.train.step import TrainStep
 from var_scale.train.world import choose_precision
 
@@ -64,7 +64,7 @@ def export_checkpoint(run_folder: Path, out: Path) -> int:
     if scale := checkpoint.state.get("loss_scale"):
         optimizer["scaler"] = {"scale": scale["scale"], "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 1000,
                                "_growth_tracker": int(scale["good_steps"])}  # fmt: skip
-    per_epoch = -(-TokenData(Path(str(config.data.tokens_train))).num_samples // config.train.batch_size)
+    per_epoch = steps_per_epoch(config.train, TokenData(Path(str(config.data.tokens_train))).num_samples)
     trainer = {
         "config": {"patch_nums": tuple(config.tokenizer.patch_nums), "label_smooth": config.train.label_smoothing, "prog_it": 0,
                    "last_prog_si": -1, "first_prog": True},
@@ -94,7 +94,7 @@ def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
     _set(var, {strip(name): tensor for name, tensor in trainer["var_wo_ddp"].items()}, path)
     module = TrainStep(var, tokenizer.quantize, config.train, choose_precision(config.train.precision, CPU))
     engine = SingleEngine(module, config.train)
-    step = int(content["epoch"]) * -(-train.num_samples // config.train.batch_size)
+    step = int(content["epoch"]) * steps_per_epoch(config.train, train.num_samples)
     total = Schedule.of(config.train, train.num_samples).total_steps
     if not 0 < step < total:
         raise UserError(f"{path}: {content['epoch']} epochs are step {step} of {total}; nothing is left to continue, or set train.epochs")
@@ -127,6 +127,6 @@ def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
 def _set(var: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """All weights and buffers, strictly."""
     try:
-        var.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the model of the config: {str(error).splitlines()[1].strip()[:200]}") from None
+        load_strict(var, weights, path)
+    except UserError as error:
+        raise UserError(f"the checkpoint does not fit the model of the config: {error}") from None

@@ -7,10 +7,8 @@ import time
 import torch
 
 from var_scale.config.schema import Config
-from var_scale.model.load import build_model, new_tokenizer
 from var_scale.train.engine.single import SingleEngine
-from var_scale.train.step import TrainStep
-from var_scale.train.world import choose_precision
+from var_scale.train.untrained import untrained
 
 
 def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
@@ -18,11 +16,7 @@ def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.engine.threads)
-    tokenizer = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(device)
-    var = build_model(config, tokenizer, device)
-    precision = choose_precision(config.train.precision, device)
-    module = TrainStep(var, tokenizer.quantize, config.train, precision)
-    engine = SingleEngine(module, config.train)
+    engine = SingleEngine(untrained(config, device), config.train)
     micro = max(1, config.train.batch_size // config.train.accumulate // processes)
     length = sum(pn * pn for pn in config.tokenizer.patch_nums)
     tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length), device=device)

@@ -37,6 +37,11 @@ def weight_decay(iteration: int, total: int, start: float, end: float) -> float:
     return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * iteration / max(1, total - 1)))
 
 
+def steps_per_epoch(config: TrainConfig, train_samples: int) -> int:
+    """As the reference counts them: the last batch of an epoch is filled from the next."""
+    return -(-train_samples // config.batch_size)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The schedule of one run, asked by optimiser step."""
@@ -49,7 +54,7 @@ class Schedule:
     @staticmethod
     def of(config: TrainConfig, train_samples: int) -> Schedule:
         """Steps from epochs as the reference counts them: ceil(samples / batch) an epoch. Warm-up default: a fiftieth."""
-        per_epoch = -(-train_samples // config.batch_size)
+        per_epoch = steps_per_epoch(config, train_samples)
         steps = config.steps or max(1, round((config.epochs or 0) * per_epoch))
         share = 1 / 50 if not config.warmup_epochs else config.warmup_epochs * per_epoch / steps
         grow = 1 / 300 if not config.progressive_warmup_epochs else config.progressive_warmup_epochs * per_epoch / steps

@@ -19,6 +19,7 @@ from var_scale.train.world import World
 HUNG = 4  # exit code of a run without progress
 PHASES = ("start", "data", "forward", "backward", "optimiser", "exchange", "log", "evaluate", "save", "end")
 STORE_SECONDS = 5.0
+NO_STORE = "the store at rank 0 does not answer: rank 0 hangs, or its node is gone"
 START_SECONDS = 1800.0
 """least patience before the first step is done: reading, building and compiling take their time"""
 
@@ -65,7 +66,7 @@ class Watchdog:
         end = threading.Timer(2 * self.period + 2 * STORE_SECONDS, os._exit, (HUNG,))  # whatever happens to store and disk below
         end.daemon = True
         end.start()
-        who = ["the store at rank 0 does not answer: rank 0 hangs, or its node is gone"]
+        who = [NO_STORE]
         asking = threading.Thread(target=lambda: who.insert(0, self._who()), daemon=True)
         asking.start()
         asking.join(STORE_SECONDS)
@@ -93,7 +94,7 @@ class Watchdog:
                     step, phase, moment = self.store.get(f"beat/{rank}").decode().split()
                     seen[rank] = (int(step), phase, time.time() - float(moment))
             except RuntimeError:
-                return "the store at rank 0 does not answer: rank 0 hangs, or its node is gone"
+                return NO_STORE
         silent = [rank for rank in range(self.world.size) if rank not in seen or seen[rank][2] > 2.5 * self.period]
         if silent:
             last = {rank: f", last seen in {phase} of step {step}" for rank, (step, phase, _) in seen.items()}
