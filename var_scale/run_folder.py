@@ -68,7 +68,8 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows in force: a row {"kind": "restart", "step": k} takes back the rows after step k. A torn last line is ignored."""
+        """All rows in force: a row {"kind": "restart", "step": k} takes back the rows after step k, and with `evaluation_owed` the
+        evaluation at k. A torn last line is ignored."""
         rows: list[dict[str, Any]] = []
         if not self.metrics.exists():
             return rows
@@ -83,7 +84,7 @@ class RunFolder:
             if not isinstance(row, dict) or "kind" not in row:
                 raise UserError(f"{self.metrics}: line {number} is not a metrics row; restore the file or remove the line")
             if row["kind"] == "restart":
-                rows = [old for old in rows if old["step"] <= row["step"]]
+                rows = [old for old in rows if old["step"] < row["step"] + (old["kind"] != "eval" or not row.get("evaluation_owed"))]
             rows.append(row)
         return rows
 

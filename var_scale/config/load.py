@@ -203,11 +203,12 @@ def dump(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """Identity of a run: the hash of everything that can change its result (not logging, engine, or where files lie)."""
+    """Identity of a run: the hash of everything that can change its result (not logging, engine, micro-batches, or where files lie)."""
     tree = dump(config)
     for section in ("log", "engine", "study"):
         tree.pop(section, None)
-    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit"):
+    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit",
+                "accumulate"):  # fmt: skip
         tree["train"].pop(key, None)
     for key in ("images_train", "images_val", "tokens_train", "tokens_val"):
         tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest

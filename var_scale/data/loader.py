@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +20,17 @@ from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import eval_transform, train_transform
 from var_scale.errors import UserError
 
-__all__ = ["Batch", "ImageData", "TokenData", "TokenLoader"]
+__all__ = ["Ahead", "Batch", "ImageData", "TokenData", "TokenLoader"]
 
 IMAGE_CACHE_BYTES = 1 << 29  # decoded images are kept when the whole set is at most this large
+SPARE_FILES = 256  # files a process opens for other reasons
 
 
 class _Shards:
-    """The samples of a folder: shard, offset, size and label of each, and the mapped tars."""
+    """The samples of a folder: shard, offset, size and label of each, and the open tars.
+
+    Read, not mapped: a shard that is cut or on a disk that fails is then an error with its name, not the end of the process.
+    """
 
     def __init__(self, folder: Path, kind: str):
         self.folder = Path(folder)
@@ -37,17 +45,29 @@ class _Shards:
         self.shard_of = np.repeat(np.arange(len(sizes)), sizes)
         if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
             raise UserError(f"{self.folder}: an index holds a class outside 0..{self.num_classes - 1}; run `var-scale data verify`")
-        self._maps: dict[int, np.ndarray] = {}
+        self._files: dict[int, int] = {}
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(sizes) + SPARE_FILES > soft != resource.RLIM_INFINITY:
+            if len(sizes) + SPARE_FILES > hard != resource.RLIM_INFINITY:
+                raise UserError(f"{self.folder}: {len(sizes)} shards, but a process may open {hard} files; raise `ulimit -n` or make the "
+                                "shards larger")  # fmt: skip
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(sizes) + SPARE_FILES, hard))
 
     def shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[number]
 
-    def mapped(self, number: int) -> np.ndarray:
-        """The bytes of a shard, mapped at first use: uint8 (bytes,)."""
-        if number not in self._maps:
-            # np.asarray: a plain view of the map, several times faster to index than np.memmap itself.
-            self._maps[number] = np.asarray(np.memmap(self.folder / self.shard(number).name, dtype=np.uint8, mode="r"))
-        return self._maps[number]
+    def read_into(self, number: int, rows: np.ndarray, starts: Sequence[int]) -> None:
+        """Fill each of `rows` (B, n), consecutive in memory, with the bytes of shard `number` from `starts` (B,) on."""
+        path = self.folder / self.shard(number).name
+        try:
+            if number not in self._files:
+                self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file, whole, size = self._files[number], memoryview(rows).cast("B"), rows[0].nbytes
+            for row, start in enumerate(starts):
+                if os.preadv(file, [whole[row * size : (row + 1) * size]], start) != size:
+                    raise UserError(f"{path}: ends before byte {start + size}; it was cut, run `var-scale data verify {self.folder}`")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
     def by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, positions in `indices` that lie in it), shard by shard."""
@@ -86,7 +106,7 @@ class TokenData:
         self._first_token = self._locate()
 
     def _locate(self) -> np.ndarray:
-        """Position of each sample's first token in its shard, counted in uint16: int64 (N,)."""
+        """Position of each sample's first token in its shard, in bytes: int64 (N,)."""
         shards, body = self._shards, 2 * self.views * self.length
         _, starts = np.unique(shards.shard_of, return_index=True)
         for number, start in enumerate(starts.tolist()):
@@ -96,16 +116,17 @@ class TokenData:
                 raise UserError(f"{path}: holds {dtype} {shape}, the manifest says uint16 {(self.views, self.length)}; make it again")
         if (shards.sizes != shards.sizes[0]).any():
             raise UserError(f"{self.folder}: samples of different sizes; make the tokens again")
-        return (shards.offsets + shards.sizes - body) // 2  # tar and npy headers are whole multiples of 64 bytes
+        return shards.offsets + shards.sizes - body
 
     def gather(self, indices: np.ndarray, views: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 (B, L) and labels int64 (B,) of samples `indices` (B,); `views` (B,) or one for all."""
         indices = self._shards.checked(indices)
-        first = self._first_token[indices] + np.asarray(views, dtype=np.int64) * self.length
-        within = np.arange(self.length)
+        first = self._first_token[indices] + np.asarray(views, dtype=np.int64) * (2 * self.length)
         tokens_BL = np.empty((len(indices), self.length), dtype=np.int64)
         for number, positions in self._shards.by_shard(indices):
-            tokens_BL[positions] = self._shards.mapped(number).view("<u2")[first[positions, None] + within]
+            rows = np.empty((len(positions), self.length), dtype="<u2")
+            self._shards.read_into(number, rows, first[positions].tolist())
+            tokens_BL[positions] = rows
         return tokens_BL, self._shards.labels[indices]
 
 
@@ -143,6 +164,32 @@ class TokenLoader:
         return Batch(tokens_BL, labels_B, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch)
 
 
+class Ahead:
+    """Reads the next batches of a loader in a thread while the step before them runs. Which batches is still the caller's word."""
+
+    def __init__(self, loader: TokenLoader, depth: int = 2):
+        self.loader, self.depth = loader, depth
+        self._pool = ThreadPoolExecutor(1, "data")
+        self._coming: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+
+    def batch(self, step: int, micro_index: int = 0) -> Batch:
+        """As TokenLoader.batch. What went wrong in the thread is raised here."""
+        if not self._coming or self._coming[0][0] != (step, micro_index):  # the first, or one after a jump
+            while self._coming:
+                self._coming.pop()[1].cancel()
+            self._ask(step, micro_index)
+        _, batch = self._coming.popleft()
+        last = self._coming[-1][0] if self._coming else (step, micro_index)
+        while len(self._coming) < self.depth:
+            place = last[0] * self.loader.accumulate + last[1] + 1
+            last = divmod(place, self.loader.accumulate)
+            self._ask(*last)
+        return batch.result()
+
+    def _ask(self, step: int, micro_index: int) -> None:
+        self._coming.append(((step, micro_index), self._pool.submit(self.loader.batch, step, micro_index)))
+
+
 class ImageData:
     """Image shards with random access to decoded images.
 
@@ -166,7 +213,9 @@ class ImageData:
         shards = self._shards
         number, offset, size = int(shards.shard_of[index]), int(shards.offsets[index]), int(shards.sizes[index])
         where = f"{self.folder / shards.shard(number).name}: sample {index} (byte {offset})"
-        return decode_image(shards.mapped(number)[offset : offset + size].tobytes(), where)
+        payload = np.empty((1, size), dtype=np.uint8)
+        shards.read_into(number, payload, [offset])
+        return decode_image(payload.tobytes(), where)
 
     def _still(self, index: int) -> np.ndarray:
         image = self.decode(index)

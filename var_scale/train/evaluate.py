@@ -15,12 +15,13 @@ from var_scale.train.world import World
 
 
 def evaluate(
-    engine: Engine, data: TokenData, world: World, batch: int, beat: Callable[[], None] = lambda: None
-) -> dict[str, float | int | list[float]]:
+    engine: Engine, data: TokenData, world: World, batch: int, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, float | int | list[float]] | None:
     """Loss in nats and error as a fraction: per scale, at the last scale, and over all tokens; plus the number of samples.
 
     Rank r takes samples r, r + world, ...; all ranks make the same number of forward passes (FSDP and ZeRO-3 exchange
-    parameters in each), a rank that has run out repeats a sample with weight 0. One exchange at the end.
+    parameters in each), a rank that has run out repeats a sample with weight 0. One exchange at the end. `go_on` is asked before each
+    pass and says the same on all ranks; None when it said no.
     """
     step_module = engine.train_step_module()
     patch_nums = step_module.patch_nums
@@ -36,7 +37,9 @@ def evaluate(
     engine.module.eval()
     with torch.no_grad():
         for i in range(rounds):
-            beat()
+            if not go_on():
+                engine.module.train()
+                return None
             weight, index = (1.0, mine[i]) if i < len(mine) else (0.0, np.zeros(1, dtype=np.int64))
             tokens, labels = data.gather(index)
             tokens_BL = torch.as_tensor(tokens, device=world.device).long()

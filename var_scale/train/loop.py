@@ -16,7 +16,7 @@ from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import peak_of
-from var_scale.data.loader import Batch, TokenData, TokenLoader
+from var_scale.data.loader import Ahead, Batch, TokenData, TokenLoader
 from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
@@ -37,6 +37,8 @@ from var_scale.train.telemetry import Telemetry, environment, peak_memory
 from var_scale.train.watchdog import Watchdog
 from var_scale.train.world import World, choose_precision
 
+STOP_SECONDS = 2.0  # between two looks at whether a rank was asked to stop, unless a step takes longer
+SLOW_SHARE = 0.1  # of the time spent waiting for data, from which on the rank is named
 SEEN_SECONDS = 120.0  # how long a rank waits for a checkpoint that rank 0 sees
 DIVERGED = 3  # exit code of a run whose loss is no longer finite
 
@@ -55,7 +57,7 @@ class Run:
         self.data = self._open_data(config.data.tokens_train, tokenizer_hash)
         self.val = self._open_data(config.data.tokens_val, tokenizer_hash)
         self.schedule = Schedule.of(c, self.data.num_samples)
-        self.loader = TokenLoader(self.data, c.seed, c.batch_size, world.size, world.rank, c.accumulate)
+        self.loader = Ahead(TokenLoader(self.data, c.seed, c.batch_size, world.size, world.rank, c.accumulate))
         self.precision = choose_precision(c.precision, world.device)
         torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
         self.shape = shape_of(config)
@@ -66,6 +68,9 @@ class Run:
         self.passed_over = int(resume.state["passed_over"]) if resume else 0
         self.times_back = int(resume.state["times_back"]) if resume else 0
         self.seconds_before = float(resume.state["seconds"]) if resume else 0.0
+        self.owed = bool(resume and resume.state["evaluation_owed"])
+        self.peek_every = 1
+        self.slow = -1
         life = world.agree(secrets.randbits(31))
         keep = c.keep_checkpoints, tuple(c.keep_steps)
         self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", *keep)
@@ -160,47 +165,56 @@ class Run:
         self.telemetry = Telemetry(self.folder, c, env)
         lived = self.folder.metrics.exists()
         if lived:
-            self.folder.append_metrics({"kind": "restart", "step": self.start})
+            self.folder.append_metrics({"kind": "restart", "step": self.start, **({"evaluation_owed": True} if self.owed else {})})
         restarts = self.folder.status().get("restarts", 0) + lived
         self.folder.set_status("running", step=self.start, total_steps=self.schedule.total_steps, restarts=restarts)
 
     def train(self) -> int:
         """Run to the end: 0. Stopped on request after saving: 85. Loss not finite: 3.
 
-        At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there.
+        At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there, but for an
+        evaluation that a stop put off (`evaluation_owed`); the next life begins with it.
         """
         total, c = self.schedule.total_steps, self.config.train
         if self.world.main:
             self.describe()
         evals = {round(total * k / c.evals) for k in range(1, c.evals + 1)}
-        done = self.start
-        while done < total:
+        done, owed = self.start, self.owed and not self._evaluate(self.start)
+        stop = owed
+        while done < total and not stop:
             self._step(done)
             done += 1
-            stop = save = False
-            if done % self.config.log.every == 0 or done == total:
+            save, row = done == total or done in c.keep_steps, done == total or done % self.config.log.every == 0
+            stop = not row and done % self.peek_every == 0 and self._asked()
+            if row or stop:
                 window = self._look(done)
-                stop, save = window.stop, window.save
+                stop, save = stop or window.stop, save or window.save
                 if verdict := self._verdict(window):
                     return self._diverged(done, verdict)
                 if window.bad and c.nonfinite == "rollback":
                     if (back := self._go_back(done)) is None:
                         return self._diverged(done, "no finite loss or gradient before the first checkpoint")
-                    done = back
+                    done, stop = back, False
                     continue
-            if done in evals:
-                self._evaluate(done, final=done == total)
-            if stop or save or done == total or done in c.keep_steps:
-                self._save(done)
-            if stop and done < total:
-                self._finish_saving(done)
-                if self.world.main:
-                    self.folder.set_status("preempted", self.stop.reason or "asked to stop", step=done)
-                return EXIT_REQUEUE
-        self._finish_saving(total)
+            owed = done in evals and (stop or not self._evaluate(done))
+            stop = stop or owed
+            if stop or save:
+                self._save(done, owed)
+        self._finish_saving(done)
+        stopped = done < total or owed
         if self.world.main:
-            self.folder.set_status("complete", step=total)
-        return 0
+            if stopped:
+                self.folder.set_status("preempted", f"{self.stop.reason} (saved {time.monotonic() - self.stop.since:.1f} s later)", step=done)
+            else:
+                self.folder.set_status("complete", step=total)
+        return EXIT_REQUEUE if stopped else 0
+
+    def _asked(self) -> bool:
+        """Whether any rank was asked to stop; every rank asks."""
+        asked = bool(self.world.largest(bool(self.stop.reason)))
+        if asked:
+            self.stop.note("another rank was asked to stop")
+        return asked
 
     def _step(self, step: int) -> None:
         """One optimiser step."""
@@ -240,6 +254,9 @@ class Run:
         self.writer.check()
         due = time.monotonic() - self.last_save >= self.config.train.checkpoint_seconds
         window = self.monitor.look(stop=bool(self.stop.reason), save=due)
+        if window.stop:
+            self.stop.note("another rank was asked to stop")
+        self.peek_every = max(1, int(STOP_SECONDS * window.steps / window.seconds))
         self.watchdog.beat("log", done - 1)
         if self.world.main:
             self._log(done, window)
@@ -253,8 +270,9 @@ class Run:
         flops = per_image.training * c.batch_size / per_step
         peak = peak_of(self.world.device_name, self.precision)
         row = {
-            "kind": "train", "step": done, "images": done * c.batch_size, "loss": window.loss, "grad_norm": window.grad_norm,
-            "lr": self.schedule.lr(done - 1), "weight_decay": self.schedule.wd(done - 1), "seconds": self.seconds,
+            "kind": "train", "step": done, "steps": window.steps, "images": done * c.batch_size, "loss": window.loss,
+            "grad_norm": window.grad_norm, "lr": self.schedule.lr(done - 1), "weight_decay": self.schedule.wd(done - 1),
+            "seconds": self.seconds,
             "images_per_second": c.batch_size / per_step, "tokens_per_second": c.batch_size * per_image.tokens / per_step,
             "step_seconds": per_step, "data_seconds": window.data_seconds / window.steps, "flops_per_second": flops,
             "mfu": flops / (peak * self.world.size) if peak else None, "memory_bytes": peak_memory(self.world.device),
@@ -266,8 +284,11 @@ class Run:
             row |= {"skipped": window.skipped}
         if self.engine.scaler:
             row |= {"loss_scale": float(self.engine.scaler.scale)}
-        if window.data_seconds > 0.1 * window.seconds and self.world.size > 1:
+        if slow := window.data_seconds > SLOW_SHARE * window.seconds:
             row |= {"slowest_rank": window.slowest_rank}
+            if self.slow != window.slowest_rank:
+                say(f"warning: step {done}: rank {window.slowest_rank} waits for data {window.data_seconds / window.seconds:.0%} of the time")
+        self.slow = window.slowest_rank if slow else -1
         if stage >= 0:
             row |= {"stage": stage}
         telemetry.row(row)
@@ -305,7 +326,8 @@ class Run:
             say(f"warning: step {done}: loss or gradient not finite; going on from step {back.step} with the samples after this step")
         return back.step
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, owed: bool) -> None:
+        """Begin a checkpoint; `owed`: the evaluation that belongs to this step was put off."""
         began = time.monotonic()
 
         def beat() -> None:
@@ -313,7 +335,7 @@ class Run:
 
         beat()
         state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds,
-                 "passed_over": self.passed_over, "times_back": self.times_back, "precision": self.precision}  # fmt: skip
+                 "passed_over": self.passed_over, "times_back": self.times_back, "precision": self.precision, "evaluation_owed": owed}  # fmt: skip
         if self.world.main:
             self.folder.sync_metrics()
         self.writer.save(self.engine, state, beat)
@@ -325,19 +347,30 @@ class Run:
         self.writer.wait(lambda: self.watchdog.beat("end", done - 1))
         self.world.barrier()
 
-    def _evaluate(self, done: int, final: bool) -> None:
+    def _evaluate(self, done: int) -> bool:
+        """The row of an evaluation; false, and no row, if a stop came before it was through."""
         began = time.monotonic()
-        arguments = (self.engine, self.val, self.world, self.config.train.eval_batch, lambda: self.watchdog.beat("evaluate", done - 1))
-        result = evaluate(*arguments)
+
+        def go_on() -> bool:
+            self.watchdog.beat("evaluate", done - 1)
+            return not self._asked()
+
+        arguments = (self.engine, self.val, self.world, self.config.train.eval_batch, go_on)
+        if (result := evaluate(*arguments)) is None:
+            return False
         if self.engine.average:
             with self.engine.averaged():
                 average = evaluate(*arguments)
+            if average is None:
+                return False
             result |= {f"ema_{key}": value for key, value in average.items() if key != "samples"}
         if self.telemetry:
             images = done * self.config.train.batch_size
             seen = self._compute(done) if self.config.train.progressive else {}
-            self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": final, "seconds": self.seconds, **seen, **result})
+            self.telemetry.row({"kind": "eval", "step": done, "images": images, "final": done == self.schedule.total_steps,
+                                "seconds": self.seconds, **seen, **result})  # fmt: skip
         self.monitor.pause(time.monotonic() - began)
+        return True
 
     def _compute(self, done: int) -> dict[str, int]:
         """Exact training FLOPs and tokens of progressive training so far, which sees short sequences first."""

@@ -40,7 +40,7 @@ class Window:
     bad: int
     """of them such that no loss scale explains them: the loss itself was not finite, or float16 is not in use"""
     seconds: float
-    """wall time"""
+    """wall time, of rank 0"""
     data_seconds: float
     """waiting for data, of the rank that waited longest"""
     slowest_rank: int
@@ -81,20 +81,20 @@ class Monitor:
 
     def look(self, stop: bool, save: bool) -> Window:
         """Exchange with the other ranks, once, and start a new window. `stop`: any rank's wish counts; `save`: rank 0's."""
-        rows = torch.stack(self.rows)  # (steps, 5)
+        now, rows = time.monotonic(), torch.stack(self.rows)  # (steps, 5)
         scale_S = torch.stack(self.per_scale).double().nanmean(0)
-        host = torch.tensor([self.data_seconds, stop, save], dtype=torch.float64, device=rows.device)
+        host = torch.tensor([self.data_seconds, stop, save, now - self.began], dtype=torch.float64, device=rows.device)
         loss, norm = rows[:, 0].double(), rows[:, 1].double()
         finite = torch.where(torch.isfinite(loss), loss, math.nan)
         facts = torch.stack([finite.nanmean(), loss.max(), norm[-1], norm.max(), rows[:, 2].sum(), rows[:, 3].sum(), rows[:, 4].max()])
         table = self.world.gather(torch.cat([facts.double(), host, scale_S])).tolist()
-        first, now, steps = table[0], time.monotonic(), len(self.rows)
+        first, steps = table[0], len(self.rows)
         waits = [row[7] for row in table]
         window = Window(
             steps=steps, loss=_mean(row[0] for row in table), loss_largest=max(row[1] for row in table),
-            loss_per_scale=[_mean(values) for values in zip(*(row[10:] for row in table), strict=True)],
+            loss_per_scale=[_mean(values) for values in zip(*(row[11:] for row in table), strict=True)],
             grad_norm=first[2], grad_norm_largest=first[3], skipped=round(first[4]), bad=round(max(row[5] for row in table)),
-            streak=round(first[6]), seconds=now - self.began, data_seconds=max(waits), slowest_rank=waits.index(max(waits)),
+            streak=round(first[6]), seconds=first[10], data_seconds=max(waits), slowest_rank=waits.index(max(waits)),
             stop=any(row[8] for row in table), save=bool(first[9]),
         )  # fmt: skip
         window.loss_per_scale = [value for value in window.loss_per_scale if not math.isnan(value)]

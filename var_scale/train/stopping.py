@@ -12,13 +12,33 @@ from types import FrameType
 PARENT_ENV = "VAR_SCALE_PARENT"  # "pid:start time" of the orchestrating process
 
 
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the process's state on; none when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def process_identity(pid: int) -> str | None:
     """pid:start-time, so that a reused pid is not mistaken; None when the process is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else f"{pid}:{fields[19]}"
+    fields = _stat(pid)
+    return None if not fields or fields[0] in "ZX" else f"{pid}:{fields[19]}"
+
+
+def launchers() -> list[str]:
+    """Identities of the parent and of DeepSpeed's launchers above it: `deepspeed` starts a launcher for the node, which starts the ranks,
+    and each leaves what it started running when it is killed."""
+    found, pid = [], os.getppid()
+    while identity := process_identity(pid):
+        found.append(identity)
+        pid = int(_stat(pid)[1])
+        try:
+            if "deepspeed" not in Path(f"/proc/{pid}/cmdline").read_text():
+                break
+        except OSError:
+            break
+    return found
 
 
 class StopRequest:
@@ -26,22 +46,27 @@ class StopRequest:
 
     def __init__(self, stop_file: Path):
         self.stop_file = stop_file
-        self.reason = ""
+        self.reason, self.since = "", 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._orchestrator = os.environ.get(PARENT_ENV)
-        self._parent = os.getppid()
+        self._parent, self._launchers = os.getppid(), launchers()
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def note(self, reason: str) -> None:
+        """Stop, for this reason if it is the first."""
+        if not self.reason:
+            self.since, self.reason = time.monotonic(), reason
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self.note(signal.Signals(number).name)
 
     def _watch(self) -> None:
         while not self.reason:
-            if os.getppid() != self._parent:
-                self.reason = "the launcher has died"
+            if os.getppid() != self._parent or any(process_identity(int(one.split(":")[0])) != one for one in self._launchers):
+                self.note("the launcher has died")
             if self._orchestrator and process_identity(int(self._orchestrator.split(":")[0])) != self._orchestrator:
-                self.reason = "the process that started this run has died"
+                self.note("the process that started this run has died")
             if self.stop_file.exists():
-                self.reason = "asked to stop"
+                self.note("asked to stop")
             time.sleep(0.5)

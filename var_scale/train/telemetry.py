@@ -81,6 +81,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
+WANDB_SECONDS = 30.0  # how long wandb may try to reach its server, at the start and at the end
+
 
 class Telemetry:
     """Rank 0's recorder."""
@@ -140,21 +142,30 @@ class Telemetry:
             import wandb
 
             self.folder.log.mkdir(parents=True, exist_ok=True)
+            kept = self.folder.log.resolve() / "wandb"
             run_id = f"{self.folder.path.resolve().parent.name}-{config.name}"
             arguments: dict[str, Any] = {
                 "project": config.log.wandb_project, "group": self.folder.path.resolve().parent.name, "name": config.name, "id": run_id,
                 "resume": "allow", "dir": str(self.folder.log), "config": {**config.model_dump(mode="json"), "env": env},
+                "settings": wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS, finish_timeout_raises=True),
             }  # fmt: skip
             try:
                 run = wandb.init(mode=config.log.wandb, **arguments)
             except Exception as error:
                 if config.log.wandb != "online":
                     raise
-                kept = self.folder.log / "wandb"
-                say(f"warning: wandb cannot be reached ({error}); it records offline, `wandb sync {kept}/offline-*` sends it later")
+                say(f"warning: wandb cannot be reached ({str(error).splitlines()[0]}); it records offline, `wandb sync {kept}/offline-*` sends all later")
+                wandb.teardown()  # the first try holds the run's id
                 run = wandb.init(mode="offline", **arguments)
         except Exception as error:
             say(f"warning: wandb is not available ({error}); metrics.jsonl is complete")
             return None
-        self.closers.append(run.finish)
+
+        def finish() -> None:
+            try:
+                run.finish()
+            except TimeoutError:
+                say(f"warning: wandb could not be reached at the end; `wandb sync --no-skip-online {kept}/run-*` sends the rest")
+
+        self.closers.append(finish)
         return lambda numbers, step: run.log(numbers, step=step)
