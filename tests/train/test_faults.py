@@ -245,7 +245,7 @@ def test_a_shard_that_breaks_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    """The system refuses to write more to a file than half a checkpoint: one line, the older checkpoint stays and the run goes on from it."""
+    """The system refuses to write more to a file than half a checkpoint: one line, the older checkpoint stays, the run goes on from it."""
     recipe = {"steps": 500, "checkpoint_seconds": 1e-6}
     config, path = small_config(tmp_path / "data", train=recipe, log={"every": 20}), tmp_path / "run"
 

@@ -119,13 +119,6 @@ def test_epochs_peak_and_default_warmup() -> None:
     assert schedule.warmup == round(200 * 1669 / 50)
 
 
-def test_accumulation_counts_micro_batches() -> None:
-    """With accumulation the rate of a step is that of its last micro-batch, as in the reference."""
-    plain, two = (Schedule.of(TrainConfig(steps=100, batch_size=64, accumulate=a), 6400) for a in (1, 2))
-    assert two.total_steps == plain.total_steps
-    assert two.lr(99) == pytest.approx(plain.lr(99))
-    assert math.isclose(two.warmup, 2 * plain.warmup)
-
 
 @pytest.mark.parametrize(("pg", "pg0", "pgwp"), [(0.8, 4, 0.0), (0.5, 0, 1.5), (1.0, 2, 0.3), (0.01, 1, 0.0)])
 def test_progressive_stages_are_the_references(pg: float, pg0: int, pgwp: float) -> None:

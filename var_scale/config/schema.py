@@ -142,7 +142,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the data (ep); give epochs or steps")
     steps: Positive | None = Field(None, description="optimiser steps; give epochs or steps")
     batch_size: Positive = Field(768, description="samples an optimiser step over all ranks (bs)")
-    accumulate: Positive = Field(1, description="micro-batches a step on each rank (ac)")
+    accumulate: Positive = Field(1, description="micro-batches a step on each rank (ac); changes memory, not the run")
     base_lr: float = Field(1e-4, gt=0, description="learning rate at batch 256 (tblr); the peak is base_lr x batch_size / 256")
     lr_schedule: str = Field(
         "lin0", pattern=r"^(lin0|lin00|lin|cos|exp|lin0?\.\d+)$",

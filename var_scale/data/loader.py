@@ -62,7 +62,7 @@ class _Shards:
         try:
             if number not in self._files:
                 self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            file, whole, size = self._files[number], memoryview(rows).cast("B"), rows[0].nbytes
+            file, whole, size = self._files[number], rows.data.cast("B"), rows[0].nbytes
             for row, start in enumerate(starts):
                 if os.preadv(file, [whole[row * size : (row + 1) * size]], start) != size:
                     raise UserError(f"{path}: ends before byte {start + size}; it was cut, run `var-scale data verify {self.folder}`")

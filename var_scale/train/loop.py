@@ -172,8 +172,8 @@ class Run:
     def train(self) -> int:
         """Run to the end: 0. Stopped on request after saving: 85. Loss not finite: 3.
 
-        At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there, but for an
-        evaluation that a stop put off (`evaluation_owed`); the next life begins with it.
+        At each step first the row, then the evaluation, then the checkpoint: a checkpoint means that all rows up to it are there, but for
+        an evaluation that a stop put off (`evaluation_owed`); the next life begins with it.
         """
         total, c = self.schedule.total_steps, self.config.train
         if self.world.main:
@@ -203,10 +203,8 @@ class Run:
         self._finish_saving(done)
         stopped = done < total or owed
         if self.world.main:
-            if stopped:
-                self.folder.set_status("preempted", f"{self.stop.reason} (saved {time.monotonic() - self.stop.since:.1f} s later)", step=done)
-            else:
-                self.folder.set_status("complete", step=total)
+            reason = f"{self.stop.reason} (saved {time.monotonic() - self.stop.since:.1f} s later)" if stopped else ""
+            self.folder.set_status("preempted" if stopped else "complete", reason, step=done)
         return EXIT_REQUEUE if stopped else 0
 
     def _asked(self) -> bool:
@@ -287,7 +285,8 @@ class Run:
         if slow := window.data_seconds > SLOW_SHARE * window.seconds:
             row |= {"slowest_rank": window.slowest_rank}
             if self.slow != window.slowest_rank:
-                say(f"warning: step {done}: rank {window.slowest_rank} waits for data {window.data_seconds / window.seconds:.0%} of the time")
+                share = window.data_seconds / window.seconds
+                say(f"warning: step {done}: rank {window.slowest_rank} waits for data {share:.0%} of the time")
         self.slow = window.slowest_rank if slow else -1
         if stage >= 0:
             row |= {"stage": stage}
@@ -335,7 +334,8 @@ class Run:
 
         beat()
         state = {"step": done, "config_hash": config_hash(self.config), "data_hash": self.data_hash, "seconds": self.seconds,
-                 "passed_over": self.passed_over, "times_back": self.times_back, "precision": self.precision, "evaluation_owed": owed}  # fmt: skip
+                 "passed_over": self.passed_over, "times_back": self.times_back, "precision": self.precision,
+                 "evaluation_owed": owed}  # fmt: skip
         if self.world.main:
             self.folder.sync_metrics()
         self.writer.save(self.engine, state, beat)

@@ -44,12 +44,15 @@ def steps_per_epoch(config: TrainConfig, train_samples: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of one run, asked by optimiser step."""
+    """The schedule of one run, asked by optimiser step.
+
+    The reference counts micro-batches, so that there accumulating would change the schedule (its accumulation crashes); here it does not.
+    """
 
     config: TrainConfig
     total_steps: int
-    warmup: int  # micro-iterations
-    stage_warmup: float = 1.0  # micro-iterations over which a new scale's weight grows
+    warmup: int  # steps
+    stage_warmup: float = 1.0  # steps over which a new scale's weight grows
 
     @staticmethod
     def of(config: TrainConfig, train_samples: int) -> Schedule:
@@ -58,7 +61,7 @@ class Schedule:
         steps = config.steps or max(1, round((config.epochs or 0) * per_epoch))
         share = 1 / 50 if not config.warmup_epochs else config.warmup_epochs * per_epoch / steps
         grow = 1 / 300 if not config.progressive_warmup_epochs else config.progressive_warmup_epochs * per_epoch / steps
-        return Schedule(config, steps, round(share * steps * config.accumulate), grow * steps * config.accumulate)
+        return Schedule(config, steps, round(share * steps), grow * steps)
 
     @property
     def peak_lr(self) -> float:
@@ -66,10 +69,10 @@ class Schedule:
         return self.config.base_lr * self.config.batch_size / 256
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (from 0): the value at its last micro-batch."""
-        c, a = self.config, self.config.accumulate
+        """Learning rate of optimiser step `step` (from 0)."""
+        c = self.config
         name = f"lin{c.progressive}" if c.progressive else c.lr_schedule
-        return self.peak_lr * lr_factor(name, (step + 1) * a - 1, self.total_steps * a, self.warmup, c.lr_start, c.lr_end)
+        return self.peak_lr * lr_factor(name, step, self.total_steps, self.warmup, c.lr_start, c.lr_end)
 
     def stage(self, step: int, scales: int) -> tuple[int, float]:
         """Progressive training at optimiser step `step`: the last scale trained (-1: all) and the loss weight of its tokens.
@@ -77,11 +80,10 @@ class Schedule:
         From the warm-up to the share `progressive` of the run the scales come in one by one; a new one's weight grows from 0.01 to 1, but
         that of the last. As the reference does it, also from the first scale alone, where it crashes.
         """
-        c, a = self.config, self.config.accumulate
+        c = self.config
         if not c.progressive:
             return -1, 1.0
-        total, first = self.total_steps * a, min(c.progressive_start, scales - 1)
-        end = c.progressive * total
+        first, end = min(c.progressive_start, scales - 1), c.progressive * self.total_steps
 
         def at(g: int) -> int:
             if g <= self.warmup:
@@ -90,20 +92,19 @@ class Schedule:
                 return scales - 1
             return first + round((g - self.warmup) / (end - self.warmup) * (scales - 1 - first))
 
-        g = (step + 1) * a - 1
-        stage = at(g)
+        stage = at(step)
         if stage == scales - 1:
             return -1, 1.0
         if stage == first:
             return stage, 1.0
-        low, high = self.warmup, g  # the iteration at which this stage began: `at` never falls
+        low, high = self.warmup, step  # the one at which this stage began: `at` never falls
         while low < high:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if at(middle) < stage else (low, middle)
-        return stage, min(1.0, max(0.01, (g - low + 1) / self.stage_warmup))
+        return stage, min(1.0, max(0.01, (step - low + 1) / self.stage_warmup))
 
     def wd(self, step: int) -> float:
         """Weight decay of optimiser step `step`."""
-        c, a = self.config, self.config.accumulate
+        c = self.config
         end = c.weight_decay if c.weight_decay_end is None else c.weight_decay_end
-        return weight_decay((step + 1) * a - 1, self.total_steps * a, c.weight_decay, end)
+        return weight_decay(step, self.total_steps, c.weight_decay, end)

@@ -154,7 +154,8 @@ class Telemetry:
             except Exception as error:
                 if config.log.wandb != "online":
                     raise
-                say(f"warning: wandb cannot be reached ({str(error).splitlines()[0]}); it records offline, `wandb sync {kept}/offline-*` sends all later")
+                why = str(error).splitlines()[0]
+                say(f"warning: wandb cannot be reached ({why}); it records offline, `wandb sync {kept}/offline-*` sends all later")
                 wandb.teardown()  # the first try holds the run's id
                 run = wandb.init(mode="offline", **arguments)
         except Exception as error:
