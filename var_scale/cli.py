@@ -105,12 +105,23 @@ def data_synth(args: argparse.Namespace) -> None:
     make_leaves(config if config.data.images_train else Study(config, args.runs).with_files())
 
 
+def data_shard(args: argparse.Namespace) -> None:
+    """Images (class folders, ImageNet's train and val, a CSV of path,label, or tars) to globally shuffled WebDataset shards."""
+    from var_scale.data.convert import shard_images
+    from var_scale.progress import say
+
+    done = shard_images(args.source, args.out, args.split, args.seed, args.samples_per_shard, args.max_broken, args.processes)
+    for split, manifest in done.items():
+        say(f"{split}: {manifest.num_samples:,} images of {manifest.num_classes} classes in {len(manifest.shards)} shards ({args.out})")
+
+
 def data_index(args: argparse.Namespace) -> None:
     """Adopt WebDataset tars made by others: check every member, write the index and manifest.json."""
     from var_scale.data.shards import index_folder
     from var_scale.progress import say
 
-    manifest = index_folder(args.folder, kind="image", split=args.split, num_classes=args.num_classes)
+    names = args.class_names.read_text().splitlines() if args.class_names else None
+    manifest = index_folder(args.folder, kind="image", split=args.split, num_classes=args.num_classes, class_names=names)
     say(f"{args.folder}: {manifest.num_samples:,} samples in {len(manifest.shards)} shards indexed")
 
 
@@ -119,11 +130,13 @@ def data_verify(args: argparse.Namespace) -> None:
     from var_scale.data.shards import verify_folder
     from var_scale.progress import say
 
-    problems = verify_folder(args.folder)
+    problems = verify_folder(args.folder, args.drop_bad)
     for problem in problems:
         say(problem)
-    if problems:
-        raise UserError(f"{args.folder}: {len(problems)} problem(s); make the named shards again, or index the folder without them")
+    if problems and args.drop_bad:
+        say(f"{args.folder}: the manifest holds the sound shards alone now; runs that began with the others refuse it")
+    elif problems:
+        raise UserError(f"{args.folder}: {len(problems)} problem(s); make the named shards again, or leave them out with --drop-bad")
     say(f"{args.folder}: all shards are whole")
 
 
@@ -134,6 +147,11 @@ def data_info(args: argparse.Namespace) -> None:
 
     for key, value in describe_folder(args.folder).items():
         say(f"{key:24} {value}")
+    if args.sheet:
+        from var_scale.evaluate.samples import contact_sheet
+
+        contact_sheet(args.folder, args.sheet)
+        say(f"{'sheet':24} {args.sheet}")
 
 
 def data_tokenize(args: argparse.Namespace) -> None:
@@ -228,7 +246,7 @@ def sample(args: argparse.Namespace) -> None:
     """Sample images from a trained run into one grid picture."""
     import torch
 
-    from var_scale.evaluate.samples import load_run, sample_images, write_grid
+    from var_scale.evaluate.samples import class_names, load_run, sample_images, write_grid
     from var_scale.progress import say
 
     var, num_classes = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -237,7 +255,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError(f"--classes {wrong[0]}: this model has classes 0 to {num_classes - 1}")
     images = sample_images(var, classes, args.per_class, seed=args.seed, cfg=args.cfg, top_k=args.top_k, top_p=args.top_p,
                            more_smooth=args.more_smooth)  # fmt: skip
-    write_grid(images, args.out, zoom=args.zoom)
+    write_grid(images, args.out, zoom=args.zoom, names=class_names(args.run, classes))
     say(f"{len(classes)} classes x {args.per_class} images: {args.out}")
 
 
@@ -326,17 +344,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     command(commands, "doctor", doctor)
 
-    data = family("data", "image and token shards: synth, index, verify, info, tokenize")
+    data = family("data", "image and token shards: synth, shard, index, verify, info, tokenize")
     for name, function in (("synth", data_synth), ("tokenize", data_tokenize)):
         sub = command(data, name, function)
         _config(sub)
         _runs(sub)
+    sub = command(data, "shard", data_shard)
+    sub.add_argument("source", type=Path, help="folder of class folders or of train and val with such, .csv with path,label, or tars")
+    sub.add_argument("out", type=Path, help="folder for the shards")
+    sub.add_argument("--split", default=None, help="name of the split, where SOURCE is one; default train")
+    sub.add_argument("--seed", type=int, default=0, help="key of the shuffle")
+    sub.add_argument("--samples-per-shard", type=int, default=1024, help="images a shard")
+    sub.add_argument("--max-broken", type=float, default=0.01, help="share of images that may be unreadable before the job stops")
+    sub.add_argument("--processes", type=int, default=None, help="workers; default one a core")
     for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
         sub = command(data, name, function)
         sub.add_argument("folder", type=_folder, help="folder of the shards")
         if name == "index":
             sub.add_argument("--split", default="train", help="name of the split")
             sub.add_argument("--num-classes", type=int, default=None, help="classes; default one more than the largest label")
+            sub.add_argument("--class-names", type=Path, default=None, metavar="FILE", help="text file with the name of class N in line N")
+        if name == "verify":
+            sub.add_argument("--drop-bad", action="store_true", help="write the manifest again without the shards that have a problem")
+        if name == "info":
+            sub.add_argument("--sheet", type=_picture, default=None, metavar="FILE.png", help="write a contact sheet: a row a class")
 
     sub = command(family("tokenizer", "the multi-scale VQVAE: train"), "train", tokenizer_train)
     _config(sub)

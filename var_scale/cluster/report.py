@@ -137,7 +137,7 @@ def _samples(study: Study, healthy: set[str]) -> Path | None:
     """A grid of images from the largest healthy run; an earlier picture stays when its checkpoints were removed since."""
     import torch
 
-    from var_scale.evaluate.samples import load_run, sample_images, write_grid
+    from var_scale.evaluate.samples import class_names, load_run, sample_images, write_grid
     from var_scale.train.checkpoint import checkpoints
 
     path = study.report / "samples.png"
@@ -152,6 +152,6 @@ def _samples(study: Study, healthy: set[str]) -> Path | None:
     var, classes = load_run(run.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     labels = list(range(min(classes, spec.sample_classes)))
     images = sample_images(var, labels, spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)
-    write_grid(images, path, zoom=max(1, 96 // images.shape[2]))
+    write_grid(images, path, zoom=max(1, 96 // images.shape[2]), names=class_names(run.path, labels))
     say(f"samples of {config.name}: {path}")
     return path

@@ -9,9 +9,6 @@ The class sets alpha, the aspect ratio and which species are frequent. Image i i
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,6 +20,7 @@ from PIL import Image
 
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import ShardSetWriter
+from var_scale.data.workers import cores, worker_pool
 from var_scale.errors import UserError
 from var_scale.progress import progress
 
@@ -192,7 +190,7 @@ def _encoded_blocks(jobs: list[tuple[LeavesSettings, str, int, int]], processes:
     if processes == 1 or len(jobs) < 2 * processes:
         yield from map(_encoded, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with worker_pool(processes) as pool:
         yield from pool.imap(_encoded, jobs)
 
 
@@ -210,7 +208,7 @@ def write_leaves(folder: Path, split: str, count: int, settings: LeavesSettings,
         done = writer.completed_samples()
         edges = [done, *range((done // BLOCK + 1) * BLOCK, count, BLOCK), count] if done < count else []
         jobs = [(settings, split, start, stop - start) for start, stop in pairwise(edges)]
-        blocks = _encoded_blocks(jobs, processes or min(8, len(os.sched_getaffinity(0))))
+        blocks = _encoded_blocks(jobs, processes or min(8, cores()))
         with progress(f"leaves {split}", count, "images", initial=done) as bar:
             for block in blocks:
                 for data, label in block:

@@ -49,6 +49,13 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Names by class number, of the images or those the tokens were made of; None where they are not known."""
+        source = self.source.get("images") if self.kind == "tokens" else self.source
+        names = source.get("class_names") if isinstance(source, dict) else None
+        return list(names) if names else None
+
+    @property
     def digest(self) -> str:
         """The data hash: sha256 over the canonical JSON of everything else in the manifest."""
         return canonical_hash(self._body())

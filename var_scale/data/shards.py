@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +21,11 @@ from var_scale.errors import UserError
 from var_scale.files import atomic_file, disk_errors, read_json, remove_tree, sha256_file, write_json
 from var_scale.progress import progress, say
 
-__all__ = ["INDEX_DTYPE", "ShardSetWriter", "describe_folder", "index_folder", "index_tar", "npy_bytes", "read_index", "verify_folder"]
+__all__ = ["INDEX_DTYPE", "Sample", "ShardSet", "ShardSetWriter", "describe_folder", "index_folder", "index_tar", "npy_bytes",
+           "read_index", "token_sample", "verify_folder"]  # fmt: skip
 
 PROGRESS_FOLDER = ".progress"
+SIDES = 2000  # images whose size `describe_folder` reads
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -32,12 +35,25 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-class ShardSetWriter:
-    """Writes samples 0, 1, 2, ... into shards of `samples_per_shard`, the manifest last.
+@dataclass(frozen=True)
+class Sample:
+    """An encoded image or token array, its class, and the extension of its member."""
 
-    Each finished shard leaves a record in `.progress/`, so a killed run is continued by making the same writer again and
-    adding the samples from `completed_samples()` on. A folder made with other settings is refused with a UserError.
-    `with ShardSetWriter(...) as writer: ...; manifest = writer.finish()`.
+    payload: bytes
+    label: int
+    extension: str
+
+
+def token_sample(tokens: np.ndarray, label: int) -> Sample:
+    """Tokens (views, L) of class `label`, as uint16."""
+    return Sample(npy_bytes(tokens.astype("<u2")), int(label), "tok.npy")
+
+
+class ShardSet:
+    """A folder of shards in the making: shards may be written in any order and by several processes, the manifest comes last.
+
+    Each finished shard leaves a record in `.progress/`, so that a killed run is continued by writing the `missing` ones. A folder made with
+    other settings is refused with a UserError.
     """
 
     def __init__(self, folder: Path, kind: str, split: str, num_classes: int, samples_per_shard: int, source: dict[str, Any],
@@ -47,10 +63,14 @@ class ShardSetWriter:
         self.folder, self.kind, self.split, self.num_classes = Path(folder), kind, split, num_classes
         self.samples_per_shard, self.source, self.tokens = samples_per_shard, source, tokens
         self._settings: dict[str, Any] = {"kind": kind, "split": split, "num_classes": num_classes, "source": source, "tokens": tokens}
-        self._records = self.folder / PROGRESS_FOLDER
-        self._buffer: list[tuple[bytes, int, str]] = []
         self._manifest = self._existing_manifest()
-        self._shards = list(self._manifest.shards) if self._manifest else self._earlier_shards()
+        if self._manifest is None:
+            self._begin()
+
+    @property
+    def complete(self) -> bool:
+        """True when an earlier run wrote the manifest with these settings: nothing is left to do."""
+        return self._manifest is not None
 
     def _existing_manifest(self) -> Manifest | None:
         if not (self.folder / MANIFEST_NAME).exists():
@@ -63,83 +83,119 @@ class ShardSetWriter:
             return None
         return manifest
 
-    def _earlier_shards(self) -> list[ShardInfo]:
-        """The complete shards of a killed run, in order; starts the records of a new run."""
+    def _begin(self) -> None:
+        """Start the records, or go on with those of a killed run."""
         settings = {**self._settings, "samples_per_shard": self.samples_per_shard}
-        path = self._records / "settings.json"
-        if not (self._records / "000000.json").exists():
+        path = self.folder / PROGRESS_FOLDER / "settings.json"
+        if any(path.parent.glob("[0-9]*.json")):
+            self._require_same(read_json(path, "record of an unfinished run"), settings)
+        else:
             write_json(path, settings)
-            return []
-        self._require_same(read_json(path, "record of an unfinished run"), settings)
-        shards: list[ShardInfo] = []
-        while (record := self._records / f"{len(shards):06d}.json").exists():
-            shard = ShardInfo(**read_json(record, "record of a finished shard"))
-            tar, index = self.folder / shard.name, self.folder / shard.index
-            if not tar.exists() or tar.stat().st_size != shard.bytes or not index.exists():
-                break
-            shards.append(shard)
-        return shards
 
     def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         there, here = _flat(there), _flat(here)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
-                raise UserError(f"{self.folder}: holds shards made with other settings ({key}: {there.get(key)} there, {here.get(key)} "
-                                "here); remove the folder or choose another")
+                raise UserError(f"{self.folder}: holds shards made with other settings ({key}: {there.get(key)!s:.80} there, "
+                                f"{here.get(key)!s:.80} here); remove the folder or choose another")  # fmt: skip
 
-    @property
-    def complete(self) -> bool:
-        """True when an earlier run wrote the manifest with these settings: nothing is left to do."""
-        return self._manifest is not None
+    def _record(self, number: int) -> Path:
+        return self.folder / PROGRESS_FOLDER / f"{number:06d}.json"
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """What was noted of shard `number` and its `ShardInfo` fields; None if it is not there whole."""
+        if not self._record(number).exists():
+            return None
+        record = dict(read_json(self._record(number), "record of a finished shard"))
+        if record["samples"]:
+            tar, index = self.folder / record["name"], self.folder / record["index"]
+            if not tar.exists() or tar.stat().st_size != record["bytes"] or not index.exists():
+                return None
+        return record
+
+    def write(self, number: int, samples: Sequence[Sample], note: dict[str, Any] | None = None) -> None:
+        """Shard `number`: tar under a temporary name, synced, renamed; then its index; then the record that makes it count, with `note`.
+
+        No samples: only the record, and the folder will have no such shard.
+        """
+        import webdataset
+
+        name, first = f"{self.split}-{number:06d}.tar", number * self.samples_per_shard
+        for place, sample in enumerate(samples):
+            self._check(sample, first + place)
+        shard = ShardInfo(name, 0, 0, "", "", "")
+        if samples:
+            # a fixed mtime makes shards equal byte for byte
+            with atomic_file(self.folder / name) as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
+                for place, sample in enumerate(samples):
+                    key = f"{first + place:09d}"
+                    tar.write({"__key__": key, sample.extension: sample.payload, "cls": str(sample.label).encode()})
+            with disk_errors(self.folder / name):
+                shard = _index_shard(self.folder, name, self.kind)[0]
+        write_json(self._record(number), {**(note or {}), **asdict(shard)})
+
+    def _check(self, sample: Sample, place: int) -> None:
+        if not 0 <= sample.label < self.num_classes:
+            raise UserError(f"{self.folder}: sample {place} has class {sample.label}, outside 0..{self.num_classes - 1}; mend the labels")
+
+    def finish(self) -> Manifest:
+        """Write the manifest over the shards that are there; returns it."""
+        if self._manifest is None:
+            shards, number = [], 0
+            while (record := self.record(number)) is not None:
+                if record["samples"]:
+                    shards.append(ShardInfo(**{field.name: record[field.name] for field in fields(ShardInfo)}))
+                number += 1
+            if not shards:
+                raise UserError(f"{self.folder}: no sample was written; check the source of the data")
+            self._manifest = Manifest(shards=tuple(shards), **self._settings)
+            self._manifest.write(self.folder)
+        remove_tree(self.folder / PROGRESS_FOLDER)
+        return self._manifest
+
+
+class ShardSetWriter(ShardSet):
+    """Samples 0, 1, 2, ... one after the other; after a kill, add those from `completed_samples()` on.
+
+    `with ShardSetWriter(...) as writer: ...; manifest = writer.finish()`.
+    """
+
+    def __init__(self, *settings: Any, **more: Any):
+        """As ShardSet."""
+        super().__init__(*settings, **more)
+        self._buffer: list[Sample] = []
+        self._number = self._done = 0
+        while not self.complete and (record := self.record(self._number)) is not None:
+            self._number, self._done = self._number + 1, self._done + record["samples"]
 
     def completed_samples(self) -> int:
         """Samples in complete shards, from this run and earlier ones; go on adding from here."""
-        return sum(shard.samples for shard in self._shards)
+        return self._manifest.num_samples if self._manifest else self._done
 
     def add_image(self, data: bytes, label: int, extension: str = "png") -> None:
         """Add an encoded image (`extension` png or jpg) of class `label`."""
-        self._add(data, label, extension)
+        self._add(Sample(data, int(label), extension))
 
     def add_tokens(self, tokens: np.ndarray, label: int) -> None:
         """Add tokens (views, L) of class `label`, stored as uint16."""
-        self._add(npy_bytes(tokens.astype("<u2")), label, "tok.npy")
+        self._add(token_sample(tokens, label))
 
-    def _add(self, payload: bytes, label: int, extension: str) -> None:
+    def _add(self, sample: Sample) -> None:
         assert not self.complete, "this folder is complete; look at `complete` before adding"
-        if not 0 <= label < self.num_classes:
-            index = self.completed_samples() + len(self._buffer)
-            raise UserError(f"{self.folder}: sample {index} has class {label}, outside 0..{self.num_classes - 1}; mend the labels")
-        self._buffer.append((payload, int(label), extension))
+        self._check(sample, self._done + len(self._buffer))
+        self._buffer.append(sample)
         if len(self._buffer) == self.samples_per_shard:
             self._write_shard()
 
     def _write_shard(self) -> None:
-        """Tar under a temporary name, synced, renamed; then its index; then the record that makes it count."""
-        import webdataset
-
-        name = f"{self.split}-{len(self._shards):06d}.tar"
-        first = self.completed_samples()
-        # a fixed mtime makes shards equal byte for byte
-        with atomic_file(self.folder / name) as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
-            for number, (payload, label, extension) in enumerate(self._buffer):
-                tar.write({"__key__": f"{first + number:09d}", extension: payload, "cls": str(label).encode()})
-        with disk_errors(self.folder / name):
-            shard = _index_shard(self.folder, name, self.kind)[0]
-            write_json(self._records / f"{len(self._shards):06d}.json", asdict(shard))
-        self._shards.append(shard)
-        self._buffer = []
+        self.write(self._number, self._buffer)
+        self._number, self._done, self._buffer = self._number + 1, self._done + len(self._buffer), []
 
     def finish(self) -> Manifest:
         """Write the last shard and the manifest; returns the manifest."""
-        if self._manifest is None:
-            if self._buffer:
-                self._write_shard()
-            if not self._shards:
-                raise UserError(f"{self.folder}: no sample was written; check the source of the data")
-            self._manifest = Manifest(shards=tuple(self._shards), **self._settings)
-            self._manifest.write(self.folder)
-        remove_tree(self._records)
-        return self._manifest
+        if self._buffer:
+            self._write_shard()
+        return super().finish()
 
     def __enter__(self) -> ShardSetWriter:
         return self
@@ -178,7 +234,9 @@ def decode_image(payload: bytes, where: str) -> Image.Image:
     """An encoded image as RGB, wholly decoded. UserError that begins with `where` if it cannot be."""
     try:
         return Image.open(io.BytesIO(payload)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise UserError(f"{where} is not a readable image (unknown format); mend or remove it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where} is not a readable image ({error}); mend or remove it") from None
 
 
@@ -196,11 +254,13 @@ def _decode_all(tar: Path, records: np.ndarray) -> None:
 
 
 def index_folder(folder: Path, kind: str = "image", split: str = "train", num_classes: int | None = None,
-                 source: dict[str, Any] | None = None, tokens: dict[str, Any] | None = None) -> Manifest:
+                 source: dict[str, Any] | None = None, tokens: dict[str, Any] | None = None,
+                 class_names: Sequence[str] | None = None) -> Manifest:
     """Adopt anybody's WebDataset tars: decode every image, write an index beside each `*.tar` of `folder` (sorted by name) and the
     manifest.
 
-    `num_classes` None: one more than the largest label. `tokens` is needed for kind "tokens". UserError as in `index_tar`.
+    `num_classes` None: one more than the largest label, or as many as there are `class_names`. `tokens` is needed for kind "tokens".
+    UserError as in `index_tar`.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.glob("*.tar"))
@@ -212,6 +272,9 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
         raise UserError(f"{folder}: no *.tar file here; give the folder that holds the shards")
     if kind == "tokens" and sorted(tokens or ()) != sorted(TOKEN_FIELDS):
         raise UserError(f"{folder}: token shards need {', '.join(TOKEN_FIELDS)} to be indexed; give them")
+    source = source or {"name": folder.name}
+    if class_names:
+        num_classes, source = len(class_names), {**source, "class_names": list(class_names)}
     shards, largest = [], 0
     with progress(f"index {folder}", len(names), "shards") as bar:
         for done, name in enumerate(names, 1):
@@ -225,7 +288,7 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
                 raise UserError(f"{folder / name}: class {largest} is outside 0..{num_classes - 1}; give the right number of classes")
             shards.append(shard)
             bar.update(done)
-    manifest = Manifest(kind, split, num_classes or largest + 1, source or {"name": folder.name}, tokens, tuple(shards))
+    manifest = Manifest(kind, split, num_classes or largest + 1, source, tokens, tuple(shards))
     manifest.write(folder)
     return manifest
 
@@ -238,20 +301,26 @@ def _check_tokens(path: Path, records: np.ndarray, tokens: dict[str, Any]) -> No
         raise UserError(f"{path}: holds {dtype} arrays {shape}, the manifest says {tokens['dtype']} {expected}; give the right shape")
 
 
-def verify_folder(folder: Path) -> list[str]:
+def verify_folder(folder: Path, drop: bool = False) -> list[str]:
     """Every problem of a folder, a line each (none: sound): manifest, sizes, sha256, indices against the tars, images that cannot be
-    decoded."""
+    decoded. `drop`: write the manifest again without the shards that have one; the folder is then other data, with another digest."""
     folder = Path(folder)
     try:
         manifest = load_manifest(folder, check_files=False)
     except UserError as error:
         return [str(error)]
-    problems = missing_files(folder, manifest)
+    lost, problems, sound = missing_files(folder, manifest), [], []
     with progress(f"verify {folder}", len(manifest.shards), "shards") as bar:
         for done, shard in enumerate(manifest.shards, 1):
-            if not any(line.startswith((f"{folder / shard.name}:", f"{folder / shard.index}:")) for line in problems):
-                problems += _shard_problems(folder, shard, manifest)
-            bar.update(done)
+            found = [line for line in lost if line.startswith((f"{folder / shard.name}:", f"{folder / shard.index}:"))]
+            found = found or _shard_problems(folder, shard, manifest)
+            problems += found
+            sound += [] if found else [shard]
+            bar.update(done, f"{len(problems)} bad" if problems else "")
+    if drop and problems:
+        if not sound:
+            raise UserError(f"{folder}: no shard is sound, nothing would be left; make the data again")
+        replace(manifest, shards=tuple(sound)).write(folder)
     return problems
 
 
@@ -277,10 +346,31 @@ def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[
 def describe_folder(folder: Path) -> dict[str, Any]:
     """What `var-scale data info` shows: counts, classes, sizes in bytes, tokens, source, digest."""
     manifest = load_manifest(folder)
-    labels = np.concatenate([read_index(folder, shard)["label"] for shard in manifest.shards])
-    counts = Counter(labels.tolist())
-    return {"folder": str(folder), "kind": manifest.kind, "split": manifest.split, "samples": manifest.num_samples,
-            "classes": manifest.num_classes, "classes_present": len(counts), "samples_per_class_min": min(counts.values()),
-            "samples_per_class_max": max(counts.values()), "shards": len(manifest.shards),
-            "bytes": sum(shard.bytes for shard in manifest.shards), "tokens": manifest.tokens, "source": manifest.source,
-            "digest": manifest.digest}
+    records = [read_index(folder, shard) for shard in manifest.shards]
+    counts = Counter(np.concatenate([index["label"] for index in records]).tolist())
+    names = manifest.class_names
+    named = ", ".join(f"{number}: {name}" for number, name in enumerate(names[:5])) if names else None
+    facts = {"folder": str(folder), "kind": manifest.kind, "split": manifest.split, "samples": manifest.num_samples,
+             "classes": manifest.num_classes, "class_names": named,
+             "classes_present": len(counts), "samples_per_class_min": min(counts.values()), "samples_per_class_max": max(counts.values()),
+             "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards)}  # fmt: skip
+    if manifest.kind == "image":
+        sides = np.array(_sides(folder, manifest, records))
+        for place, name in enumerate(("width", "height")):
+            facts[f"{name}_min_median_max"] = " ".join(f"{value:.0f}" for value in np.quantile(sides[:, place], (0, 0.5, 1)))
+        facts["sides_of"] = f"{len(sides)} images"
+    source = {key: value for key, value in manifest.source.items() if key not in ("class_names", "images")}
+    return {**facts, "tokens": manifest.tokens, "source": source, "digest": manifest.digest}
+
+
+def _sides(folder: Path, manifest: Manifest, records: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Width and height of at most some thousand images, evenly over the shards, from their headers."""
+    found = []
+    step = max(1, manifest.num_samples // SIDES)
+    for shard, index in zip(manifest.shards, records, strict=True):
+        with open(folder / shard.name, "rb") as file:
+            for record in index[::step]:
+                file.seek(int(record["offset"]))
+                with Image.open(io.BytesIO(file.read(int(record["size"])))) as image:
+                    found.append(image.size)
+    return found

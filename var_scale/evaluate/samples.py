@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from var_scale.files import atomic_file
+from var_scale.data.loader import ImageData
+from var_scale.files import atomic_file, read_json
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
 from var_scale.train.loop import newest_checkpoint
 
@@ -23,6 +25,12 @@ def load_run(folder: Path, device: torch.device) -> tuple[torch.nn.Module, int]:
     var = build_model(config, vae, device)
     checkpoint.load_into(var)
     return var.eval(), config.classes
+
+
+def class_names(folder: Path, labels: Sequence[int]) -> list[str] | None:
+    """Names of `labels` as the run's data had them, None where it had none."""
+    names = read_json(folder / "run.json", "description of a run").get("class_names")
+    return [f"{label} {names[label]}" for label in labels] if names else None
 
 
 def sample_images(
@@ -40,14 +48,30 @@ def sample_images(
     return np.stack(rows)
 
 
-def write_grid(images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2) -> None:
-    """Write (rows, columns, H, W, 3) images as one PNG, a row a class."""
+def write_grid(images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, names: Sequence[str] | None = None) -> None:
+    """Write (rows, columns, H, W, 3) images as one PNG, a row a class, with the class's name above it where `names` (rows) are given."""
     rows, columns, h, w, _ = images.shape
-    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    line, (down, across) = 14 if names else 0, ((h * zoom) + gap, (w * zoom) + gap)
+    picture = Image.new("RGB", (columns * across - gap, rows * (down + line) - gap), "white")
+    pen = ImageDraw.Draw(picture)
     for r in range(rows):
+        if names:
+            pen.text((2, r * (down + line) + 1), names[r], "black")
         for c in range(columns):
-            sheet[r * (h + gap) : r * (h + gap) + h, c * (w + gap) : c * (w + gap) + w] = images[r, c]
-    picture = Image.fromarray(sheet)
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+            image = Image.fromarray(images[r, c]).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
+            picture.paste(image, (c * across, r * (down + line) + line))
     with atomic_file(path) as file:
         picture.save(file, "PNG")
+
+
+def contact_sheet(folder: Path, path: Path, rows: int = 10, columns: int = 10, size: int = 96) -> None:
+    """The first images of evenly chosen classes of a folder of image shards, a row a class, as one PNG."""
+    data = ImageData(folder, size)
+    present = np.unique(data.labels)
+    chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).astype(int)]
+    grid = np.full((len(chosen), columns, size, size, 3), 255, np.uint8)
+    for row, label in enumerate(chosen):
+        found = np.flatnonzero(data.labels == label)[:columns]
+        grid[row, : len(found)] = data.images(found)
+    known = data.manifest.class_names
+    write_grid(grid, path, names=[f"{label} {known[label]}" if known else f"class {label}" for label in chosen])

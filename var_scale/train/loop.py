@@ -154,7 +154,7 @@ class Run:
                 "data_hash": self.data_hash, "peak_lr": self.schedule.peak_lr,
                 "final_lr_fraction": self.schedule.lr(self.schedule.total_steps - 1) / self.schedule.peak_lr,
                 "train_samples": self.data.num_samples, "val_samples": self.val.num_samples,
-                "eval_label_dropout": c.train.eval_label_dropout,
+                "eval_label_dropout": c.train.eval_label_dropout, "class_names": self.data.manifest.class_names,
             },
         )  # fmt: skip
         var = self.engine.train_step_module().var

@@ -1,0 +1,23 @@
+"""Worker processes for reading, drawing and writing images: numpy and Pillow only, no torch inside."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.pool import Pool
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def worker_pool(processes: int) -> Pool:
+    """A pool of forked workers; Ctrl-C and SIGTERM are the parent's affair, which ends them."""
+    return multiprocessing.get_context("fork").Pool(processes, _begin)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
