@@ -49,6 +49,10 @@ class DataConfig(Section):
     num_classes: Positive = Field(1000, description="classes; must match the shards")
     views: Positive = Field(1, description="random crops of each training image that are tokenised; 1: the centre crop")
     train_samples: Positive = Field(1281167, description="training samples, used for planning before the shards exist")
+    check: Literal["sha256", "size"] = Field(
+        "sha256", description="what is compared with the manifest before a run begins: every byte of the shards (the ranks share "
+        "the work), or their sizes alone",
+    )  # fmt: skip
     samples_per_shard: Positive = Field(4096, description="samples in a shard written here")
 
 

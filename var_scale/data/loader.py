@@ -19,6 +19,7 @@ from var_scale.data.shards import decode_image, read_index
 from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import eval_transform, train_transform
 from var_scale.errors import UserError
+from var_scale.files import sha256_file
 
 __all__ = ["Ahead", "Batch", "ImageData", "TokenData", "TokenLoader"]
 
@@ -38,7 +39,7 @@ class _Shards:
         if self.manifest.kind != kind:
             raise UserError(f"{self.folder}: holds {self.manifest.kind} shards, {kind} shards are needed here; give another folder")
         self.num_samples, self.num_classes, self.digest = self.manifest.num_samples, self.manifest.num_classes, self.manifest.digest
-        index = np.concatenate([read_index(self.folder, shard) for shard in self.manifest.shards])
+        index = np.concatenate([read_index(self.folder, shard, check=True) for shard in self.manifest.shards])
         sizes = [shard.samples for shard in self.manifest.shards]
         self.offsets, self.sizes = index["offset"].astype(np.int64), index["size"].astype(np.int64)
         self.labels = index["label"].astype(np.int64)
@@ -55,6 +56,13 @@ class _Shards:
 
     def shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[number]
+
+    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+        """Of the shards `part`, `part` + `parts`, ..., those whose bytes do not have the checksum of the manifest."""
+        numbers = range(part, len(self.manifest.shards), parts)
+        with ThreadPoolExecutor(2, "check") as pool:
+            sums = pool.map(lambda number: sha256_file(self.folder / self.shard(number).name), numbers)
+            return [number for number, found in zip(numbers, sums, strict=True) if found != self.shard(number).sha256]
 
     def read_into(self, number: int, rows: np.ndarray, starts: Sequence[int]) -> None:
         """Fill each of `rows` (B, n), consecutive in memory, with the bytes of shard `number` from `starts` (B,) on."""
@@ -117,6 +125,10 @@ class TokenData:
         if (shards.sizes != shards.sizes[0]).any():
             raise UserError(f"{self.folder}: samples of different sizes; make the tokens again")
         return shards.offsets + shards.sizes - body
+
+    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+        """Of the shards `part`, `part` + `parts`, ..., those whose bytes do not have the checksum of the manifest."""
+        return self._shards.damaged(part, parts)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 (B, L) and labels int64 (B,) of samples `indices` (B,); `views` (B,) or one for all."""

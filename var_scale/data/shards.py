@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -25,6 +26,7 @@ __all__ = ["INDEX_DTYPE", "Sample", "ShardSet", "ShardSetWriter", "describe_fold
            "read_index", "token_sample", "verify_folder"]  # fmt: skip
 
 PROGRESS_FOLDER = ".progress"
+CHANGED = "the sha256 differs from the manifest; restore the file or make the data again"
 SIDES = 2000  # images whose size `describe_folder` reads
 
 
@@ -225,9 +227,13 @@ def _index_shard(folder: Path, name: str, kind: str) -> tuple[ShardInfo, np.ndar
     return ShardInfo(name, len(records), tar.stat().st_size, sha256_file(tar), index.name, sha256_file(index)), records
 
 
-def read_index(folder: Path, shard: ShardInfo) -> np.ndarray:
-    """The index of one shard: array (samples,) of INDEX_DTYPE."""
-    return np.fromfile(Path(folder) / shard.index, dtype=INDEX_DTYPE)
+def read_index(folder: Path, shard: ShardInfo, check: bool = False) -> np.ndarray:
+    """The index of one shard: array (samples,) of INDEX_DTYPE. `check`: UserError if it has not the checksum of the manifest."""
+    path = Path(folder) / shard.index
+    content = path.read_bytes()
+    if check and hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise UserError(f"{path}: {CHANGED}")
+    return np.frombuffer(content, dtype=INDEX_DTYPE)
 
 
 def decode_image(payload: bytes, where: str) -> Image.Image:
@@ -327,7 +333,7 @@ def verify_folder(folder: Path, drop: bool = False) -> list[str]:
 def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[str]:
     for name, expected in ((shard.name, shard.sha256), (shard.index, shard.index_sha256)):
         if sha256_file(folder / name) != expected:
-            return [f"{folder / name}: the sha256 differs from the manifest; restore the file or make the data again"]
+            return [f"{folder / name}: {CHANGED}"]
     try:
         records = index_tar(folder / shard.name, manifest.kind)
         if manifest.tokens is not None:

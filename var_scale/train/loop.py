@@ -17,6 +17,7 @@ from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import peak_of
 from var_scale.data.loader import Ahead, Batch, TokenData, TokenLoader
+from var_scale.data.shards import CHANGED
 from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
@@ -87,6 +88,10 @@ class Run:
         data = TokenData(Path(folder), tokenizer_hash, self.config.tokenizer.patch_nums)
         if data.num_classes > self.config.classes:
             raise UserError(f"{folder}: has {data.num_classes} classes, the config says {self.config.classes}; set data.num_classes")
+        if self.config.data.check == "sha256":
+            found = data.damaged(self.world.rank, self.world.size)
+            if worst := self.world.largest(1 + found[0] if found else 0):
+                raise UserError(f"{data.folder / data.manifest.shards[worst - 1].name}: {CHANGED}")
         return data
 
     def _build_engine(self, tokenizer: Any, resume: Checkpoint | None) -> Engine:
