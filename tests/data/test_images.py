@@ -1,6 +1,8 @@
 """The embedded set, the transforms, and image shards to token shards."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from data_samples import hashes
 from PIL import Image
 
 from var_scale.data.embedded import LeavesSettings, leaves_images, write_leaves
+from var_scale.data.images import decode_image, open_image
 from var_scale.data.loader import ImageData, TokenData
+from var_scale.data.manifest import Manifest
 from var_scale.data.shards import verify_folder
-from var_scale.data.tokenize import tokenize_folder
-from var_scale.data.transforms import eval_transform, to_minus1_1, train_transform
+from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
+from var_scale.data.transforms import eval_transform, resize_shorter, to_minus1_1, train_transform
 from var_scale.errors import UserError
 
 SMALL = LeavesSettings(size=16, num_classes=4, species=32, leaves=6)
@@ -95,6 +99,12 @@ def encode(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)[:, :14].astype(np.int64)
 
 
+def tokenize(images: Path, out: Path, encode: Encode, identity: str = "abc", vocab: int = 256, batch: int = 48, size: int | None = None,
+             **more: Any) -> Manifest:  # fmt: skip
+    """Image shards to token shards with three scales."""
+    return tokenize_folder(TokenSet(ImageData(images, size), out, identity, (1, 2, 3), vocab, **more), encode, batch)
+
+
 def test_tokenize(tmp_path: Path) -> None:
     write_leaves(tmp_path / "images", "train", 300, SMALL, 128, processes=1)
     calls = []
@@ -105,13 +115,12 @@ def test_tokenize(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return encode(images)
 
-    arguments = ("abc", (1, 2, 3), 256, 48)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_folder(tmp_path / "images", tmp_path / "cut", counted, *arguments, samples_per_shard=100)
+        tokenize(tmp_path / "images", tmp_path / "cut", counted, samples_per_shard=100)
     calls.clear()
-    manifest = tokenize_folder(tmp_path / "images", tmp_path / "cut", lambda x: calls.append(len(x)) or encode(x), *arguments, 100)
+    manifest = tokenize(tmp_path / "images", tmp_path / "cut", lambda x: calls.append(len(x)) or encode(x), samples_per_shard=100)
     assert sum(calls) == 200, "the complete shard was not made again"
-    tokenize_folder(tmp_path / "images", tmp_path / "whole", encode, *arguments, 100)
+    tokenize(tmp_path / "images", tmp_path / "whole", encode, samples_per_shard=100)
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     data = TokenData(tmp_path / "whole", "abc", (1, 2, 3))
     images, labels = leaves_images(SMALL, "train", 0, 300)
@@ -122,26 +131,41 @@ def test_tokenize(tmp_path: Path) -> None:
     def never(images: np.ndarray) -> np.ndarray:
         raise AssertionError("complete: nothing to encode")
 
-    assert tokenize_folder(tmp_path / "images", tmp_path / "whole", never, *arguments, 100) == manifest
+    assert tokenize(tmp_path / "images", tmp_path / "whole", never, samples_per_shard=100) == manifest
     with pytest.raises(UserError, match="made by tokenizer abc, this run uses xyz"):
-        tokenize_folder(tmp_path / "images", tmp_path / "whole", never, "xyz", (1, 2, 3), 256)
+        tokenize(tmp_path / "images", tmp_path / "whole", never, "xyz")
     for vocab_size, wrong, message in ((70000, encode, "65536"), (256, lambda x: encode(x)[:, :3], "returned int64"),
                                        (9, encode, "outside 0..8")):
         with pytest.raises(UserError, match=message):
-            tokenize_folder(tmp_path / "images", tmp_path / "new", wrong, "abc", (1, 2, 3), vocab_size)
+            tokenize(tmp_path / "images", tmp_path / "new", wrong, vocab=vocab_size)
         assert not (tmp_path / "new" / "manifest.json").exists()
 
 
 def test_several_views_are_random_crops(tmp_path: Path) -> None:
     write_leaves(tmp_path / "images", "train", 40, SMALL, 128, processes=1)
-    tokenize_folder(tmp_path / "images", tmp_path / "out", encode, "abc", (1, 2, 3), 256, size=12, views=3)
+    tokenize(tmp_path / "images", tmp_path / "out", encode, size=12, views=3, flip=True)
     data = TokenData(tmp_path / "out")
-    views = [data.gather(np.arange(40), view)[0] for view in range(3)]
-    assert (views[0] != views[1]).any() and (views[1] != views[2]).any()
+    views = [data.gather(np.arange(40), view)[0] for view in range(6)]
+    assert data.views == 6 and (views[0] != views[2]).any() and (views[2] != views[4]).any()
+    images = ImageData(tmp_path / "images", 12).random_crops(np.arange(40), 0, 1)
+    np.testing.assert_array_equal(views[2], encode(images))
+    np.testing.assert_array_equal(views[3], encode(images[:, :, ::-1]))
 
 
-def picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def test_parts_make_the_same_tokens(tmp_path: Path) -> None:
+    """Several processes, each with its own shards, one of them killed and run again: the bytes of one process."""
+    write_leaves(tmp_path / "images", "train", 100, SMALL, 128, processes=1)
+    tokenize(tmp_path / "images", tmp_path / "one", encode, samples_per_shard=16)
+    for part in (2, 0, 2, 1):
+        tokens = TokenSet(ImageData(tmp_path / "images"), tmp_path / "three", "abc", (1, 2, 3), 256, 16)
+        tokens.write(encode, 48, part, 3)
+    assert tokens.done() == 100
+    tokens.shards.finish()
+    assert hashes(tmp_path / "three") == hashes(tmp_path / "one")
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (36, 36), (33, 200)])
@@ -151,14 +175,37 @@ def test_transform_sizes(size: tuple[int, int]) -> None:
 
 
 def test_transform_is_the_official_one() -> None:
+    """By Pillow bit for bit; by PyTorch at most two grey levels from it."""
     image = picture(90, 60)
-    resized = image.resize((54, 36), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(eval_transform(image, 32), np.asarray(resized)[2:34, 11:43])
-    crops = {train_transform(image, 32, 0, 0, sample).tobytes() for sample in range(50)}
+    resized = Image.fromarray(image).resize((54, 36), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(eval_transform(image, 32, "pillow"), np.asarray(resized)[2:34, 11:43])
+    crops = {train_transform(image, 32, 0, 0, sample, "pillow").tobytes() for sample in range(50)}
     windows = {np.ascontiguousarray(np.asarray(resized)[y:y + 32, x:x + 32]).tobytes() for y in range(5) for x in range(23)}
     assert crops <= windows and len(crops) > 20
     np.testing.assert_array_equal(train_transform(image, 32, 0, 0, 7), train_transform(image, 32, 0, 0, 7))
-    assert eval_transform(image.convert("L"), 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 480), (300, 290), (1000, 333), (120, 160)])
+def test_the_fast_resize_is_near_the_exact_one(size: tuple[int, int]) -> None:
+    """On what resizing finds hardest, noise: at most 2 grey levels, in few pixels."""
+    image = picture(*size)
+    exact, fast = (resize_shorter(image, 288, how).astype(int) for how in ("pillow", "torch"))
+    difference = np.abs(exact - fast)
+    assert exact.shape == fast.shape and difference.max() <= 2 and difference.mean() < 0.02
+
+
+def test_decoding() -> None:
+    """JPEGs, also grey and CMYK ones, come as Pillow decodes them; half a file is refused."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    smooth = Image.fromarray(picture(40, 30)).resize((200, 150), Image.Resampling.BICUBIC)
+    for mode in ("RGB", "L", "CMYK"):
+        stream = io.BytesIO()
+        smooth.convert(mode).save(stream, "JPEG", quality=90)
+        payload = stream.getvalue()
+        assert simplejpeg.is_jpeg(payload)
+        np.testing.assert_array_equal(decode_image(payload, "here"), np.asarray(open_image(payload, "here")))
+        with pytest.raises(UserError, match="here is not a readable image"):
+            decode_image(payload[: len(payload) // 2], "here")
 
 
 def test_to_minus1_1() -> None:

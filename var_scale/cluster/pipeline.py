@@ -4,7 +4,7 @@ anywhere and run again: it continues, and when nothing is left it says so."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from var_scale.config.load import config_hash, dump, merge, run_config, run_name, write_config
 from var_scale.config.schema import Config
@@ -70,6 +70,8 @@ class Study:
     def data_hash(self) -> str | None:
         """Identity of the token shards as runs record it; None while they are not there."""
         data = self.with_files().data
+        if data.online:
+            return None  # the runs' own records say it
         paths = [Path(str(folder)) / "manifest.json" for folder in (data.tokens_train, data.tokens_val)]
         return ":".join(str(read_json(path, "manifest")["digest"]) for path in paths) if all(path.exists() for path in paths) else None
 
@@ -166,21 +168,24 @@ def prepare_data(study: Study) -> None:
         make_leaves(config)
     if not study.config.tokenizer.weights:
         train_tokenizer_stage(config, Path(str(config.tokenizer.weights)).parent)
-    if not study.config.data.tokens_train:
+    if not study.config.data.tokens_train and not config.data.online:
         tokenize_stage(config)
 
 
 def require_inputs(config: Config) -> None:
     """Refuse a run without its tokens or tokenizer before its folder is made."""
     from var_scale.data.manifest import load_manifest
+    from var_scale.train.inputs import NO_TOKENS
 
-    if not config.data.tokens_train or not config.data.tokens_val:
-        raise UserError("data.tokens_train and data.tokens_val are needed for training; make them with `var-scale data tokenize`")
+    data = config.data
+    folders = (data.images_train, data.images_val) if data.online else (data.tokens_train, data.tokens_val)
+    if not all(folders):
+        raise UserError("data.images_train and data.images_val are needed with data.online=true" if data.online else NO_TOKENS)
     if not config.tokenizer.weights or not Path(config.tokenizer.weights).exists():
         raise UserError(f"tokenizer.weights: {config.tokenizer.weights or 'nothing'} is given but does not exist; train it with "
                         "`var-scale tokenizer train`, or give its file")  # fmt: skip
-    for folder in (config.data.tokens_train, config.data.tokens_val):
-        load_manifest(Path(folder))
+    for folder in folders:
+        load_manifest(Path(str(folder)))
 
 
 def make_leaves(config: Config) -> None:
@@ -198,41 +203,21 @@ def make_leaves(config: Config) -> None:
 
 def train_tokenizer_stage(config: Config, folder: Path) -> None:
     """Train the small tokenizer on the image shards."""
-    from var_scale.data.loader import ImageData
+    from var_scale.train.inputs import open_images
     from var_scale.train.tokenizer import train_tokenizer
 
-    if not config.data.images_train or not config.data.images_val:
-        raise UserError("data.images_train and data.images_val are needed to train a tokenizer; give folders of image shards")
-    size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
-    train, val = (ImageData(Path(str(p)), size) for p in (config.data.images_train, config.data.images_val))
+    train, val = (open_images(config, folder) for folder in (config.data.images_train, config.data.images_val))
     train_tokenizer(config, train, val, folder)
 
 
 def tokenize_stage(config: Config) -> None:
     """Image shards to token shards, both splits."""
-    import torch
-
-    from var_scale.data.tokenize import tokenize_folder
-    from var_scale.data.transforms import to_minus1_1
-    from var_scale.model.load import load_tokenizer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae, identity = load_tokenizer(config.tokenizer, device)
-
-    def encode(images: Any) -> Any:
-        return torch.cat(vae.img_to_idxBl(to_minus1_1(images).to(device)), dim=1).cpu().numpy()
+    from var_scale.train.encode import tokenize
 
     for split in ("train", "val"):
-        source, target = getattr(config.data, f"images_{split}"), getattr(config.data, f"tokens_{split}")
-        if not source or not target:
-            raise UserError(f"data.images_{split} and data.tokens_{split} are needed to tokenise; set both")
-        with torch.inference_mode():
-            manifest = tokenize_folder(
-                Path(source), Path(target), encode, identity, config.tokenizer.patch_nums, config.tokenizer.vocab_size,
-                samples_per_shard=config.data.samples_per_shard, size=None if config.data.leaves else config.tokenizer.image_size,
-                views=config.data.views if split == "train" else 1,
-            )  # fmt: skip
-        say(f"tokens {split}: {manifest.num_samples:,} x {sum(p * p for p in config.tokenizer.patch_nums)} ({target})")
+        manifest = tokenize(config, split)
+        length = sum(pn * pn for pn in config.tokenizer.patch_nums)
+        say(f"tokens {split}: {manifest.num_samples:,} x {length} ({getattr(config.data, f'tokens_{split}')})")
 
 
 def show_plan(study: Study) -> None:

@@ -210,7 +210,7 @@ def config_hash(config: Config) -> str:
     for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit",
                 "accumulate"):  # fmt: skip
         tree["train"].pop(key, None)
-    for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check"):
+    for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check", "decoders"):
         tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest
     tree["tokenizer"].pop("weights", None)
     return canonical_hash(tree)

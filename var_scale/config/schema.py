@@ -48,6 +48,13 @@ class DataConfig(Section):
     tokens_val: str | None = Field(None, description="folder of token shards for validation")
     num_classes: Positive = Field(1000, description="classes; must match the shards")
     views: Positive = Field(1, description="random crops of each training image that are tokenised; 1: the centre crop")
+    flip: bool = Field(False, description="mirrored images too: twice the views, or half the images where `online`")
+    resize: Literal["auto", "torch", "pillow"] = Field(
+        "auto", description="who resizes images: PyTorch's Lanczos (2.12 and later; fast, at most 2 grey levels from Pillow) or Pillow, as "
+        "the official code; auto: PyTorch where it can",
+    )  # fmt: skip
+    online: bool = Field(False, description="train from images_train and images_val, tokenised in the step, instead of tokens")
+    decoders: int = Field(0, ge=0, description="threads that decode images in a process; 0: its share of the cores, at most 8")
     train_samples: Positive = Field(1281167, description="training samples, used for planning before the shards exist")
     check: Literal["sha256", "size"] = Field(
         "sha256", description="what is compared with the manifest before a run begins: every byte of the shards (the ranks share "
@@ -83,6 +90,9 @@ class TokenizerConfig(Section):
     ch: Positive = Field(160, description="base channels of the cnn")
     patch: Positive = Field(8, description="pixels a side of one latent cell (arch: patch)")
     hidden: Positive = Field(128, description="channels of arch: patch")
+    encode_precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="numerics of the encoder when tokens are made; all but fp32 change some tokens, the share is printed"
+    )
     train: TokenizerTrainConfig = TokenizerTrainConfig()
 
     @property

@@ -14,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
+from var_scale.data.images import open_image
 from var_scale.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from var_scale.data.order import epoch_permutation
-from var_scale.data.shards import Sample, ShardSet, decode_image
+from var_scale.data.shards import Sample, ShardSet
 from var_scale.data.tar_index import index_tar
 from var_scale.data.workers import cores, worker_pool
 from var_scale.errors import UserError
@@ -224,7 +225,7 @@ def _sample(item: Item) -> Sample:
             payload = file.read(item.size)
     except OSError as error:
         raise UserError(f"{item.where} cannot be read ({error.strerror})") from None
-    image, form = decode_image(payload, item.where), Image.open(io.BytesIO(payload)).format
+    image, form = open_image(payload, item.where), Image.open(io.BytesIO(payload)).format
     if form not in KEPT:
         stream = io.BytesIO()
         image.save(stream, "png")

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import resource
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from var_scale.data.images import decode_image
 from var_scale.data.manifest import Manifest, ShardInfo, load_manifest
 from var_scale.data.order import epoch_views, global_batch_indices, rank_slice
-from var_scale.data.shards import decode_image, read_index
+from var_scale.data.shards import read_index
 from var_scale.data.tar_index import npy_header
-from var_scale.data.transforms import eval_transform, train_transform
+from var_scale.data.transforms import Resize, eval_transform, train_transform
 from var_scale.errors import UserError
 from var_scale.files import sha256_file
 
-__all__ = ["Ahead", "Batch", "ImageData", "TokenData", "TokenLoader"]
+__all__ = ["Ahead", "Batch", "ImageBatch", "ImageData", "ImageLoader", "TokenData", "TokenLoader"]
 
 IMAGE_CACHE_BYTES = 1 << 29  # decoded images are kept when the whole set is at most this large
 SPARE_FILES = 256  # files a process opens for other reasons
@@ -151,41 +151,50 @@ class Batch:
     sample_positions_B: np.ndarray
 
 
-class TokenLoader:
-    """The batch of (step, micro-step) for one data-parallel rank: a pure function of (data, seed, step). No state."""
+class _Loader:
+    """Which samples are the batch of (step, micro-step) of one data-parallel rank: a pure function of (data, seed, step). No state."""
 
-    def __init__(self, data: TokenData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1):
+    def __init__(self, num_samples: int, seed: int, global_batch: int, world: int, rank: int, accumulate: int):
         rank_slice(global_batch, world, rank, accumulate, 0)
-        self.data, self.seed, self.global_batch = data, seed, global_batch
+        self.num_samples, self.seed, self.global_batch = num_samples, seed, global_batch
         self.world, self.rank, self.accumulate = world, rank, accumulate
 
-    def slice(self, micro_index: int = 0) -> slice:
-        """This rank's part of the global batch in micro-step `micro_index`."""
-        return rank_slice(self.global_batch, self.world, self.rank, self.accumulate, micro_index)
+    def places(self, step: int, micro_index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sample indices, epochs, and positions in the stream, each (B,)."""
+        part = rank_slice(self.global_batch, self.world, self.rank, self.accumulate, micro_index)
+        indices, epochs = (array[part] for array in global_batch_indices(self.num_samples, self.seed, step, self.global_batch))
+        return indices, epochs, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch
+
+
+class TokenLoader(_Loader):
+    """The batch of (step, micro-step) for one data-parallel rank."""
+
+    def __init__(self, data: TokenData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1):
+        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate)
+        self.data = data
 
     def batch(self, step: int, micro_index: int = 0) -> Batch:
         """The samples of this rank in micro-step `micro_index` of optimiser step `step` (from 0)."""
-        part, data = self.slice(micro_index), self.data
-        indices, epochs = (array[part] for array in global_batch_indices(data.num_samples, self.seed, step, self.global_batch))
+        data, (indices, epochs, positions) = self.data, self.places(step, micro_index)
         views = np.zeros(len(indices), dtype=np.int64)
         if data.views > 1:
             for epoch in np.unique(epochs).tolist():
                 mask = epochs == epoch
                 views[mask] = epoch_views(data.num_samples, self.seed, epoch, data.views)[indices[mask]]
         tokens_BL, labels_B = data.gather(indices, views)
-        return Batch(tokens_BL, labels_B, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch)
+        return Batch(tokens_BL, labels_B, positions)
 
 
 class Ahead:
     """Reads the next batches of a loader in a thread while the step before them runs. Which batches is still the caller's word."""
 
-    def __init__(self, loader: TokenLoader, depth: int = 2):
+    def __init__(self, loader: TokenLoader | ImageLoader, depth: int = 2):
         self.loader, self.depth = loader, depth
         self._pool = ThreadPoolExecutor(1, "data")
-        self._coming: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+        self._coming: deque[tuple[tuple[int, int], Future[Batch | ImageBatch]]] = deque()
 
-    def batch(self, step: int, micro_index: int = 0) -> Batch:
-        """As TokenLoader.batch. What went wrong in the thread is raised here."""
+    def batch(self, step: int, micro_index: int = 0) -> Batch | ImageBatch:
+        """As the loader's. What went wrong in the thread is raised here."""
         if not self._coming or self._coming[0][0] != (step, micro_index):  # the first, or one after a jump
             while self._coming:
                 self._coming.pop()[1].cancel()
@@ -205,23 +214,28 @@ class Ahead:
 class ImageData:
     """Image shards with random access to decoded images.
 
-    `size` None: the images must all have one size and come as they are. `size` N: the official resize and crop to N.
-    Decoded images are kept in memory when the whole set is small.
+    `size` None: the images must all have one size and come as they are. `size` N: the official resize and crop to N, by `resize`.
+    `threads` decode at a time. Decoded images are kept in memory when the whole set is small.
     """
 
-    def __init__(self, folder: Path, size: int | None = None):
+    def __init__(self, folder: Path, size: int | None = None, resize: Resize = "torch", threads: int = 1):
         self._shards = _Shards(folder, "image")
         self.manifest, self.folder = self._shards.manifest, self._shards.folder
         self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
         self.labels = self._shards.labels
-        self._size = size
-        self.shape = (size, size, 3) if size else (*reversed(self.decode(0).size), 3)
+        self.size, self.resize = size, resize
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        self.shape = (size, size, 3) if size else self.decode(0).shape
         nbytes = self.num_samples * int(np.prod(self.shape))
         self._cache = np.empty((self.num_samples, *self.shape), np.uint8) if nbytes <= IMAGE_CACHE_BYTES else None
         self._cached = np.zeros(self.num_samples, dtype=bool)
 
-    def decode(self, index: int) -> Image.Image:
-        """Sample `index` as an RGB PIL image. UserError, naming shard and sample, if it cannot be decoded."""
+    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+        """As TokenData.damaged."""
+        return self._shards.damaged(part, parts)
+
+    def decode(self, index: int) -> np.ndarray:
+        """Sample `index` as uint8 (H, W, 3). UserError, naming shard and sample, if it cannot be decoded."""
         shards = self._shards
         number, offset, size = int(shards.shard_of[index]), int(shards.offsets[index]), int(shards.sizes[index])
         where = f"{self.folder / shards.shard(number).name}: sample {index} (byte {offset})"
@@ -231,26 +245,66 @@ class ImageData:
 
     def _still(self, index: int) -> np.ndarray:
         image = self.decode(index)
-        if self._size:
-            return eval_transform(image, self._size)
-        if (*reversed(image.size), 3) != self.shape:
-            raise UserError(f"{self.folder}: sample {index} is {image.size[0]}x{image.size[1]} pixels, the first is "
+        if self.size:
+            return eval_transform(image, self.size, self.resize)
+        if image.shape != self.shape:
+            raise UserError(f"{self.folder}: sample {index} is {image.shape[1]}x{image.shape[0]} pixels, the first is "
                             f"{self.shape[1]}x{self.shape[0]}; give the image size so that they are resized and cropped")
-        return np.asarray(image, dtype=np.uint8)
+        return image
+
+    def _all(self, make: Callable[[int], np.ndarray], indices: np.ndarray) -> np.ndarray:
+        """(B, H, W, 3) of what `make` makes of each."""
+        return np.stack(list((self._pool.map if self._pool else map)(make, indices.tolist())))
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Samples `indices` (B,), centre-cropped where `size` was given: uint8 (B, H, W, 3)."""
         indices = self._shards.checked(indices)
         if self._cache is None:
-            return np.stack([self._still(index) for index in indices.tolist()])
-        for index in indices[~self._cached[indices]].tolist():
-            self._cache[index] = self._still(index)
-            self._cached[index] = True
+            return self._all(self._still, indices)
+        new = np.unique(indices[~self._cached[indices]])
+        if len(new):
+            self._cache[new] = self._all(self._still, new)
+            self._cached[new] = True
         return self._cache[indices]
 
     def random_crops(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Samples `indices` with the official random crop, keyed by (seed, epoch, sample): uint8 (B, size, size, 3)."""
-        if not self._size:
+        size = self.size
+        if size is None:
             return self.images(indices)
-        indices = self._shards.checked(indices)
-        return np.stack([train_transform(self.decode(index), self._size, seed, epoch, index) for index in indices.tolist()])
+        return self._all(lambda index: train_transform(self.decode(index), size, seed, epoch, index, self.resize),
+                         self._shards.checked(indices))  # fmt: skip
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`images` and labels int64 (B,), as TokenData.gather."""
+        return self.images(indices), self.labels[indices]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images uint8 (B, H, W, 3), labels int64 (B,), and the positions (B,) of the samples in the endless stream."""
+
+    images_BHWC: np.ndarray
+    labels_B: np.ndarray
+    sample_positions_B: np.ndarray
+
+
+class ImageLoader(_Loader):
+    """As TokenLoader, with decoded images: the official random crop, and with `flip` half of them mirrored, keyed by sample and epoch."""
+
+    def __init__(self, data: ImageData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1,
+                 flip: bool = False):  # fmt: skip
+        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate)
+        self.data, self.flip = data, flip
+
+    def batch(self, step: int, micro_index: int = 0) -> ImageBatch:
+        """The samples of this rank in micro-step `micro_index` of optimiser step `step` (from 0)."""
+        indices, epochs, positions = self.places(step, micro_index)
+        images = np.empty((len(indices), *self.data.shape), np.uint8)
+        for epoch in np.unique(epochs).tolist():
+            mask = epochs == epoch
+            images[mask] = self.data.random_crops(indices[mask], self.seed, epoch)
+            if self.flip:
+                mirrored = mask & (epoch_views(self.data.num_samples, self.seed, epoch, 2)[indices] == 1)
+                images[mirrored] = images[mirrored, :, ::-1]
+        return ImageBatch(images, self.data.labels[indices], positions)

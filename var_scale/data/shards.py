@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from var_scale.data.images import open_image
 from var_scale.data.manifest import MANIFEST_NAME, TOKEN_FIELDS, Manifest, ShardInfo, load_manifest, missing_files
 from var_scale.data.tar_index import INDEX_DTYPE, PAYLOADS, index_tar, npy_header
 from var_scale.errors import UserError
@@ -236,23 +237,13 @@ def read_index(folder: Path, shard: ShardInfo, check: bool = False) -> np.ndarra
     return np.frombuffer(content, dtype=INDEX_DTYPE)
 
 
-def decode_image(payload: bytes, where: str) -> Image.Image:
-    """An encoded image as RGB, wholly decoded. UserError that begins with `where` if it cannot be."""
-    try:
-        return Image.open(io.BytesIO(payload)).convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError(f"{where} is not a readable image (unknown format); mend or remove it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is not a readable image ({error}); mend or remove it") from None
-
-
 def _decode_all(tar: Path, records: np.ndarray) -> None:
     """Decode every image of a shard, in threads (Pillow decodes outside Python's lock)."""
     mapped = np.memmap(tar, np.uint8, "r")
 
     def decode(number: int) -> None:
         start, size = int(records["offset"][number]), int(records["size"][number])
-        decode_image(mapped[start : start + size].tobytes(), f"{tar}: sample {number} (byte {start})")
+        open_image(mapped[start : start + size].tobytes(), f"{tar}: sample {number} (byte {start})")
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(decode, range(len(records))):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from var_scale.data.loader import ImageData
 from var_scale.data.manifest import MANIFEST_NAME, Manifest, load_manifest
-from var_scale.data.shards import ShardSetWriter
+from var_scale.data.shards import ShardSet, token_sample
 from var_scale.errors import UserError
 from var_scale.progress import progress
 
@@ -17,39 +18,85 @@ Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 (B, H, W, 3) to integer tokens (B, L)."""
 
 
-def tokenize_folder(image_folder: Path, out_folder: Path, encode: Encode, tokenizer_hash: str, patch_nums: Sequence[int], vocab_size: int,
-                    batch: int = 256, samples_per_shard: int = 4096, size: int | None = None, views: int = 1, seed: int = 0) -> Manifest:
-    """Encode every image of `image_folder` into uint16 token shards in `out_folder`, in the same order, with progress.
+class TokenSet:
+    """The token shards of a folder of images, in the same order; several processes may write parts of it.
 
-    `size`: resize and crop to it (None: images as they are). `views` 1: the centre crop; more: random crops keyed by
-    (seed, view, sample), which need `size`. Continues a killed run after its last complete shard; complete: returns at once.
-    UserError: vocab_size over 65536, `out_folder` made by another tokenizer or from other images, tokens of a wrong shape.
+    `views` 1: the centre crop, where `images.size` is given; more: random crops keyed by (seed, view, sample). `flip`: after each view its
+    mirror image, so twice as many. `precision` is recorded: other numerics give some other tokens.
+    UserError: vocab_size over 65536, views of images that are not cropped, `out` made by another tokenizer or from other images.
     """
-    length = sum(side * side for side in patch_nums)
-    if not 1 <= vocab_size <= 1 << 16:
-        raise UserError(f"vocabulary of {vocab_size}: tokens are stored as uint16, at most 65536; use a smaller tokenizer")
-    if views > 1 and size is None:
-        raise UserError(f"{views} views need an image size to crop to; give it, or use 1 view")
-    images = load_manifest(image_folder)
-    tokens = {"dtype": "<u2", "views": views, "length": length, "patch_nums": list(patch_nums), "vocab_size": vocab_size,
-              "tokenizer_hash": tokenizer_hash}
-    source = {"images": images.source, "images_digest": images.digest, "size": size, "seed": seed,
-              "crop": "random" if views > 1 else "centre"}
-    _require_tokenizer(Path(out_folder), tokenizer_hash)
-    with ShardSetWriter(out_folder, "tokens", images.split, images.num_classes, samples_per_shard, source, tokens) as writer:
-        if writer.complete:
-            return writer.finish()
-        data = ImageData(image_folder, size)
-        with progress(f"tokenise {images.split}", data.num_samples, "images", initial=writer.completed_samples()) as bar:
-            for shard_start in range(writer.completed_samples(), data.num_samples, samples_per_shard):
-                shard_stop = min(shard_start + samples_per_shard, data.num_samples)
-                for start in range(shard_start, shard_stop, batch):  # batches never cross a shard: resuming sees the same ones
-                    indices = np.arange(start, min(start + batch, shard_stop))
-                    tokens_BKL = _encode_views(data, indices, encode, views, seed, length, vocab_size)
-                    for sample, label in zip(tokens_BKL, data.labels[indices].tolist(), strict=True):
-                        writer.add_tokens(sample, label)
-                    bar.update(int(indices[-1]) + 1)
-        return writer.finish()
+
+    def __init__(self, images: ImageData, out: Path, tokenizer_hash: str, patch_nums: Sequence[int], vocab_size: int,
+                 samples_per_shard: int = 4096, views: int = 1, flip: bool = False, seed: int = 0, precision: str = "fp32"):  # fmt: skip
+        if not 1 <= vocab_size <= 1 << 16:
+            raise UserError(f"vocabulary of {vocab_size}: tokens are stored as uint16, at most 65536; use a smaller tokenizer")
+        if views > 1 and images.size is None:
+            raise UserError(f"{views} views need an image size to crop to; give it, or use 1 view")
+        _require_tokenizer(Path(out), tokenizer_hash)
+        self.images, self.vocab_size, self.views, self.flip, self.seed = images, vocab_size, views, flip, seed
+        self.length = sum(side * side for side in patch_nums)
+        tokens = {"dtype": "<u2", "views": views * (2 if flip else 1), "length": self.length, "patch_nums": list(patch_nums),
+                  "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}  # fmt: skip
+        source: dict[str, Any] = {
+            "images": images.manifest.source, "images_digest": images.digest, "size": images.size, "seed": seed,
+            "crop": "random" if views > 1 else "centre", "resize": images.resize if images.size else None, "flip": flip,
+            "precision": precision,
+        }  # fmt: skip
+        self.shards = ShardSet(out, "tokens", images.manifest.split, images.num_classes, samples_per_shard, source, tokens)
+        self.count = -(-images.num_samples // samples_per_shard)
+
+    def done(self) -> int:
+        """Samples in shards that are whole."""
+        if self.shards.complete:
+            return self.images.num_samples
+        return sum(record["samples"] for number in range(self.count) if (record := self.shards.record(number)))
+
+    def write(self, encode: Encode, batch: int = 256, part: int = 0, parts: int = 1,
+              seen: Callable[[int], None] = lambda count: None) -> None:  # fmt: skip
+        """The shards `part`, `part` + `parts`, ... that are not there yet; `seen` is told the images of each batch."""
+        size = self.shards.samples_per_shard
+        for number in range(part, self.count, parts):
+            if self.shards.complete or self.shards.record(number) is not None:
+                continue
+            first, last = number * size, min((number + 1) * size, self.images.num_samples)
+            samples = []
+            for start in range(first, last, batch):  # batches never cross a shard: going on after a kill sees the same ones
+                indices = np.arange(start, min(start + batch, last))
+                tokens_BKL = self.encode(indices, encode)
+                samples += [token_sample(t, label) for t, label in zip(tokens_BKL, self.images.labels[indices].tolist(), strict=True)]
+                seen(len(indices))
+            self.shards.write(number, samples)
+
+    def encode(self, indices: np.ndarray, encode: Encode) -> np.ndarray:
+        """Tokens (B, views, L) of samples `indices`, checked."""
+        encoded = []
+        for view in range(self.views):
+            images = self.images.images(indices) if self.views == 1 else self.images.random_crops(indices, self.seed, view)
+            for shown in (images, images[:, :, ::-1]) if self.flip else (images,):
+                tokens_BL = np.asarray(encode(np.ascontiguousarray(shown)))
+                if tokens_BL.shape != (len(indices), self.length) or tokens_BL.dtype.kind not in "iu":
+                    raise UserError(f"the tokenizer returned {tokens_BL.dtype} {tokens_BL.shape} for {len(indices)} images, integers "
+                                    f"({len(indices)}, {self.length}) are needed; check patch_nums against the image size")
+                if tokens_BL.min() < 0 or tokens_BL.max() >= self.vocab_size:
+                    raise UserError(f"the tokenizer returned tokens in {tokens_BL.min()}..{tokens_BL.max()}, outside "
+                                    f"0..{self.vocab_size - 1}; check vocab_size")
+                encoded.append(tokens_BL)
+        return np.stack(encoded, axis=1)
+
+
+def tokenize_folder(tokens: TokenSet, encode: Encode, batch: int = 256) -> Manifest:
+    """All shards in this process, with progress. Continues a killed run after its last complete shard; complete: returns at once."""
+    if not tokens.shards.complete:
+        done = tokens.done()
+        with progress(f"tokenise {tokens.shards.split}", tokens.images.num_samples, "images", initial=done) as bar:
+
+            def seen(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(done)
+
+            tokens.write(encode, batch, seen=seen)
+    return tokens.shards.finish()
 
 
 def _require_tokenizer(folder: Path, tokenizer_hash: str) -> None:
@@ -60,19 +107,3 @@ def _require_tokenizer(folder: Path, tokenizer_hash: str) -> None:
     if there != tokenizer_hash:
         raise UserError(f"tokens in {folder} were made by tokenizer {there[:12]}, this run uses {tokenizer_hash[:12]}; "
                         "remove the folder or choose another")
-
-
-def _encode_views(data: ImageData, indices: np.ndarray, encode: Encode, views: int, seed: int, length: int, vocab_size: int) -> np.ndarray:
-    """Tokens (B, views, L) of samples `indices`, checked."""
-    encoded = []
-    for view in range(views):
-        images = data.images(indices) if views == 1 else data.random_crops(indices, seed, view)
-        tokens_BL = np.asarray(encode(images))
-        if tokens_BL.shape != (len(indices), length) or tokens_BL.dtype.kind not in "iu":
-            raise UserError(f"the tokenizer returned {tokens_BL.dtype} {tokens_BL.shape} for {len(indices)} images, integers "
-                            f"({len(indices)}, {length}) are needed; check patch_nums against the image size")
-        if tokens_BL.min() < 0 or tokens_BL.max() >= vocab_size:
-            raise UserError(f"the tokenizer returned tokens in {tokens_BL.min()}..{tokens_BL.max()}, outside 0..{vocab_size - 1}; "
-                            "check vocab_size")
-        encoded.append(tokens_BL)
-    return np.stack(encoded, axis=1)

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from var_scale.data.order import uniform
+from var_scale.errors import UserError
 
 MID_FACTOR = 1.125  # official: shorter side to round(1.125 * reso), then a crop of reso
+Resize = Literal["torch", "pillow"]
+"""Who resizes: PyTorch's Lanczos on uint8 (at most 2 grey levels from Pillow, twice as fast), or Pillow, as the official code."""
 
 
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size` with LANCZOS, the longer one to int(size·long/short), as torchvision's Resize(size)."""
-    width, height = image.size
+def who_resizes(wanted: str) -> Resize:
+    """`auto` as what this PyTorch can do. UserError if `torch` is wanted of one that cannot."""
+    try:
+        interpolate(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size=(4, 4), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError):
+        if wanted == "torch":
+            raise UserError(f"data.resize=torch: PyTorch {torch.__version__} has no Lanczos, 2.12 has; set data.resize=pillow") from None
+        return "pillow"
+    return "pillow" if wanted == "pillow" else "torch"
+
+
+def resize_shorter(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
+    """(H, W, 3): shorter side to `size` by Lanczos, the longer one to int(size * long / short), as torchvision's Resize(size)."""
+    height, width = image.shape[:2]
     if min(width, height) == size:
         return image
     new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-    return image.resize(new, Image.Resampling.LANCZOS)
+    if resize == "pillow":
+        return np.asarray(Image.fromarray(image).resize(new, Image.Resampling.LANCZOS))
+    image_1CHW = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return interpolate(image_1CHW, size=new[::-1], mode="lanczos", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def _resized(image: Image.Image, reso: int) -> Image.Image:
-    return resize_shorter(image.convert("RGB"), round(MID_FACTOR * reso))
+def eval_transform(image: np.ndarray, reso: int, resize: Resize = "torch") -> np.ndarray:
+    """uint8 (H, W, 3): resize and centre crop to (reso, reso, 3)."""
+    image = resize_shorter(image, round(MID_FACTOR * reso), resize)
+    top, left = (round((side - reso) / 2) for side in image.shape[:2])
+    return image[top : top + reso, left : left + reso]
 
 
-def _crop(image: Image.Image, left: int, top: int, reso: int) -> np.ndarray:
-    return np.asarray(image.crop((left, top, left + reso, top + reso)), dtype=np.uint8)
-
-
-def eval_transform(image: Image.Image, reso: int) -> np.ndarray:
-    """Resize and centre crop: uint8 (reso, reso, 3)."""
-    resized = _resized(image, reso)
-    width, height = resized.size
-    return _crop(resized, round((width - reso) / 2), round((height - reso) / 2), reso)
-
-
-def train_transform(image: Image.Image, reso: int, seed: int, epoch: int, sample: int) -> np.ndarray:
-    """Resize and random crop, no flip: uint8 (reso, reso, 3); the crop is a pure function of (seed, epoch, sample)."""
-    resized = _resized(image, reso)
-    width, height = resized.size
+def train_transform(image: np.ndarray, reso: int, seed: int, epoch: int, sample: int, resize: Resize = "torch") -> np.ndarray:
+    """uint8 (H, W, 3): resize and random crop to (reso, reso, 3), no flip; the crop is a pure function of (seed, epoch, sample)."""
+    image = resize_shorter(image, round(MID_FACTOR * reso), resize)
+    height, width = image.shape[:2]
     across, down = uniform(seed, f"crop/{epoch}", sample, 2)
-    return _crop(resized, int(across * (width - reso + 1)), int(down * (height - reso + 1)), reso)
+    left, top = int(across * (width - reso + 1)), int(down * (height - reso + 1))
+    return image[top : top + reso, left : left + reso]
 
 
 def to_minus1_1(images: np.ndarray | torch.Tensor) -> torch.Tensor:

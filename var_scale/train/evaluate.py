@@ -8,14 +8,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from var_scale.data.loader import TokenData
 from var_scale.data.order import eval_slices, uniform
 from var_scale.train.engine.base import Engine
+from var_scale.train.inputs import Tokens
 from var_scale.train.world import World
 
 
 def evaluate(
-    engine: Engine, data: TokenData, world: World, batch: int, go_on: Callable[[], bool] = lambda: True
+    engine: Engine, data: Tokens, world: World, batch: int, go_on: Callable[[], bool] = lambda: True
 ) -> dict[str, float | int | list[float]] | None:
     """Loss in nats and error as a fraction: per scale, at the last scale, and over all tokens; plus the number of samples.
 
@@ -41,9 +41,7 @@ def evaluate(
                 engine.module.train()
                 return None
             weight, index = (1.0, mine[i]) if i < len(mine) else (0.0, np.zeros(1, dtype=np.int64))
-            tokens, labels = data.gather(index)
-            tokens_BL = torch.as_tensor(tokens, device=world.device).long()
-            label_B = torch.as_tensor(labels, device=world.device).long()
+            tokens_BL, label_B = data.gather(index)
             dropped = world.put(drop_N[torch.from_numpy(index)]) if drop_N is not None else None
             _, ce_BL, correct_BL = engine.module(tokens_BL, label_B, dropped)
             for s, (start, end) in enumerate(pairwise(bounds)):

@@ -16,8 +16,7 @@ from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import peak_of
-from var_scale.data.loader import Ahead, Batch, TokenData, TokenLoader
-from var_scale.data.shards import CHANGED
+from var_scale.data.loader import Ahead
 from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
@@ -28,6 +27,7 @@ from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
 from var_scale.train.evaluate import evaluate
+from var_scale.train.inputs import open_data
 from var_scale.train.monitor import Monitor, Spikes, Window
 from var_scale.train.noise import StepNoise
 from var_scale.train.save import CheckpointWriter
@@ -55,10 +55,9 @@ class Run:
         self.watchdog = Watchdog(self.folder, world, c.hang_seconds)
         self.stop = StopRequest(folder / "STOP")
         tokenizer, tokenizer_hash = load_tokenizer(config.tokenizer, world.device)
-        self.data = self._open_data(config.data.tokens_train, tokenizer_hash)
-        self.val = self._open_data(config.data.tokens_val, tokenizer_hash)
+        self.data, self.val = open_data(config, tokenizer, tokenizer_hash, world)
         self.schedule = Schedule.of(c, self.data.num_samples)
-        self.loader = Ahead(TokenLoader(self.data, c.seed, c.batch_size, world.size, world.rank, c.accumulate))
+        self.loader = Ahead(self.data.loader(c.seed, c.batch_size, world.size, world.rank, c.accumulate))
         self.precision = choose_precision(c.precision, world.device)
         torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
         self.shape = shape_of(config)
@@ -81,18 +80,6 @@ class Run:
         blocks = self.engine.train_step_module().var.blocks
         self.activations = ActivationNorms(blocks) if config.log.activations and world.main else None
         self.began = self.last_save = time.monotonic()
-
-    def _open_data(self, folder: str | None, tokenizer_hash: str) -> TokenData:
-        if not folder:
-            raise UserError("data.tokens_train and data.tokens_val are needed for training; make them with `var-scale data tokenize`")
-        data = TokenData(Path(folder), tokenizer_hash, self.config.tokenizer.patch_nums)
-        if data.num_classes > self.config.classes:
-            raise UserError(f"{folder}: has {data.num_classes} classes, the config says {self.config.classes}; set data.num_classes")
-        if self.config.data.check == "sha256":
-            found = data.damaged(self.world.rank, self.world.size)
-            if worst := self.world.largest(1 + found[0] if found else 0):
-                raise UserError(f"{data.folder / data.manifest.shards[worst - 1].name}: {CHANGED}")
-        return data
 
     def _build_engine(self, tokenizer: Any, resume: Checkpoint | None) -> Engine:
         config = self.config
@@ -233,7 +220,7 @@ class Run:
             batch = self.loader.batch(place, micro)
             waited += time.monotonic() - began
             engine.prepare(last=micro == self.config.train.accumulate - 1)
-            inputs = (*self._tensors(batch), *noise.of(batch, self.world))
+            inputs = (*self.data.tensors(batch), *noise.of(batch, self.world))
             beat("forward", step)
             loss, ce_BL, _ = engine.module(*inputs, stage, newest)
             beat("backward", step)
@@ -246,10 +233,6 @@ class Run:
         if engine.average:
             engine.average.update(engine)
         self.monitor.data_seconds += waited
-
-    def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, L) and labels (B,) on the device."""
-        return self.world.put(torch.as_tensor(batch.tokens_BL)).long(), self.world.put(torch.as_tensor(batch.labels_B)).long()
 
     def _look(self, done: int) -> Window:
         """The window's facts, the same on all ranks, and their row in the metrics."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from var_scale.config.schema import Config
-from var_scale.data.loader import Batch
+from var_scale.data.loader import Batch, ImageBatch
 from var_scale.data.order import uniform
 from var_scale.model.build import default_drop_path
 from var_scale.train.world import World
@@ -26,7 +26,7 @@ class StepNoise:
             u = torch.from_numpy(uniform(seed, "path", step, model.depth * 2 * self.batch_size))
             self.keep_D2B = u.view(model.depth, 2, self.batch_size) >= rate_D11
 
-    def of(self, batch: Batch, world: World) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of(self, batch: Batch | ImageBatch, world: World) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The parts of this batch's samples: (B,) true: drop the label; (depth, 2, B) true: keep the path of attention / MLP."""
         place = torch.as_tensor(batch.sample_positions_B) - self.first
         return world.put(self.drop_B[place]), None if self.keep_D2B is None else world.put(self.keep_D2B[:, :, place])

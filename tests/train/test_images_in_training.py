@@ -1,0 +1,95 @@
+"""Training straight from image shards, tokenised in the step, and making tokens with real tokenizers on several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs import final, losses, rewind, run, small_config
+from var_scale.config.schema import Config
+from var_scale.data.embedded import LeavesSettings, write_leaves
+from var_scale.data.loader import ImageData, ImageLoader, TokenData
+from var_scale.train.checkpoint import checkpoints
+from var_scale.train.encode import tokenize
+
+LEAVES = LeavesSettings(size=24, num_classes=4, species=32, leaves=6)
+"""The small tokenizer takes 12 pixels: resized to 14, a crop of 12."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 100), ("val", 37)):
+        write_leaves(root / split, split, count, LEAVES, 32, processes=1)
+    return root
+
+
+def online(images: Path, root: Path, **changes) -> Config:
+    data = {"online": True, "images_train": str(images / "train"), "images_val": str(images / "val")}
+    return small_config(root, **{**changes, "data": data | changes.get("data", {})})
+
+
+def test_the_same_run_on_two_processes_and_after_a_stop(images: Path, tmp_path: Path) -> None:
+    """Random crops and mirror images depend on the sample and the epoch, not on who reads them; losses fall."""
+    recipe = {"steps": 30, "keep_steps": [11]}
+    code, whole = run(online(images, tmp_path, train=recipe, data={"flip": True}), tmp_path / "whole")
+    assert code == 0, (whole.log / "launch.log").read_text()[-3000:]
+    fsdp = {"name": "fsdp", "processes": 2}
+    code, two = run(online(images, tmp_path, train=recipe, engine=fsdp, data={"flip": True, "decoders": 3}), tmp_path / "two")
+    assert code == 0 and losses(two) == pytest.approx(losses(whole), rel=1e-5)
+    assert final(two)["loss_avg"] == pytest.approx(final(whole)["loss_avg"], rel=1e-5) and final(two)["samples"] == 37
+    before = checkpoints(whole.checkpoints)[-1].state["files"]
+    rewind(whole, 11)
+    code, again = run(online(images, tmp_path, train=recipe, data={"flip": True}), tmp_path / "whole")
+    assert code == 0 and checkpoints(again.checkpoints)[-1].state["files"] == before
+    code, plain = run(online(images, tmp_path, train=recipe), tmp_path / "plain")
+    assert code == 0 and losses(plain) != losses(whole)
+
+
+def test_centre_crops_give_the_losses_of_their_tokens(images: Path, tmp_path: Path) -> None:
+    """Evaluated on images or on tokens made of them, an untouched model scores the same."""
+    recipe = {"steps": 1, "base_lr": 1e-9}
+    first = online(images, tmp_path, train=recipe)
+    tokens = {"tokens_train": str(tmp_path / "t"), "tokens_val": str(tmp_path / "v"), "online": False}
+    second = online(images, tmp_path, train=recipe, data=tokens)
+    for split in ("train", "val"):
+        tokenize(second, split)
+    scores = []
+    for name, config in (("first", first), ("second", second)):
+        code, folder = run(config, tmp_path / name)
+        assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+        scores.append(final(folder)["loss_per_scale"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def hashes(loaders: list[ImageLoader], step: int, accumulate: int) -> bytes:
+    batches = [loader.batch(step, micro) for micro in range(accumulate) for loader in loaders]
+    order = np.argsort(np.concatenate([batch.sample_positions_B for batch in batches]))
+    return np.concatenate([batch.images_BHWC for batch in batches])[order].tobytes()
+
+
+def test_pixels_depend_on_neither_world_nor_workers(images: Path) -> None:
+    """World sizes 1 to 4, accumulation, decoding threads: the same global batches; each epoch other crops."""
+    data, threads = ImageData(images / "train", 12), ImageData(images / "train", 12, threads=3)
+    expected = [hashes([ImageLoader(data, 3, 24, flip=True)], step, 1) for step in range(7)]
+    for world, accumulate, source in ((2, 1, data), (4, 3, threads), (1, 2, threads)):
+        loaders = [ImageLoader(source, 3, 24, world, rank, accumulate, flip=True) for rank in range(world)]
+        assert [hashes(loaders, step, accumulate) for step in range(7)] == expected
+    crops = [data.random_crops(np.arange(100), 3, epoch) for epoch in range(2)]
+    assert (crops[0] != crops[1]).any(axis=(1, 2, 3)).mean() > 0.5
+
+
+def test_tokens_of_several_processes_and_precisions(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two spawned processes write what one writes; bfloat16 says how many tokens it changes."""
+    folders = [tmp_path / name for name in ("one", "two", "bf16")]
+    for folder, processes, precision in zip(folders, (1, 2, 1), ("fp32", "fp32", "bf16"), strict=True):
+        data = {"tokens_train": str(folder), "views": 2, "flip": True, "samples_per_shard": 32}
+        config = online(images, tmp_path, data=data, tokenizer={"encode_precision": precision})
+        tokenize(config, "train", processes)
+    one, two, half = (TokenData(folder) for folder in folders)
+    assert one.manifest.shards == two.manifest.shards and one.views == 4
+    said = capsys.readouterr().out
+    changed = np.mean([one.gather(np.arange(100), view)[0] != half.gather(np.arange(100), view)[0] for view in range(4)])
+    assert f"bf16 changes {changed:.2%} of the tokens" in said and 0 < changed < 0.2

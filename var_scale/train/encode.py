@@ -1,0 +1,114 @@
+"""Making token shards with the config's tokenizer, on one device or several."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import multiprocessing
+
+from var_scale.config.schema import Config
+from var_scale.data.manifest import Manifest
+from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
+from var_scale.data.transforms import to_minus1_1
+from var_scale.errors import UserError
+from var_scale.model.load import load_tokenizer
+from var_scale.progress import progress, say
+from var_scale.train.inputs import open_images
+
+COMPARED = 256  # images whose tokens are compared with float32's
+BATCH = {"cpu": 64, "cuda": 256}
+
+
+def tokenize(config: Config, split: str, processes: int | None = None) -> Manifest:
+    """Image shards of `split` to token shards. `processes`: one a GPU by default, without a GPU one; the tokens do not depend on it."""
+    if not getattr(config.data, f"images_{split}") or not getattr(config.data, f"tokens_{split}"):
+        raise UserError(f"data.images_{split} and data.tokens_{split} are needed to tokenise; set both")
+    processes = processes or max(1, torch.cuda.device_count())
+    tokens, encoder = _open(config, split, 0, processes)
+    if tokens.shards.complete:
+        return tokens.shards.finish()
+    if config.tokenizer.encode_precision != "fp32":
+        _compare(config, tokens, encoder)
+    if processes == 1:
+        return tokenize_folder(tokens, encoder(config.tokenizer.encode_precision), BATCH[_device(0).type])
+    _several(config, split, processes, tokens)
+    return tokens.shards.finish()
+
+
+def _device(rank: int) -> torch.device:
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _open(config: Config, split: str, rank: int, processes: int) -> tuple[TokenSet, Callable[[str], Encode]]:
+    """The shards to make, and the encoder in a precision."""
+    device, c = _device(rank), config.tokenizer
+    vae, identity = load_tokenizer(c, device)
+    images = open_images(config, getattr(config.data, f"images_{split}"), processes)
+    tokens = TokenSet(images, Path(getattr(config.data, f"tokens_{split}")), identity, c.patch_nums, c.vocab_size,
+                      config.data.samples_per_shard, config.data.views if split == "train" else 1,
+                      config.data.flip and split == "train", precision=c.encode_precision)  # fmt: skip
+
+    def encoder(precision: str) -> Encode:
+        @torch.inference_mode()
+        def encode(images: np.ndarray) -> np.ndarray:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                latent = vae.quant_conv(vae.encoder(to_minus1_1(torch.from_numpy(images).to(device))))
+            return torch.cat(vae.quantize.f_to_idxBl_or_fhat(latent.float(), to_fhat=False), dim=1).cpu().numpy()
+
+        return encode
+
+    return tokens, encoder
+
+
+def _compare(config: Config, tokens: TokenSet, encoder: Callable[[str], Encode]) -> None:
+    """Say how many tokens the faster numerics change."""
+    indices, batch = np.arange(min(COMPARED, tokens.images.num_samples)), BATCH[_device(0).type]
+    parts = np.split(indices, range(batch, len(indices), batch))
+    exact, other = (np.concatenate([tokens.encode(part, encoder(precision)) for part in parts])
+                    for precision in ("fp32", config.tokenizer.encode_precision))  # fmt: skip
+    say(f"{config.tokenizer.encode_precision} changes {(exact != other).mean():.2%} of the tokens ({len(indices)} images compared)")
+
+
+def _several(config: Config, split: str, processes: int, tokens: TokenSet) -> None:
+    """A process a device, each with its own shards."""
+    context = multiprocessing.get_context("spawn")
+    count = context.Value("q", tokens.done())
+    parts = [context.Process(target=_part, args=(config, split, rank, processes, count), daemon=True) for rank in range(processes)]
+    for part in parts:
+        part.start()
+    try:
+        with progress(f"tokenise {split}", tokens.images.num_samples, "images", initial=count.value) as bar:
+            while any(part.is_alive() for part in parts):
+                bar.update(count.value)
+                if any(part.exitcode for part in parts):
+                    raise UserError(f"tokenise {split}: a process ended with an error, see above; run the same command again, it continues")
+                time.sleep(0.2)
+            bar.update(count.value)
+    finally:
+        for part in parts:
+            part.terminate()
+            part.join()
+    if any(part.exitcode for part in parts):
+        raise UserError(f"tokenise {split}: a process ended with an error, see above; run the same command again, it continues")
+
+
+def _part(config: Config, split: str, rank: int, processes: int, count: Synchronized[Any]) -> None:
+    """In a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    tokens, encoder = _open(config, split, rank, processes)
+
+    def seen(images: int) -> None:
+        with count.get_lock():
+            count.value += images
+
+    tokens.write(encoder(config.tokenizer.encode_precision), BATCH[_device(rank).type], rank, processes, seen)

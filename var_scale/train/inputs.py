@@ -1,0 +1,113 @@
+"""What a run reads: token shards, or image shards that are tokenised in the step. Both look the same to the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_scale.config.schema import Config
+from var_scale.data.loader import Batch, ImageBatch, ImageData, ImageLoader, TokenData, TokenLoader
+from var_scale.data.manifest import Manifest
+from var_scale.data.shards import CHANGED
+from var_scale.data.transforms import to_minus1_1, who_resizes
+from var_scale.data.workers import cores
+from var_scale.errors import UserError
+from var_scale.files import canonical_hash
+from var_scale.model.vqvae import VQVAE
+from var_scale.train.world import World
+
+NO_TOKENS = ("data.tokens_train and data.tokens_val are needed for training; make them with `var-scale data tokenize`, or train from "
+             "images with data.online=true")  # fmt: skip
+
+
+class Tokens:
+    """Token shards of one split."""
+
+    def __init__(self, data: TokenData, world: World):
+        self.data, self.world = data, world
+        self.num_samples, self.digest = data.num_samples, data.digest
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the shards."""
+        return self.data.manifest
+
+    def loader(self, seed: int, batch: int, world: int, rank: int, accumulate: int) -> TokenLoader | ImageLoader:
+        """The stream of training batches."""
+        return TokenLoader(self.data, seed, batch, world, rank, accumulate)
+
+    def tensors(self, batch: Batch | ImageBatch) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and labels (B,) of a batch, on the device."""
+        assert isinstance(batch, Batch)
+        return self.world.put(torch.as_tensor(batch.tokens_BL)).long(), self._labels(batch.labels_B)
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and labels (B,) of samples for an evaluation: the first view."""
+        tokens_BL, labels_B = self.data.gather(indices)
+        return self.world.put(torch.as_tensor(tokens_BL)).long(), self._labels(labels_B)
+
+    def _labels(self, labels_B: np.ndarray) -> Tensor:
+        return self.world.put(torch.as_tensor(labels_B)).long()
+
+
+class Images(Tokens):
+    """Image shards of one split: random crops for training, centre crops for evaluation, encoded on the device in float32."""
+
+    data: ImageData  # type: ignore[assignment]
+
+    def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool):
+        super().__init__(data, world)  # type: ignore[arg-type]
+        self.vae, self.flip = vae, flip
+        self.digest = canonical_hash([data.digest, tokenizer_hash])
+
+    def loader(self, seed: int, batch: int, world: int, rank: int, accumulate: int) -> TokenLoader | ImageLoader:
+        """The stream of training batches."""
+        return ImageLoader(self.data, seed, batch, world, rank, accumulate, self.flip)
+
+    def tensors(self, batch: Batch | ImageBatch) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and labels (B,) of a batch, on the device."""
+        assert isinstance(batch, ImageBatch)
+        return self._encode(batch.images_BHWC), self._labels(batch.labels_B)
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and labels (B,) of samples for an evaluation: the centre crop."""
+        images, labels_B = self.data.gather(indices)
+        return self._encode(images), self._labels(labels_B)
+
+    @torch.no_grad()
+    def _encode(self, images: np.ndarray) -> Tensor:
+        return torch.cat(self.vae.img_to_idxBl(to_minus1_1(self.world.put(torch.as_tensor(images)))), dim=1)
+
+
+def open_images(config: Config, folder: str | None, processes: int = 1) -> ImageData:
+    """A folder of image shards as the config wants images: of the tokenizer's size, decoded by as many threads as it says."""
+    if not folder:
+        raise UserError("data.images_train and data.images_val are needed; give folders of image shards")
+    size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
+    return ImageData(Path(folder), size, who_resizes(config.data.resize), config.data.decoders or min(8, max(1, cores() // processes)))
+
+
+def open_data(config: Config, vae: VQVAE, tokenizer_hash: str, world: World) -> tuple[Tokens, Tokens]:
+    """Training and validation data, checked against the config and its checksums; every rank calls it."""
+    data = config.data
+
+    def opened(split: str) -> Tokens:
+        folder = getattr(data, f"{'images' if data.online else 'tokens'}_{split}")
+        if data.online:
+            found: Tokens = Images(open_images(config, folder, world.size), world, vae, tokenizer_hash, data.flip)
+        elif not folder:
+            raise UserError(NO_TOKENS)
+        else:
+            found = Tokens(TokenData(Path(folder), tokenizer_hash, config.tokenizer.patch_nums), world)
+        if found.data.num_classes > config.classes:
+            raise UserError(f"{folder}: has {found.data.num_classes} classes, the config says {config.classes}; set data.num_classes")
+        if data.check == "sha256":
+            damaged = found.data.damaged(world.rank, world.size)
+            if worst := world.largest(1 + damaged[0] if damaged else 0):
+                raise UserError(f"{found.data.folder / found.manifest.shards[worst - 1].name}: {CHANGED}")
+        return found
+
+    return opened("train"), opened("val")
