@@ -154,6 +154,8 @@ class ShardSet:
             self._manifest = Manifest(shards=tuple(shards), **self._settings)
             self._manifest.write(self.folder)
         remove_tree(self.folder / PROGRESS_FOLDER)
+        for left_over in self.folder.glob(f".{self.split}-*.tmp"):  # of a process that was killed while it wrote
+            left_over.unlink()
         return self._manifest
 
 
