@@ -301,6 +301,13 @@ def bench_official(args: argparse.Namespace) -> None:
     bench_official(_load(args), args.checkout, args.steps, args.warmup, args.compile_official, args.out)
 
 
+def bench_data(args: argparse.Namespace) -> None:
+    """Time how fast one core makes training images of JPEGs, and reads tokens."""
+    from var_scale.data.bench import bench_data
+
+    bench_data(args.out)
+
+
 def bench_train(args: argparse.Namespace) -> None:
     """Time a training step of a config on its engine's processes, and where its time goes; or with --dry-run what each rank would hold."""
     from var_scale.cluster.bench import bench_train, show_dry_run
@@ -407,7 +414,9 @@ def build_parser() -> argparse.ArgumentParser:
     _runs(sub)
     sub.add_argument("--folder", type=Path, default=None, help="run folder to make; default RUNS/single/CONFIG")
 
-    bench = family("bench", "timings of this machine: kernels, step")
+    bench = family("bench", "timings of this machine: kernels, data, step, train, official")
+    sub = command(bench, "data", bench_data)
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
     sub = command(bench, "kernels", bench_kernels)
     sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
     sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")

@@ -22,8 +22,9 @@ def doctor() -> None:
     import torch
 
     from var_kernels import why_not
+    from var_scale.machine import processor_name
     from var_scale.model.attention import choose_backend
-    from var_scale.train.telemetry import package_versions, processor_name
+    from var_scale.train.telemetry import package_versions
     from var_scale.train.world import choose_precision, fast_bf16
 
     table = Table(title="var-scale doctor", show_header=False)

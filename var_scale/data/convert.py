@@ -19,9 +19,10 @@ from var_scale.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from var_scale.data.order import epoch_permutation
 from var_scale.data.shards import Sample, ShardSet
 from var_scale.data.tar_index import index_tar
-from var_scale.data.workers import cores, worker_pool
+from var_scale.data.workers import worker_pool
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, write_text
+from var_scale.machine import cores
 from var_scale.progress import progress, say
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")

@@ -20,8 +20,9 @@ from PIL import Image
 
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import ShardSetWriter
-from var_scale.data.workers import cores, worker_pool
+from var_scale.data.workers import worker_pool
 from var_scale.errors import UserError
+from var_scale.machine import cores
 from var_scale.progress import progress
 
 SPLITS = {"train": 1, "val": 2, "test": 3}

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from multiprocessing.pool import Pool
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def worker_pool(processes: int) -> Pool:

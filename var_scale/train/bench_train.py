@@ -26,11 +26,12 @@ from var_scale.cost.time import peak_of
 from var_scale.data.loader import Batch, TokenData, TokenLoader
 from var_scale.data.order import rank_slice
 from var_scale.files import write_json
+from var_scale.machine import processor_name
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
 from var_scale.train.noise import StepNoise
 from var_scale.train.schedule import Schedule
-from var_scale.train.telemetry import peak_memory, processor_name
+from var_scale.train.telemetry import peak_memory
 from var_scale.train.untrained import untrained
 from var_scale.train.world import World, leave, start_world
 

@@ -13,9 +13,9 @@ from var_scale.data.loader import Batch, ImageBatch, ImageData, ImageLoader, Tok
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import CHANGED
 from var_scale.data.transforms import to_minus1_1, who_resizes
-from var_scale.data.workers import cores
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash
+from var_scale.machine import cores
 from var_scale.model.vqvae import VQVAE
 from var_scale.train.world import World
 

@@ -16,6 +16,7 @@ import torch
 
 from var_scale.config.schema import Config
 from var_scale.files import write_json
+from var_scale.machine import processor_name
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder
 from var_scale.train.world import World
@@ -44,15 +45,6 @@ def commit() -> str | None:
         return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def processor_name() -> str:
-    """Model name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
