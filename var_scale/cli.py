@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from var_scale.errors import UserError
+from var_scale.errors import Preempted, UserError
+from var_scale.run_folder import EXIT_REQUEUE
 
 if TYPE_CHECKING:
     from var_scale.config.schema import Config
@@ -22,7 +23,8 @@ EXIT_INTERRUPTED = 130
 
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file or preset, such as study/tiny")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any changes, such as train.batch_size=64 or engine=fsdp")
+    text = "any changes, such as train.batch_size=64 or engine=fsdp"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
 
 
 def _runs(parser: argparse.ArgumentParser) -> None:
@@ -96,12 +98,15 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def data_synth(args: argparse.Namespace) -> None:
-    """Generate the embedded image set of a config as WebDataset shards."""
-    from var_scale.cluster.pipeline import Study, make_leaves
+    """Generate the embedded set of a config (data.leaves or data.grammar) as WebDataset shards."""
+    from var_scale.cluster.pipeline import Study, make_grammar, make_leaves
 
     config = _load(args)
+    if config.data.grammar:
+        make_grammar(Study(config, args.runs).with_files())
+        return
     if config.data.leaves is None:
-        raise UserError(f"{args.config}: has no data.leaves section; use a config that includes data/leaves32")
+        raise UserError(f"{args.config}: has neither data.leaves nor data.grammar; include data/leaves32 or data/grammar")
     make_leaves(config if config.data.images_train else Study(config, args.runs).with_files())
 
 
@@ -174,22 +179,13 @@ def tokenizer_train(args: argparse.Namespace) -> None:
     train_tokenizer_stage(config, study.folder / "tokenizer")
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train one model in a run folder, or continue it."""
-    import torch
-
-    from var_scale.cluster.local import train_here
-    from var_scale.cluster.pipeline import Study, require_inputs
-    from var_scale.model.attention import require_trainable
-    from var_scale.progress import say
-    from var_scale.run_folder import RunFolder
-    from var_scale.train.loop import create_run
+def _one_run(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Config and folder of one run: of the size `--depth` of a study, with the study's data and tokenizer, or of a config by itself."""
+    from var_scale.cluster.pipeline import Study, check_config, require_inputs
+    from var_scale.config.load import run_config
 
     config = _load(args)
-    require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if config.study:  # a size of a study, with the study's data and tokenizer
-        from var_scale.config.load import run_config
-
+    if config.study:
         study = Study(config, args.runs)
         if args.depth not in study.spec.depths:
             given = "" if args.depth is None else args.depth
@@ -200,6 +196,18 @@ def train(args: argparse.Namespace) -> None:
         name = config.name if config.name != "run" else Path(args.config).stem  # model/d16 is the run d16
         folder = args.folder or args.runs / "single" / name
     require_inputs(config)
+    check_config(config)
+    return config, folder
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train one model in a run folder, or continue it."""
+    from var_scale.cluster.local import train_here
+    from var_scale.progress import say
+    from var_scale.run_folder import RunFolder
+    from var_scale.train.loop import create_run
+
+    config, folder = _one_run(args)
     run = create_run(config, folder)
     if run.status()["state"] == "complete":
         say(f"{folder}: this run is complete, nothing to do")
@@ -271,10 +279,9 @@ def checkpoint_import(args: argparse.Namespace) -> None:
     """Make a run folder that goes on where an official ar-ckpt file ends."""
     from var_scale.train.official import import_checkpoint
 
-    config = _load(args)
-    folder = args.folder or args.runs / "single" / Path(args.config).stem
+    config, folder = _one_run(args)
     step = import_checkpoint(args.checkpoint, config, folder)
-    print(f"{folder}: goes on from step {step}; `var-scale train {args.config} --folder {folder}` with the same overrides")
+    print(f"{folder}: goes on from step {step}; `var-scale train` with the same config, overrides and options")
 
 
 def bench_kernels(args: argparse.Namespace) -> None:
@@ -319,8 +326,10 @@ def bench_train(args: argparse.Namespace) -> None:
         if args.depth is None:
             raise UserError(f"--depth: name a size of this study, such as {config.study.depths[0]}")
         config = run_config(config, args.depth, config.train.seed)
+    if args.world and not args.dry_run:
+        raise UserError("--world: is for --dry-run; a real step runs on engine.processes")
     if args.dry_run:
-        show_dry_run(config, args.world)
+        show_dry_run(config, args.world or 1)
     else:
         bench_train(config, args.steps, args.warmup, args.out, args.trace)
 
@@ -412,7 +421,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, help="official training checkpoint, ar-ckpt-*.pth")
     _config(sub)
     _runs(sub)
-    sub.add_argument("--folder", type=Path, default=None, help="run folder to make; default RUNS/single/CONFIG")
+    sub.add_argument("--folder", type=Path, default=None, help="run folder to make; default as `var-scale train`")
+    sub.add_argument("--depth", type=int, default=None, help="size of a study")
 
     bench = family("bench", "timings of this machine: kernels, data, step, train, official")
     sub = command(bench, "data", bench_data)
@@ -445,7 +455,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
     sub.add_argument("--trace", type=Path, default=None, metavar="FILE.json", help="write a profiler trace of one step (chrome://tracing)")
     sub.add_argument("--dry-run", action="store_true", help="no step: build the config for --world ranks and print what each would hold")
-    sub.add_argument("--world", type=_number(int, 1), default=1, help="ranks of the dry run")
+    sub.add_argument("--world", type=_number(int, 1), default=None, help="ranks of the dry run; default 1")
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")
@@ -464,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
         args.overrides, rest = [*args.overrides, *rest], []  # key=value may also stand after options
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(text for text in rest if text.startswith('-')) or ' '.join(rest)}")
     if args.version:
         from var_scale import __version__
 
@@ -473,15 +483,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not hasattr(args, "function"):
         parser.print_help()
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are finished or removed, runs are saved
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # as Ctrl-C: files are finished or removed, runs are saved
+        signal.signal(number, signal.default_int_handler)
     try:
         args.function(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
+        sys.exit(error.code)
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command continues from here", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_REQUEUE if isinstance(stopped, Preempted) else EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

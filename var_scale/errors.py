@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, where, and how to mend it. The command exits with code 2."""
+    """One line that says what is wrong, where, and how to mend it. The command exits with code 2, or the `code` of a run that failed."""
+
+    code = 2
+
+
+class Preempted(KeyboardInterrupt):
+    """Stopped on request after the run saved: the same command continues. The command exits with code 85."""
 
 
 def require_positive(**values: object) -> None:

@@ -15,6 +15,8 @@ from var_scale.errors import UserError
 from var_scale.files import disk_errors, read_json, write_json
 
 State = Literal["created", "queued", "running", "preempted", "diverged", "failed", "complete"]
+EXIT_DIVERGED = 3  # the loss or gradient was not finite too often
+EXIT_HUNG = 4  # no progress for train.hang_seconds
 EXIT_REQUEUE = 85  # asks SLURM for a requeue; the same code means "stopped on request, will continue" on one machine
 
 

@@ -170,7 +170,7 @@ def test_a_silent_rank_is_named(tmp_path: Path) -> None:
     """Rank 1 is stopped by the system: it cannot say anything any more."""
     config = small_config(tmp_path / "data", engine=DDP, train={"steps": 10000, "hang_seconds": 8})
     status = harm(config, tmp_path / "run", lambda ranks: ranks[1].send_signal(signal.SIGSTOP)).status()
-    assert status["state"] == "failed" and "rank 1 does not answer, last seen in" in status["reason"], status
+    assert status["state"] == "failed" and "rank 1 does not answer, last heard of" in status["reason"], status
 
 
 @pytest.mark.parametrize("name", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from var_scale.config.schema import Config, EngineConfig
-from var_scale.errors import UserError
+from var_scale.errors import Preempted, UserError
 from var_scale.progress import Progress, progress, say
-from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
+from var_scale.run_folder import EXIT_DIVERGED, EXIT_HUNG, EXIT_REQUEUE, RunFolder, take_lock
 from var_scale.train.stopping import PARENT_ENV, process_identity
 
 STOP_PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 0.3
+LOST_PEER = "lost the connection to another rank"
 
 
 def process_count(engine: EngineConfig) -> int:
@@ -65,7 +67,8 @@ def launch_environment(config: Config) -> dict[str, str]:
 
 
 def run_local(config: Config, run: RunFolder, label: str) -> int:
-    """Run to its end, showing progress; returns the exit code. Ctrl-C or SIGTERM: the run saves first, then KeyboardInterrupt."""
+    """Run to its end, showing progress; returns the exit code. Ctrl-C or SIGTERM: the run saves first, then Preempted (KeyboardInterrupt
+    if it could not)."""
     folder = run.path.resolve()
     lock = take_lock(folder / ".launcher.lock")
     if lock is None:
@@ -84,6 +87,9 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
         return _follow(child, run, label)
     except (KeyboardInterrupt, SystemExit):
         _stop(child, folder)
+        _wait_for_ranks(folder)
+        if run.status()["state"] == "preempted":
+            raise Preempted from None
         raise
     finally:
         if child.poll() is None:
@@ -109,35 +115,60 @@ def _follow(child: subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
 def _show(bar: Progress, run: RunFolder) -> None:
     """One look at the newest row."""
     row = _last_row(run.metrics)
-    if row and row.get("kind") == "train":
+    if row:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         bar.update(row["step"], f"loss {loss}  {row['images_per_second']:,.0f} images/s")
 
 
 def _last_row(path: Path) -> dict[str, Any] | None:
-    """The last complete row of metrics.jsonl, read from the end."""
+    """The last complete row of a step in metrics.jsonl, read from the end."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
         return None
-    try:
-        return dict(json.loads(lines[-1])) if lines else None
-    except ValueError:
-        return None
+    for line in reversed(lines):
+        if line.startswith(b'{"kind": "train"'):
+            return dict(json.loads(line))
+    return None
 
 
 def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
     """The run's own verdict where the launcher hides it: launchers turn 85 into 1."""
-    code, state = child.returncode, run.status()["state"]
-    if state == "complete":
+    _wait_for_ranks(run.path)
+    code, status = child.returncode, run.status()
+    if status["state"] == "complete":
         return 0
-    if state == "preempted":
+    if status["state"] == "preempted":
         return EXIT_REQUEUE
-    if state in ("queued", "running"):  # the processes are gone and could not say why
-        run.set_status("failed", f"the processes ended without a word (exit code {code}); see {run.log / 'launch.log'}")
-    return code or 1
+    if status["state"] == "diverged":
+        return EXIT_DIVERGED
+    killed = _killed(run.log / "launch.log")
+    if status["state"] in ("queued", "running"):  # the processes are gone and could not say why
+        why = killed or f"the processes ended without a word (exit code {code})"
+        run.set_status("failed", f"{why}; the same command continues, {run.log / 'launch.log'} may say more")
+    elif killed and LOST_PEER in status["reason"]:
+        run.set_status("failed", f"{killed}; the same command continues")
+    return EXIT_HUNG if status["reason"].startswith("no progress") else code or 1
+
+
+def _wait_for_ranks(folder: Path) -> None:
+    """Ranks that have lost their launcher save by themselves: until none holds the run."""
+    lock = take_lock(folder / ".lock", STOP_PATIENCE_SECONDS)
+    if lock is not None:
+        os.close(lock)
+
+
+def _killed(log: Path) -> str:
+    """Which rank a signal ended, as the launcher's log has it since the last start; empty if none."""
+    text = log.read_text(errors="replace").rpartition("--- ")[2] if log.exists() else ""
+    for rank, number in re.findall(r"rank\s*: (\d+) \(local_rank.*?exitcode\s*: -(\d+)", text, re.DOTALL):
+        if (name := signal.Signals(int(number)).name) != "SIGTERM":  # that is how launchers end the others
+            return f"rank {rank} was ended by {name}, from outside or by the system (out of memory?)"
+    if found := re.search(r"exits with return code = -(\d+)", text):
+        return f"a rank was ended by {signal.Signals(int(found.group(1))).name}, from outside or by the system (out of memory?)"
+    return ""
 
 
 def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
@@ -162,5 +193,7 @@ def train_here(config: Config, run: RunFolder, label: str, may_diverge: bool = F
         say(f"run {config.name}: diverged: {status['reason']}")
         return
     if code == EXIT_REQUEUE:
-        raise KeyboardInterrupt
-    raise UserError(f"{run.path}: the run {status['state']}: {status['reason'] or 'see ' + str(run.log / 'launch.log')}")
+        raise Preempted
+    error = UserError(f"{run.path}: the run {status['state']}: {status['reason'] or 'see ' + str(run.log / 'launch.log')}")
+    error.code = code if code in (EXIT_DIVERGED, EXIT_HUNG) else error.code
+    raise error

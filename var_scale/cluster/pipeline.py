@@ -38,8 +38,13 @@ class Study:
             raise UserError(f"study {c.name}: data.leaves and data.images_* are both given; set data.leaves=null to use your images")
         if data.leaves and (data.tokens_train or data.tokens_val):
             raise UserError(f"study {c.name}: data.leaves and data.tokens_* are both given; set data.leaves=null to use your tokens")
-        if data.leaves and data.leaves.train_images < c.train.batch_size:
-            raise UserError(f"study {c.name}: {data.leaves.train_images} training images are fewer than a batch of {c.train.batch_size}")
+        if data.grammar and (data.leaves or data.images_train or data.tokens_train or data.online or c.tokenizer.weights):
+            raise UserError(f"study {c.name}: data.grammar makes its own tokens and tokenizer; give no leaves, images, tokens or weights")
+        if data.grammar and data.grammar.symbols * data.grammar.rules != c.tokenizer.vocab_size:
+            raise UserError(f"study {c.name}: the grammar has {data.grammar.symbols} x {data.grammar.rules} tokens; set "
+                            f"tokenizer.vocab_size={data.grammar.symbols * data.grammar.rules}")  # fmt: skip
+        if (data.leaves or data.grammar) and c.train_samples < c.train.batch_size:
+            raise UserError(f"study {c.name}: {c.train_samples} training samples are fewer than a batch of {c.train.batch_size}")
         side = c.tokenizer.image_size
         if data.leaves and data.leaves.size != side:
             raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
@@ -126,17 +131,29 @@ def run_study(config: Config, runs: Path) -> Path:
 
 
 def check_machine(study: Study) -> None:
-    """Refuse batches that do not divide over the processes of a run here, and attention back-ends that cannot train here."""
+    """Refuse runs that cannot begin here."""
+    for config, _ in study.runs():
+        check_config(config)
+
+
+def check_config(config: Config) -> None:
+    """Refuse a run that cannot begin here: batches and shards that do not divide over its processes, attention back-ends that cannot train
+    here, DeepSpeed keys that contradict the recipe."""
     import torch
 
     from var_scale.cluster.local import process_count
     from var_scale.data.order import rank_slice
     from var_scale.model.attention import require_trainable
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for config, _ in study.runs():
-        require_trainable(config.model.attention, device)
-        rank_slice(config.train.batch_size, process_count(config.engine), 0, config.train.accumulate, 0)
+    engine, c, processes = config.engine, config.train, process_count(config.engine)
+    require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rank_slice(c.batch_size, processes, 0, c.accumulate, 0)
+    if engine.shard and processes % engine.shard:
+        raise UserError(f"engine.shard: {processes} processes do not divide into groups of {engine.shard}")
+    if engine.name == "deepspeed":
+        from var_scale.train.engine.deepspeed import engine_config
+
+        engine_config(engine.deepspeed, processes, c.batch_size, c.accumulate, c.clip)
 
 
 def check_runs(study: Study) -> None:
@@ -155,7 +172,7 @@ def check_runs(study: Study) -> None:
 def require_sources(study: Study) -> None:
     """Refuse a study whose data come from nowhere."""
     c = study.config
-    images = c.data.leaves or (c.data.images_train and c.data.images_val)
+    images = c.data.leaves or c.data.grammar or (c.data.images_train and c.data.images_val)
     if not images and not (c.data.tokens_train and c.data.tokens_val and c.tokenizer.weights):
         raise UserError(f"study {c.name}: give data.images_train and data.images_val (folders of image shards), or data.leaves, or "
                         "data.tokens_train, data.tokens_val and tokenizer.weights")  # fmt: skip
@@ -164,6 +181,9 @@ def require_sources(study: Study) -> None:
 def prepare_data(study: Study) -> None:
     """Stages 1 to 3: images, tokenizer, tokens. Each returns at once when it is done."""
     config = study.with_files()
+    if study.config.data.grammar:
+        make_grammar(config)
+        return
     if study.config.data.leaves:
         make_leaves(config)
     if not study.config.tokenizer.weights:
@@ -199,6 +219,31 @@ def make_leaves(config: Config) -> None:
         folder = Path(str(getattr(config.data, f"images_{split}")))
         manifest = write_leaves(folder, split, count, settings, config.data.samples_per_shard)
         say(f"images {split}: {manifest.num_samples:,} in {len(manifest.shards)} shards ({folder})")
+
+
+def make_grammar(config: Config) -> None:
+    """Generate the embedded token set, and a tokenizer whose codebook is random: there are no images to encode."""
+    import torch
+
+    from var_scale.data.grammar import GrammarSettings, bayes, write_grammar
+    from var_scale.files import sha256_file
+    from var_scale.model.load import new_tokenizer, save_tokenizer
+
+    grammar = config.data.grammar
+    assert grammar is not None
+    settings = GrammarSettings(config.tokenizer.patch_nums, **grammar.model_dump(exclude={"train_samples", "val_samples"}))
+    weights = Path(str(config.tokenizer.weights))
+    if not weights.exists():
+        torch.manual_seed(grammar.seed)
+        vae = new_tokenizer(config.tokenizer)
+        torch.nn.init.normal_(vae.quantize.embedding.weight)
+        save_tokenizer(vae, weights)
+    for split, count in (("train", grammar.train_samples), ("val", grammar.val_samples)):
+        folder = Path(str(getattr(config.data, f"tokens_{split}")))
+        manifest = write_grammar(folder, split, count, settings, sha256_file(weights), config.data.samples_per_shard)
+        say(f"grammar {split}: {manifest.num_samples:,} in {len(manifest.shards)} shards ({folder})")
+    floor = bayes(settings)
+    say(f"no model can have less than loss_avg {floor['loss_avg']:.4f}, loss_last {floor['loss_last']:.4f}")
 
 
 def train_tokenizer_stage(config: Config, folder: Path) -> None:

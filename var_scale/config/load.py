@@ -150,12 +150,16 @@ def check(tree: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        errors = error.errors()
+        same = [e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]]
+        first = max(same, key=lambda e: len(e["loc"]))  # of a union, the form that came nearest
+        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         if first["type"] == "extra_forbidden":
             dotted = "; in a file write a section, `a:` and below it `b:`" if "." in str(first["loc"][-1]) else _near_key(first["loc"])
             raise UserError(f"{source}: unknown key {where}{dotted}") from None
         given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+        if first["input"] in ("none", "None"):
+            given += "; nothing is written null"
         text = first["msg"].removeprefix("Value error, ")
         if isinstance(first["input"], dict):
             given = ""
@@ -204,6 +208,24 @@ def dump(config: Config) -> dict[str, Any]:
 
 def config_hash(config: Config) -> str:
     """Identity of a run: the hash of everything that can change its result (not logging, engine, micro-batches, or where files lie)."""
+    return canonical_hash(_identity(config))
+
+
+def difference(there: Config, here: Config) -> str:
+    """The first key in which the identities of two runs differ, with both values."""
+
+    def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, inner in tree.items():
+            found |= flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+        return found
+
+    one, two = flat(_identity(there)), flat(_identity(here))
+    key = next(key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key))
+    return f"{key}: {one.get(key)} there, {two.get(key)} here"
+
+
+def _identity(config: Config) -> dict[str, Any]:
     tree = dump(config)
     for section in ("log", "engine", "study"):
         tree.pop(section, None)
@@ -213,7 +235,7 @@ def config_hash(config: Config) -> str:
     for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check", "decoders"):
         tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest
     tree["tokenizer"].pop("weights", None)
-    return canonical_hash(tree)
+    return tree
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -11,7 +11,7 @@ from var_scale.config.schema import Config
 
 
 def _kind(annotation: object) -> str:
-    """A short name of a type: int, list of int, one of `a`, `b`, str or none."""
+    """A short name of a type: int, list of int, one of `a`, `b`, str or null."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kind(inner[0])
@@ -23,7 +23,7 @@ def _kind(annotation: object) -> str:
         return f"list of {_kind(inner[0])}"
     if origin is dict:
         return f"map of {_kind(inner[0])} to {_kind(inner[1])}"
-    return {NoneType: "none", Any: "any"}.get(annotation) or getattr(annotation, "__name__", str(annotation))  # type: ignore[call-overload]
+    return {NoneType: "null", Any: "any"}.get(annotation) or getattr(annotation, "__name__", str(annotation))  # type: ignore[call-overload]
 
 
 def _range(metadata: list[Any]) -> str:
@@ -46,7 +46,8 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
             nested.append((path, inner))
             lines.append(f"| `{key}` | section | | see [{path}](#{path.replace('.', '')}) |")
             continue
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else f"`{'null' if value is None else value}`"
         meaning = (field.description or "").replace("|", "/")
         lines.append(f"| `{key}` | {_kind(field.annotation)}{_range(field.metadata)} | {default} | {meaning} |")
     for path, inner in nested:
@@ -56,7 +57,8 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
 
 def reference() -> str:
     """The page as Markdown."""
-    source = "Generated from `var_scale/config/schema.py` by `python -m var_scale.config.reference`. Unknown keys are errors."
+    source = ("Generated from `var_scale/config/schema.py` by `python -m var_scale.config.reference`. Unknown keys are errors;\n"
+              "a key without a value is `null`.")  # fmt: skip
     return "\n".join([f"# Config reference\n\n{source}", *_section("", Config)]) + "\n"
 
 

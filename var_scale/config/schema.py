@@ -38,15 +38,28 @@ class LeavesConfig(Section):
     val_images: Positive = Field(8192, description="validation images to generate")
 
 
+class GrammarConfig(Section):
+    """Tokens of a grammar whose smallest possible loss is known; the tokenizer's vocab_size must be symbols x rules."""
+
+    symbols: Positive = Field(64, description="symbols; each belongs to one class")
+    rules: Positive = Field(4, description="ways to rewrite a symbol")
+    zipf: float = Field(1.0, ge=0, description="exponent of the rules' frequencies")
+    num_classes: Positive = Field(8, description="classes; must divide the symbols")
+    seed: int = Field(0, ge=0, description="seed of the grammar and its samples")
+    train_samples: Positive = Field(65536, description="training samples to generate")
+    val_samples: Positive = Field(4096, description="validation samples to generate")
+
+
 class DataConfig(Section):
-    """Where the images or tokens are. Give `tokens_*` (token shards), or `images_*` (image shards), or `leaves` (made here)."""
+    """Where the images or tokens are: `tokens_*` (token shards), `images_*` (image shards), or made here: `leaves`, `grammar`."""
 
     leaves: LeavesConfig | None = Field(None, description="generate the embedded image set")
+    grammar: GrammarConfig | None = Field(None, description="generate the embedded token set")
     images_train: str | None = Field(None, description="folder of image shards (manifest.json) for training")
     images_val: str | None = Field(None, description="folder of image shards for validation")
     tokens_train: str | None = Field(None, description="folder of token shards for training")
     tokens_val: str | None = Field(None, description="folder of token shards for validation")
-    num_classes: Positive = Field(1000, description="classes; must match the shards")
+    num_classes: Positive | None = Field(None, description="classes; must match the shards; default 1000, or those of the embedded set")
     views: Positive = Field(1, description="random crops of each training image that are tokenised; 1: the centre crop")
     flip: bool = Field(False, description="mirrored images too: twice the views, or half the images where `online`")
     resize: Literal["auto", "torch", "pillow"] = Field(
@@ -55,7 +68,7 @@ class DataConfig(Section):
     )  # fmt: skip
     online: bool = Field(False, description="train from images_train and images_val, tokenised in the step, instead of tokens")
     decoders: int = Field(0, ge=0, description="threads that decode images in a process; 0: its share of the cores, at most 8")
-    train_samples: Positive = Field(1281167, description="training samples, used for planning before the shards exist")
+    train_samples: Positive | None = Field(None, description="training samples, for planning before the shards exist; default ImageNet's")
     check: Literal["sha256", "size"] = Field(
         "sha256", description="what is compared with the manifest before a run begins: every byte of the shards (the ranks share "
         "the work), or their sizes alone",
@@ -230,6 +243,16 @@ class EngineConfig(Section):
         default_factory=dict, description="DeepSpeed's own configuration, passed through: a map, or a JSON file such as engine/zero2.json"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.deepspeed and self.name != "deepspeed":
+            raise ValueError(f"deepspeed is given, but name is {self.name}; set engine=zero1, or leave it out")
+        if self.shard and self.name != "fsdp":
+            raise ValueError(f"shard is given, but name is {self.name}; it is for fsdp")
+        if self.compile and self.name == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("compile: ZeRO 3 gathers weights in hooks that torch.compile cannot follow; use a lower stage or fsdp")
+        return self
+
     @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage."""
@@ -294,12 +317,26 @@ class Config(Section):
     log: LogConfig = LogConfig()
     study: StudySpec | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        scales, train, made = len(self.tokenizer.patch_nums), self.train, self.data.leaves or self.data.grammar
+        if isinstance(train.scale_weights, list) and len(train.scale_weights) != scales:
+            raise ValueError(f"train.scale_weights: {len(train.scale_weights)} weights for the {scales} scales of tokenizer.patch_nums")
+        if train.progressive and train.progressive_start >= scales:
+            raise ValueError(f"train.progressive_start: {train.progressive_start} of {scales} scales; give 0 to {scales - 1}")
+        if made and self.data.num_classes not in (None, made.num_classes):
+            raise ValueError(f"data.num_classes: {self.data.num_classes}, but the embedded set has {made.num_classes}; leave it out")
+        return self
+
     @property
     def classes(self) -> int:
         """Number of classes: of the embedded set when it is used, else of `data`."""
-        return self.data.leaves.num_classes if self.data.leaves else self.data.num_classes
+        made = self.data.leaves or self.data.grammar
+        return made.num_classes if made else self.data.num_classes or 1000
 
     @property
     def train_samples(self) -> int:
         """Training samples an epoch, for planning."""
-        return self.data.leaves.train_images if self.data.leaves else self.data.train_samples
+        if self.data.grammar:
+            return self.data.grammar.train_samples
+        return self.data.leaves.train_images if self.data.leaves else self.data.train_samples or 1281167

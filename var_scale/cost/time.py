@@ -22,7 +22,7 @@ GIB = 1 << 30
 DEVICES = {
     "h100": Device("NVIDIA H100 SXM", 989e12, 0.40, 80 * GIB),
     "h200": Device("NVIDIA H200 SXM", 989e12, 0.40, 141 * GIB),
-    "a100": Device("NVIDIA A100", 312e12, 0.40, 80 * GIB),
+    "a100": Device("NVIDIA A100 80 GB", 312e12, 0.40, 80 * GIB),
     "cpu": Device("one CPU core, float32", 5e10, 0.40, 8 * GIB),
 }
 

@@ -45,6 +45,8 @@ class Checkpoint:
 
     @cached_property
     def _index(self) -> dict[str, dict[str, dict[str, Any]]]:
+        if not (self.folder / INDEX).exists():
+            raise UserError(damaged_message(str(self.folder / INDEX), self.folder))
         index = read_json(self.folder / INDEX, "checkpoint index")
         for names in index.values():
             for name, entry in names.items():
@@ -128,7 +130,9 @@ class Checkpoint:
 
 def damaged_message(file: str, folder: Path) -> str:
     """What to tell about a damaged file."""
-    return f"{file}: missing or damaged (checksum differs); remove the folder {folder} to continue from an older one"
+    older = [c for c in checkpoints(folder.parent) if c.folder.name < folder.name]
+    then = f"continue from step {older[-1].step}" if older else "begin again; there is no older one"
+    return f"{file}: missing or damaged (checksum differs); remove the folder {folder} to {then}"
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

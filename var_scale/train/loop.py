@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from var_scale.config.load import config_hash, load
+from var_scale.config.load import config_hash, difference, load
 from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
@@ -21,7 +21,7 @@ from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
 from var_scale.progress import say
-from var_scale.run_folder import EXIT_REQUEUE, RunFolder
+from var_scale.run_folder import EXIT_DIVERGED, EXIT_REQUEUE, RunFolder
 from var_scale.train.activations import ActivationNorms
 from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
 from var_scale.train.engine.base import Engine
@@ -41,7 +41,6 @@ from var_scale.train.world import World, choose_precision
 STOP_SECONDS = 2.0  # between two looks at whether a rank was asked to stop, unless a step takes longer
 SLOW_SHARE = 0.1  # of the time spent waiting for data, from which on the rank is named
 SEEN_SECONDS = 120.0  # how long a rank waits for a checkpoint that rank 0 sees
-DIVERGED = 3  # exit code of a run whose loss is no longer finite
 
 
 class Run:
@@ -373,7 +372,7 @@ class Run:
             self.folder.set_status("diverged", f"step {done}: {verdict}; lower train.base_lr or use precision fp32", step=done)
         self.writer.wait()
         self.world.barrier()
-        return DIVERGED
+        return EXIT_DIVERGED
 
 
 def check_resume(resume: Checkpoint, config: Config, data_hash: str) -> None:
@@ -389,8 +388,8 @@ def create_run(config: Config, folder: Path) -> RunFolder:
     from var_scale.config.load import write_config
 
     run = RunFolder(folder)
-    if run.config.exists() and config_hash(load(str(run.config))) != config_hash(config):
-        raise UserError(f"{folder}: holds a run with another config; choose another name or remove the folder")
+    if run.config.exists() and config_hash(there := load(str(run.config))) != config_hash(config):
+        raise UserError(f"{folder}: holds a run with another config ({difference(there, config)}); choose another folder or remove it")
     write_config(config, run.config)
     if not (folder / "status.json").exists():
         run.set_status("created")

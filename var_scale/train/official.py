@@ -117,7 +117,7 @@ def import_checkpoint(path: Path, config: Config, folder: Path) -> int:
     writer = CheckpointWriter(run.checkpoints, 0, 1, "imported", config.train.keep_checkpoints)
     writer.save(engine, {
         "step": step, "config_hash": config_hash(config), "data_hash": f"{train.digest}:{val.digest}", "seconds": 0.0, "passed_over": 0,
-        "times_back": 0, "precision": module.precision, "imported_from": str(path), **extra,
+        "times_back": 0, "evaluation_owed": False, "precision": module.precision, "imported_from": str(path), **extra,
     })  # fmt: skip
     writer.wait()
     run.set_status("preempted", f"imported from {path}; training goes on from here", step=step, total_steps=total)

@@ -13,10 +13,9 @@ import time
 import torch.distributed as dist
 
 from var_scale.errors import UserError
-from var_scale.run_folder import RunFolder
+from var_scale.run_folder import EXIT_HUNG, RunFolder
 from var_scale.train.world import World
 
-HUNG = 4  # exit code of a run without progress
 PHASES = ("start", "data", "forward", "backward", "optimiser", "exchange", "log", "evaluate", "save", "end")
 STORE_SECONDS = 5.0
 NO_STORE = "the store at rank 0 does not answer: rank 0 hangs, or its node is gone"
@@ -63,7 +62,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        end = threading.Timer(2 * self.period + 2 * STORE_SECONDS, os._exit, (HUNG,))  # whatever happens to store and disk below
+        end = threading.Timer(2 * self.period + 2 * STORE_SECONDS, os._exit, (EXIT_HUNG,))  # whatever happens to store and disk below
         end.daemon = True
         end.start()
         who = [NO_STORE]
@@ -78,10 +77,10 @@ class Watchdog:
                 file.write(f"rank {self.world.rank}: {reason}\n")
                 faulthandler.dump_traceback(file)
             if self.folder.status()["state"] != "failed":
-                self.folder.set_status("failed", f"{reason}; stacks in {self.folder.log}")
+                self.folder.set_status("failed", f"{reason}; stacks in {self.folder.log}", step=self.at[0])
         time.sleep(self.period)  # the other ranks write their stacks too
         sys.stdout.flush()
-        os._exit(HUNG)
+        os._exit(EXIT_HUNG)
 
     def _who(self) -> str:
         """Ranks that do not answer, else those behind, else where all wait."""
@@ -97,7 +96,7 @@ class Watchdog:
                 return NO_STORE
         silent = [rank for rank in range(self.world.size) if rank not in seen or seen[rank][2] > 2.5 * self.period]
         if silent:
-            last = {rank: f", last seen in {phase} of step {step}" for rank, (step, phase, _) in seen.items()}
+            last = {rank: f", last heard of {ago:.0f} s ago in {phase} of step {step}" for rank, (step, phase, ago) in seen.items()}
             return "; ".join(f"rank {rank} does not answer{last.get(rank, '')}" for rank in silent)
         furthest = max((step, PHASES.index(phase)) for step, phase, _ in seen.values())
         behind = [rank for rank, (step, phase, _) in seen.items() if (step, PHASES.index(phase)) < furthest]

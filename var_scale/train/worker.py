@@ -54,6 +54,8 @@ def main() -> None:
         if not (reason := out_of_memory(error, world)):
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if isinstance(error, RuntimeError) and re.search(r"onnection (reset|closed|refused)|NCCL.*remote", reason):
+                reason = "lost the connection to another rank: it was killed, or its node is gone; the same command continues"
         _fail(run, world, reason)
     leave(world, code)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from var_scale.config.schema import EngineConfig, TrainConfig
-from var_scale.errors import UserError
 from var_scale.train.engine.base import AveragedWeights, Engine
 from var_scale.train.step import TrainStep
 
@@ -12,8 +11,6 @@ def build_engine(engine: EngineConfig, train: TrainConfig, module: TrainStep) ->
     """The engine around `module`, whose weights are already loaded and on their device."""
     module.var.recompute_activations(engine.recompute, engine.recompute_every)
     if engine.compile:
-        if engine.zero_stage == 3:
-            raise UserError("engine.compile: ZeRO 3 gathers weights in hooks that torch.compile cannot follow; use a lower stage or fsdp")
         for block in module.var.blocks:
             block.compile()
     built = _wrap(engine, train, module)

@@ -45,6 +45,15 @@ def engine_config(given: dict[str, Any], world: int, batch_size: int, accumulate
     zero = given.get("zero_optimization", {})
     if zero.get("offload_optimizer", {}).get("device") == "nvme" or zero.get("offload_param", {}).get("device") not in (None, "none"):
         raise UserError("engine.deepspeed.zero_optimization: only offload_optimizer to the cpu can be saved and continued; remove the key")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"engine.deepspeed.{where}: {first['msg']} (given: {first['input']!r})") from None
     if not zero.get("stage", 0):
         ours["gradient_clipping"] = 0.0  # done before its step, with the check for gradients that are not finite
     return {
