@@ -58,7 +58,7 @@ def test_the_floor_is_what_one_who_knows_the_tables_scores() -> None:
 def test_the_preset_states_its_floors() -> None:
     """What configs/study/grammar.yaml gives to the fit is what the grammar has."""
     config = load("study/grammar")
-    assert config.study and config.data.grammar and len(config.study.floors) == 4
+    assert config.study and config.data.grammar and len(config.study.floors) == 2
     grammar = config.data.grammar.model_dump(exclude={"train_samples", "val_samples"})
     floor = bayes(GrammarSettings(config.tokenizer.patch_nums, **grammar))
     assert config.study.floors == {name: pytest.approx(floor[name], abs=1e-5) for name in config.study.floors}
@@ -90,4 +90,4 @@ def test_a_larger_model_comes_nearer_to_the_floor_and_none_goes_below(tmp_path: 
         row = RunFolder(tmp_path / "grammar" / f"d{depth:02d}-s0").read_metrics()[-1]
         assert row["kind"] == "eval" and (np.array(row["loss_per_scale"]) > floor_S - 0.03).all()
         above.append(row["loss_last"] - floor_S[-1])
-    assert above[0] > 0.5 > 0.05 > above[1] > -0.01
+    assert above[0] > 0.5 and -0.01 < above[1] < 0.05
