@@ -163,7 +163,7 @@ def _wait_for_ranks(folder: Path) -> None:
 def _killed(log: Path) -> str:
     """Which rank a signal ended, as the launcher's log has it since the last start; empty if none."""
     text = log.read_text(errors="replace").rpartition("--- ")[2] if log.exists() else ""
-    for rank, number in re.findall(r"rank\s*: (\d+) \(local_rank.*?exitcode\s*: -(\d+)", text, re.DOTALL):
+    for rank, number in re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: -(\d+)", text):
         if (name := signal.Signals(int(number)).name) != "SIGTERM":  # that is how launchers end the others
             return f"rank {rank} was ended by {name}, from outside or by the system (out of memory?)"
     if found := re.search(r"exits with return code = -(\d+)", text):

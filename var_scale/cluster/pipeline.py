@@ -195,6 +195,7 @@ def prepare_data(study: Study) -> None:
 def require_inputs(config: Config) -> None:
     """Refuse a run without its tokens or tokenizer before its folder is made."""
     from var_scale.data.manifest import load_manifest
+    from var_scale.data.remote import located
     from var_scale.train.inputs import NO_TOKENS
 
     data = config.data
@@ -205,7 +206,8 @@ def require_inputs(config: Config) -> None:
         raise UserError(f"tokenizer.weights: {config.tokenizer.weights or 'nothing'} is given but does not exist; train it with "
                         "`var-scale tokenizer train`, or give its file")  # fmt: skip
     for folder in folders:
-        load_manifest(Path(str(folder)))
+        if isinstance(place := located(str(folder), data.cache, data.cache_gb), Path):
+            load_manifest(place)
 
 
 def make_leaves(config: Config) -> None:

@@ -69,6 +69,8 @@ class DataConfig(Section):
     online: bool = Field(False, description="train from images_train and images_val, tokenised in the step, instead of tokens")
     decoders: int = Field(0, ge=0, description="threads that decode images in a process; 0: its share of the cores, at most 8")
     train_samples: Positive | None = Field(None, description="training samples, for planning before the shards exist; default ImageNet's")
+    cache: str | None = Field(None, description="folder on the node's own disk for shards of URLs; default $VAR_SCALE_CACHE or ~/.cache")
+    cache_gb: float = Field(500.0, gt=0, description="what that folder may hold, in GB; other data sets' shards make room")
     check: Literal["sha256", "size"] = Field(
         "sha256", description="what is compared with the manifest before a run begins: every byte of the shards (the ranks share "
         "the work), or their sizes alone",

@@ -15,6 +15,7 @@ import numpy as np
 from var_scale.data.images import decode_image
 from var_scale.data.manifest import Manifest, ShardInfo, load_manifest
 from var_scale.data.order import epoch_views, global_batch_indices, rank_slice
+from var_scale.data.remote import RemoteShards
 from var_scale.data.shards import read_index
 from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import Resize, eval_transform, train_transform
@@ -33,9 +34,10 @@ class _Shards:
     Read, not mapped: a shard that is cut or on a disk that fails is then an error with its name, not the end of the process.
     """
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder = Path(folder)
-        self.manifest: Manifest = load_manifest(self.folder)
+    def __init__(self, folder: Path | RemoteShards, kind: str):
+        self.remote = folder if isinstance(folder, RemoteShards) else None
+        self.folder = folder.folder if isinstance(folder, RemoteShards) else Path(folder)
+        self.manifest: Manifest = load_manifest(self.folder, check_files=self.remote is None)
         if self.manifest.kind != kind:
             raise UserError(f"{self.folder}: holds {self.manifest.kind} shards, {kind} shards are needed here; give another folder")
         self.num_samples, self.num_classes, self.digest = self.manifest.num_samples, self.manifest.num_classes, self.manifest.digest
@@ -59,6 +61,9 @@ class _Shards:
 
     def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
         """Of the shards `part`, `part` + `parts`, ..., those whose bytes do not have the checksum of the manifest."""
+        if self.remote:  # compared when they come; what came earlier may have changed since
+            self.remote.drop_damaged(part, parts)
+            return []
         numbers = range(part, len(self.manifest.shards), parts)
         with ThreadPoolExecutor(2, "check") as pool:
             sums = pool.map(lambda number: sha256_file(self.folder / self.shard(number).name), numbers)
@@ -66,7 +71,7 @@ class _Shards:
 
     def read_into(self, number: int, rows: np.ndarray, starts: Sequence[int]) -> None:
         """Fill each of `rows` (B, n), consecutive in memory, with the bytes of shard `number` from `starts` (B,) on."""
-        path = self.folder / self.shard(number).name
+        path = self.path(number) if number not in self._files else self.folder / self.shard(number).name
         try:
             if number not in self._files:
                 self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -76,6 +81,10 @@ class _Shards:
                     raise UserError(f"{path}: ends before byte {start + size}; it was cut, run `var-scale data verify {self.folder}`")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def path(self, number: int) -> Path:
+        """The file of a shard; a remote one is fetched if it must be."""
+        return self.remote.local(self.shard(number)) if self.remote else self.folder / self.shard(number).name
 
     def by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, positions in `indices` that lie in it), shard by shard."""
@@ -97,7 +106,8 @@ class TokenData:
     UserError: not token shards, made by another tokenizer than `expect_tokenizer_hash` or for other `expect_patch_nums`.
     """
 
-    def __init__(self, folder: Path, expect_tokenizer_hash: str | None = None, expect_patch_nums: Sequence[int] | None = None):
+    def __init__(self, folder: Path | RemoteShards, expect_tokenizer_hash: str | None = None,
+                 expect_patch_nums: Sequence[int] | None = None):  # fmt: skip
         self._shards = _Shards(folder, "tokens")
         tokens = self._shards.manifest.tokens
         assert tokens is not None
@@ -116,12 +126,10 @@ class TokenData:
     def _locate(self) -> np.ndarray:
         """Position of each sample's first token in its shard, in bytes: int64 (N,)."""
         shards, body = self._shards, 2 * self.views * self.length
-        _, starts = np.unique(shards.shard_of, return_index=True)
-        for number, start in enumerate(starts.tolist()):
-            path = self.folder / shards.shard(number).name
-            header, shape, dtype = npy_header(path, int(shards.offsets[start]))
-            if shape != (self.views, self.length) or dtype != np.dtype("<u2") or header + body != shards.sizes[start]:
-                raise UserError(f"{path}: holds {dtype} {shape}, the manifest says uint16 {(self.views, self.length)}; make it again")
+        path = shards.path(0)
+        header, shape, dtype = npy_header(path, int(shards.offsets[0]))
+        if shape != (self.views, self.length) or dtype != np.dtype("<u2") or header + body != shards.sizes[0]:
+            raise UserError(f"{path}: holds {dtype} {shape}, the manifest says uint16 {(self.views, self.length)}; make it again")
         if (shards.sizes != shards.sizes[0]).any():
             raise UserError(f"{self.folder}: samples of different sizes; make the tokens again")
         return shards.offsets + shards.sizes - body
@@ -218,7 +226,7 @@ class ImageData:
     `threads` decode at a time. Decoded images are kept in memory when the whole set is small.
     """
 
-    def __init__(self, folder: Path, size: int | None = None, resize: Resize = "torch", threads: int = 1):
+    def __init__(self, folder: Path | RemoteShards, size: int | None = None, resize: Resize = "torch", threads: int = 1):
         self._shards = _Shards(folder, "image")
         self.manifest, self.folder = self._shards.manifest, self._shards.folder
         self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest

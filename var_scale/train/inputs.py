@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from var_scale.config.schema import Config
 from var_scale.data.loader import Batch, ImageBatch, ImageData, ImageLoader, TokenData, TokenLoader
 from var_scale.data.manifest import Manifest
+from var_scale.data.remote import located
 from var_scale.data.shards import CHANGED
 from var_scale.data.transforms import to_minus1_1, who_resizes
 from var_scale.errors import UserError
@@ -87,7 +86,9 @@ def open_images(config: Config, folder: str | None, processes: int = 1) -> Image
     if not folder:
         raise UserError("data.images_train and data.images_val are needed; give folders of image shards")
     size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
-    return ImageData(Path(folder), size, who_resizes(config.data.resize), config.data.decoders or min(8, max(1, cores() // processes)))
+    data = config.data
+    threads = data.decoders or min(8, max(1, cores() // processes))
+    return ImageData(located(folder, data.cache, data.cache_gb), size, who_resizes(data.resize), threads)
 
 
 def open_data(config: Config, vae: VQVAE, tokenizer_hash: str, world: World) -> tuple[Tokens, Tokens]:
@@ -101,7 +102,7 @@ def open_data(config: Config, vae: VQVAE, tokenizer_hash: str, world: World) -> 
         elif not folder:
             raise UserError(NO_TOKENS)
         else:
-            found = Tokens(TokenData(Path(folder), tokenizer_hash, config.tokenizer.patch_nums), world)
+            found = Tokens(TokenData(located(folder, data.cache, data.cache_gb), tokenizer_hash, config.tokenizer.patch_nums), world)
         if found.data.num_classes > config.classes:
             raise UserError(f"{folder}: has {found.data.num_classes} classes, the config says {config.classes}; set data.num_classes")
         if data.check == "sha256":

@@ -1,0 +1,145 @@
+"""Shards behind a URL (http, and s3, gs and whatever else fsspec opens), kept whole in a cache on the node's own disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from var_scale.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest
+from var_scale.errors import UserError
+from var_scale.files import atomic_file, disk_errors, sha256_file
+from var_scale.progress import say
+
+TRIES, FIRST_WAIT = 5, 1.0  # seconds before the second try; each further wait is twice as long
+SILENT_SECONDS = 60.0  # without a byte, after which a connection counts as lost
+BLOCK = 1 << 22
+
+
+def located(where: str, cache: str | None = None, limit: float = 500.0) -> Path | RemoteShards:
+    """A folder of shards by path or URL. `cache` and `limit` (GB): of what a URL's shards are kept in."""
+    if "://" not in where:
+        return Path(where)
+    root = Path(cache or os.environ.get("VAR_SCALE_CACHE") or Path.home() / ".cache" / "var-scale" / "shards")
+    return RemoteShards(where.rstrip("/"), root, int(limit * 1e9))
+
+
+class RemoteShards:
+    """A folder of shards at a URL. Manifest and indices are fetched at once, a shard when it is first asked for, by one process a node.
+
+    UserError: no manifest there; more bytes than the cache may hold; `local`: a shard that cannot be had or never comes as it should.
+    """
+
+    def __init__(self, url: str, root: Path, limit: int):
+        self.url, self.root, self.limit = url, root, limit
+        self.folder = root / hashlib.sha256(url.encode()).hexdigest()[:16]
+        with self._locked("manifest"):
+            fresh = self._get(MANIFEST_NAME)
+            with atomic_file(self.folder / MANIFEST_NAME) as file:
+                file.write(fresh)
+            self.manifest: Manifest = load_manifest(self.folder, check_files=False)
+            needed = sum(shard.bytes for shard in self.manifest.shards)
+            if needed > limit:
+                raise UserError(f"{url}: holds {needed / 1e9:.1f} GB, the cache {root} may hold {limit / 1e9:.1f}; raise data.cache_gb")
+            for shard in self.manifest.shards:
+                self._keep(shard.index, shard.index_sha256)
+
+    def local(self, shard: ShardInfo) -> Path:
+        """The shard in the cache."""
+        path = self.folder / shard.name
+        if not path.exists():
+            with self._locked(shard.name):
+                if not path.exists():
+                    self._make_room(shard.bytes)
+                    self._keep(shard.name, shard.sha256)
+        os.utime(path)
+        return path
+
+    def drop_damaged(self, part: int = 0, parts: int = 1) -> None:
+        """Remove shards of the cache whose bytes have changed since; they are fetched again."""
+        for shard in self.manifest.shards[part::parts]:
+            path = self.folder / shard.name
+            if path.exists() and sha256_file(path) != shard.sha256:
+                say(f"warning: {path}: damaged in the cache; it is fetched again")
+                path.unlink(missing_ok=True)
+
+    def _keep(self, name: str, sha256: str) -> None:
+        """Fetch a file into the cache unless it is there."""
+        path = self.folder / name
+        if path.exists() and (name.endswith(".tar") or sha256_file(path) == sha256):
+            return
+        self._tried(name, lambda: self._fetch(name, sha256))
+
+    def _fetch(self, name: str, sha256: str) -> None:
+        digest = hashlib.sha256()
+        with self._open(name) as source, atomic_file(self.folder / name) as target:
+            while block := source.read(BLOCK):
+                digest.update(block)
+                target.write(block)
+            if digest.hexdigest() != sha256:
+                raise OSError("it came with another checksum than the manifest says")
+
+    def _get(self, name: str) -> bytes:
+        found: list[bytes] = []
+
+        def get() -> None:
+            with self._open(name) as source:
+                found.append(source.read())
+
+        self._tried(name, get)
+        return found[0]
+
+    def _open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        url = f"{self.url}/{name}"
+        if url.startswith(("http://", "https://")):
+            return urllib.request.urlopen(url, timeout=SILENT_SECONDS)  # type: ignore[no-any-return]
+        try:
+            import fsspec
+
+            return fsspec.open(url, "rb")  # type: ignore[no-any-return]
+        except ImportError as error:  # fsspec names the package of the protocol
+            raise UserError(f"{self.url}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{self.url}: {error}; give a folder, or a URL of a protocol that fsspec knows") from None
+
+    def _tried(self, name: str, act: Callable[[], None]) -> None:
+        """Several times, with growing waits."""
+        wait = FIRST_WAIT
+        for attempt in range(1, TRIES + 1):
+            try:
+                act()
+                return
+            except UserError:
+                raise  # a full disk is not mended by another try
+            except Exception as error:  # clients of many protocols, each with its own
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                if attempt == TRIES:
+                    raise UserError(f"{self.url}/{name}: cannot be had after {TRIES} tries ({why}); mend it and run the same command "
+                                    "again") from None  # fmt: skip
+                say(f"warning: {self.url}/{name}: {why}; try {attempt + 1} of {TRIES} in {wait:.0f} s")
+            time.sleep(wait)
+            wait *= 2
+
+    def _make_room(self, size: int) -> None:
+        """Remove the shards of other data sets that were not opened for longest, until `size` more bytes fit."""
+        kept = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.root.glob("*/*.tar")), reverse=True)
+        total = sum(length for _, length, _ in kept)
+        while total + size > self.limit and (others := [entry for entry in kept if entry[2].parent != self.folder]):
+            kept.remove(others[-1])
+            total -= others[-1][1]
+            others[-1][2].unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process of the node at a time."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
