@@ -168,15 +168,15 @@ def data_tokenize(args: argparse.Namespace) -> None:
 
 
 def tokenizer_train(args: argparse.Namespace) -> None:
-    """Train the config's small tokenizer on its image shards."""
+    """Train the config's tokenizer on its image shards."""
     from var_scale.cluster.pipeline import Study, make_leaves, train_tokenizer_stage
 
     config = _load(args)
-    study = Study(config, args.runs)
-    config = study.with_files()
+    if config.study:
+        config = Study(config, args.runs).with_files()
     if config.data.leaves:
         make_leaves(config)
-    train_tokenizer_stage(config, study.folder / "tokenizer")
+    train_tokenizer_stage(config, args.folder or args.runs / config.name / "tokenizer", args.processes)
 
 
 def _one_run(args: argparse.Namespace) -> tuple[Config, Path]:
@@ -388,6 +388,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(family("tokenizer", "the multi-scale VQVAE: train"), "train", tokenizer_train)
     _config(sub)
     _runs(sub)
+    sub.add_argument("--processes", type=_number(int, 1), default=1, help="processes, one a GPU; without a GPU 1 uses all cores")
+    sub.add_argument("--folder", type=_folder, default=None, help="folder of the tokenizer; default RUNS/NAME/tokenizer")
 
     sub = command(commands, "train", train)
     _config(sub)

@@ -66,6 +66,17 @@ def launch_environment(config: Config) -> dict[str, str]:
     return env
 
 
+def run_workers(config: Config, folder: Path, worker: str) -> None:
+    """Run a module that is no training run on every rank, its output to the terminal. UserError if it fails."""
+    child = subprocess.Popen(launch_command(config, folder, worker), env=launch_environment(config), start_new_session=True)
+    try:
+        if code := child.wait():
+            raise UserError(f"{folder}: the processes ended with code {code}, see above; the same command continues")
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
 def run_local(config: Config, run: RunFolder, label: str) -> int:
     """Run to its end, showing progress; returns the exit code. Ctrl-C or SIGTERM: the run saves first, then Preempted (KeyboardInterrupt
     if it could not)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from var_scale.config.load import config_hash, dump, merge, run_config, run_name, write_config
-from var_scale.config.schema import Config
+from var_scale.config.schema import Config, EngineConfig
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import say
@@ -248,13 +248,23 @@ def make_grammar(config: Config) -> None:
     say(f"no model can have less than loss_avg {floor['loss_avg']:.4f}, loss_last {floor['loss_last']:.4f}")
 
 
-def train_tokenizer_stage(config: Config, folder: Path) -> None:
-    """Train the small tokenizer on the image shards."""
+def train_tokenizer_stage(config: Config, folder: Path, processes: int = 1) -> None:
+    """Train the tokenizer on the image shards, in this process or with torchrun on several."""
     from var_scale.train.inputs import open_images
     from var_scale.train.tokenizer import train_tokenizer
 
-    train, val = (open_images(config, folder) for folder in (config.data.images_train, config.data.images_val))
-    train_tokenizer(config, train, val, folder)
+    train, val = (open_images(config, images, processes) for images in (config.data.images_train, config.data.images_val))
+    if processes == 1:
+        train_tokenizer(config, train, val, folder)
+        return
+    from var_scale.cluster.local import run_workers
+    from var_scale.data.order import rank_slice
+
+    rank_slice(config.tokenizer.train.batch_size, processes, 0, 1, 0)
+    engine = EngineConfig(name="ddp", processes=processes, threads=config.engine.threads)
+    config = config.model_copy(update={"engine": engine, "study": None})
+    write_config(config, folder / "config.yaml")
+    run_workers(config, folder, "var_scale.train.tokenizer")
 
 
 def tokenize_stage(config: Config) -> None:

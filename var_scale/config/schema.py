@@ -79,11 +79,25 @@ class DataConfig(Section):
 
 
 class TokenizerTrainConfig(Section):
-    """Training of the small tokenizer (arch: patch). A larger one is read from `weights`."""
+    """Training of a tokenizer: pixel losses, VQ loss with the tokenizer's beta, and where asked for perception and an adversary."""
 
     steps: Positive = Field(1500, description="optimiser steps")
     batch_size: Positive = Field(64, description="images a step")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, cosine to 5 %)")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate (AdamW, cosine)")
+    lr_end: Fraction = Field(0.05, description="learning rate at the end / peak")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's")
+    weight_decay: float = Field(0.005, ge=0, description="AdamW's")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    l2: float = Field(1.0, ge=0, description="weight of the mean squared error")
+    l1: float = Field(0.2, ge=0, description="weight of the mean absolute error")
+    pyramid: float = Field(0.5, ge=0, description="weight of the absolute error of a three-level Laplacian pyramid")
+    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS")
+    vgg_weights: str | None = Field(None, description="torchvision's vgg16 weights, for LPIPS")
+    lpips_weights: str | None = Field(None, description="the lin weights of LPIPS v0.1 for VGG")
+    adversarial: float = Field(0.0, ge=0, description="weight of a patch discriminator (hinge), relative to the other losses")
+    adversarial_start: Fraction = Field(0.22, description="share of the steps before it joins")
+    ema: Fraction = Field(0.0, description="decay of the averaged weights that are written at the end; 0: the last ones")
+    flip: bool = Field(False, description="mirror half of the images")
     warmup_steps: Positive = Field(50, description="linear warm-up")
     plain_fraction: Fraction = Field(0.15, description="share of the steps trained without quantisation first")
     codebook_decay: Fraction = Field(0.97, description="EMA decay of the codebook")

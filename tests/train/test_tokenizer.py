@@ -1,0 +1,149 @@
+"""Training tokenizers: resumed to the same bits, on several processes, with every loss, in both architectures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runs import run, small_config
+from var_scale.config.load import check, dump, merge, write_config
+from var_scale.config.schema import Config
+from var_scale.data.embedded import LeavesSettings, write_leaves
+from var_scale.data.loader import ImageData
+from var_scale.errors import UserError
+from var_scale.files import read_json, sha256_file
+from var_scale.model.load import load_tokenizer, tokenizer_file
+from var_scale.model.perceptual import LPIPS, VGG16
+from var_scale.train import tokenizer
+from var_scale.train.encode import tokenize
+from var_scale.train.tokenizer import TokenizerTrainer, train_tokenizer
+from var_scale.train.world import World
+
+HERE = World(0, 1, 0, torch.device("cpu"))
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 256), ("val", 64)):
+        write_leaves(root / split, split, count, LeavesSettings(size=SIZE, num_classes=4, species=32, leaves=6), 64, processes=1)
+    return root
+
+
+def config_of(images: Path, root: Path, **recipe: Any) -> Config:
+    """A small patch tokenizer of 24 pixels; `recipe`: keys of tokenizer.train, and `arch` keys of the tokenizer."""
+    arch = recipe.pop("arch", {"arch": "patch", "patch": 8, "hidden": 32, "patch_nums": [1, 2, 3], "vocab_size": 64})
+    train = {"steps": 60, "batch_size": 16, "warmup_steps": 5, **recipe}
+    leaves = {"size": SIZE, "num_classes": 4, "species": 32, "leaves": 6, "train_images": 256, "val_images": 64}
+    data = {"images_train": str(images / "train"), "images_val": str(images / "val"), "leaves": leaves, "num_classes": 4, "samples_per_shard": 64}
+    base = dump(small_config(root))
+    base["tokenizer"] = {}
+    return check(merge(base, {"tokenizer": {**arch, "latent_channels": 8, "train": train}, "data": data}), "test")
+
+
+def train(config: Config, images: Path, folder: Path) -> Path:
+    return train_tokenizer(config, ImageData(images / "train"), ImageData(images / "val"), folder, HERE)
+
+
+def test_stopped_and_continued_to_the_same_bits(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off twice, once before the codebook begins; with averaged weights and an adversary, whose state goes along."""
+    config = config_of(images, tmp_path, ema=0.9, adversarial=0.1, adversarial_start=0.3, flip=True)
+    train(config, images, tmp_path / "whole")
+    monkeypatch.setattr(tokenizer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tokenizer, "SAVE_SHARE", 1e9)
+    plain = TokenizerTrainer.train_step
+    for stop in (5, 41):
+        def cut(self: TokenizerTrainer, stop: int = stop) -> dict:
+            if self.step == stop:
+                raise KeyboardInterrupt
+            return plain(self)
+
+        monkeypatch.setattr(TokenizerTrainer, "train_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, images, tmp_path / "cut")
+    monkeypatch.setattr(TokenizerTrainer, "train_step", plain)
+    assert sha256_file(train(config, images, tmp_path / "cut")) == sha256_file(tokenizer_file(tmp_path / "whole"))
+    report = read_json(tmp_path / "cut" / "tokenizer.json")
+    assert len(report["psnr_by_scales"]) == 3 and report["psnr_by_scales"] == sorted(report["psnr_by_scales"])
+    assert (tmp_path / "cut" / "reconstructions.png").exists() and not (tmp_path / "cut" / "training.pt").exists()
+    other = config_of(images, tmp_path, adversarial=0.1, adversarial_start=0.3, flip=True)
+    assert sha256_file(train(other, images, tmp_path / "last")) != sha256_file(tokenizer_file(tmp_path / "whole")), "averaged or not"
+
+
+def test_it_learns_and_uses_its_codes(images: Path, tmp_path: Path) -> None:
+    """Better with each scale, far better than the mean picture; most codes in use at the last scale."""
+    train(config_of(images, tmp_path, steps=300, batch_size=32), images, tmp_path / "out")
+    report = read_json(tmp_path / "out" / "tokenizer.json")
+    val = ImageData(images / "val").images(np.arange(64)) / 255
+    flat = -10 * np.log10(((val - val.mean((0, 1, 2))) ** 2).mean())
+    assert report["psnr_db"] > flat + 2 and report["psnr_db"] > report["psnr_by_scales"][0] + 1
+    assert report["perplexity_per_scale"][-1] > 30 and report["codes_used_per_scale"][-1] > 50
+    rows = [line for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if "perplexity" in line]
+    assert len(rows) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
+    """Through the command with torchrun: half of the batch each, the gradients of the whole, and a tokenizer as good."""
+    config = config_of(images, tmp_path, steps=120, batch_size=32, plain_fraction=0.5)
+    write_config(config, tmp_path / "one.yaml")
+    for name, processes in (("one", "1"), ("two", "2")):
+        command = ["-m", "var_scale.cli", "tokenizer", "train", str(tmp_path / "one.yaml"), "--folder", str(tmp_path / name), "--processes",
+                   processes]  # fmt: skip
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=os.environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 50
+    reports = [read_json(tmp_path / name / "tokenizer.json") for name in ("one", "two")]
+    assert reports[1]["psnr_db"] == pytest.approx(reports[0]["psnr_db"], abs=0.5)
+
+
+def test_perception(images: Path, tmp_path: Path) -> None:
+    """LPIPS over weights given by path: zero for equal images, the stated sum for others; used in training; files of another kind are
+    refused."""
+    torch.manual_seed(0)
+    vgg, heads = tmp_path / "vgg16.pth", tmp_path / "lpips.pth"
+    torch.save(VGG16().state_dict() | {"classifier.0.weight": torch.zeros(3)}, vgg)
+    widths = (64, 128, 256, 512, 512)
+    torch.save({f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1) for k, width in enumerate(widths)}, heads)
+    lpips = LPIPS(vgg, heads)
+    one, two = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert float(lpips(one, one)) == 0 and float(lpips(one, two)) == pytest.approx(float(lpips(two, one)), rel=1e-5)
+    maps = [lpips.vgg((x - lpips.shift) / lpips.scale) for x in (one, two)]
+    expected = sum(((torch.nn.functional.normalize(a, dim=1) - torch.nn.functional.normalize(b, dim=1)).square()
+                    * lpips.get_buffer(f"head{k}")).sum(1).mean() for k, (a, b) in enumerate(zip(*maps, strict=True)))  # fmt: skip
+    assert float(lpips(one, two)) == pytest.approx(float(expected), rel=1e-4) and len(maps[0]) == 5
+    files = {"perceptual": 0.5, "vgg_weights": str(vgg), "lpips_weights": str(heads)}
+    trainer = TokenizerTrainer(config_of(images, tmp_path, **files), ImageData(images / "train"), tmp_path / "out", HERE)
+    first = [float(trainer.train_step()["perceptual"]) for _ in range(4)]
+    assert all(np.isfinite(first)) and first[0] > 0
+    with pytest.raises(UserError, match="has no lin0"):
+        LPIPS(vgg, vgg)
+    with pytest.raises(UserError, match="vgg_weights"):
+        TokenizerTrainer(config_of(images, tmp_path, perceptual=1.0), ImageData(images / "train"), tmp_path / "out", HERE)
+
+
+def test_the_official_network_trained_here_works_everywhere(images: Path, tmp_path: Path) -> None:
+    """A few steps of the CNN, then its tokens and a run on them."""
+    arch = {"arch": "cnn", "ch": 32, "patch_nums": [1, 2], "vocab_size": 32}
+    config = config_of(images, tmp_path, arch=arch, steps=8, batch_size=8, plain_fraction=0.25)
+    config = check(merge(dump(config), {"data": {"leaves": None}}), "test")
+    val, some = ImageData(images / "val", 32), ImageData(images / "train", 32)
+    weights = train_tokenizer(config, some, val, tmp_path / "cnn", HERE)
+    tokens = {f"tokens_{split}": str(tmp_path / "tokens" / split) for split in ("train", "val")}
+    config = check(merge(dump(config), {"tokenizer": {"weights": str(weights)}, "data": tokens}), "test")
+    vae, _ = load_tokenizer(config.tokenizer, torch.device("cpu"))
+    assert vae.quantize.embedding.weight.shape == (32, 8)
+    for split in ("train", "val"):
+        assert tokenize(config, split).num_samples in (256, 64)
+    code, folder = run(config, tmp_path / "run")
+    assert code == 0, (folder.log / "launch.log").read_text()[-2000:]

@@ -1,0 +1,97 @@
+"""What a tokenizer is trained with beside pixel losses: LPIPS (Zhang et al. 2018) with weights by path, and a patch discriminator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_scale.errors import UserError
+from var_scale.model.official import load_strict, read_checkpoint
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+"""VGG-16's convolutions between its poolings"""
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG-16, named as torchvision's `features`; returns the activations after each stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.ends: list[int] = []
+        channels = 3
+        for number, stage in enumerate(STAGES):
+            if number:
+                layers.append(nn.MaxPool2d(2))
+            for width in stage:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            self.ends.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised -> five maps."""
+        found = []
+        for number, layer in enumerate(self.features):
+            x_BCHW = layer(x_BCHW)
+            if number in self.ends:
+                found.append(x_BCHW)
+        return found
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of images in [-1, 1]: unit-length VGG-16 activations, their squared difference weighted by channel.
+
+    `vgg`: torchvision's vgg16 weights; `heads`: the `lin` weights of LPIPS v0.1 for VGG. UserError for files of another kind.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, vgg: Path, heads: Path):
+        super().__init__()
+        self.vgg = VGG16()
+        state = read_checkpoint(vgg)
+        load_strict(self.vgg, {name: tensor for name, tensor in state.items() if name.startswith("features.")}, vgg)
+        weights = read_checkpoint(heads)
+        for number, stage in enumerate(STAGES):
+            name = f"lin{number}.model.1.weight"
+            if name not in weights or weights[name].shape != (1, stage[-1], 1, 1):
+                raise UserError(f"{heads}: has no {name} of shape (1, {stage[-1]}, 1, 1); give the lin weights of LPIPS v0.1 for VGG")
+            self.register_buffer(f"head{number}", weights[name].float())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) twice -> the mean distance."""
+        pairs = zip(*(self.vgg((x - self.shift) / self.scale) for x in (one_BCHW, two_BCHW)), strict=True)
+        total = one_BCHW.new_zeros(())
+        for number, pair in enumerate(pairs):
+            one, two = (x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for x in pair)
+            total = total + F.conv2d((one - two).square(), self.get_buffer(f"head{number}")).mean()
+        return total
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches (Isola et al. 2017), with group norm: (B, 3, H, W) -> (B, 1, h, w), positive for real."""
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        blocks: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for number in range(1, layers + 1):
+            inner, outer = width * min(2 ** (number - 1), 8), width * min(2**number, 8)
+            blocks += [nn.Conv2d(inner, outer, 4, 2 if number < layers else 1, 1, bias=False), nn.GroupNorm(32, outer), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*blocks, nn.Conv2d(outer, 1, 4, 1, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits of the patches; images of 24 pixels and more."""
+        return self.net(x_BCHW)
+
+
+def hinge(real: Tensor, made: Tensor) -> Tensor:
+    """The discriminator's loss."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
