@@ -61,12 +61,6 @@ def test_what_saves_memory_or_time_changes_nothing(name: str, more: dict, plain:
     assert final(folder)["samples"] == 37
 
 
-def test_what_cannot_be_combined(tmp_path: Path) -> None:
-    """torch.compile with ZeRO 3: one line, before anything is trained."""
-    code, folder = run(small_config(tmp_path, engine={**ENGINES["zero3"], "compile": True}), tmp_path / "run")
-    assert code != 0 and "engine.compile: ZeRO 3" in folder.status()["reason"]
-
-
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On two real processes: the step, where its time goes, and a trace of it."""
     config = small_config(tmp_path, engine=ENGINES["fsdp"])

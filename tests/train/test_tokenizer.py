@@ -44,7 +44,8 @@ def config_of(images: Path, root: Path, **recipe: Any) -> Config:
     arch = recipe.pop("arch", {"arch": "patch", "patch": 8, "hidden": 32, "patch_nums": [1, 2, 3], "vocab_size": 64})
     train = {"steps": 60, "batch_size": 16, "warmup_steps": 5, **recipe}
     leaves = {"size": SIZE, "num_classes": 4, "species": 32, "leaves": 6, "train_images": 256, "val_images": 64}
-    data = {"images_train": str(images / "train"), "images_val": str(images / "val"), "leaves": leaves, "num_classes": 4, "samples_per_shard": 64}
+    folders = {f"images_{split}": str(images / split) for split in ("train", "val")}
+    data = {**folders, "leaves": leaves, "num_classes": 4, "samples_per_shard": 64}
     base = dump(small_config(root))
     base["tokenizer"] = {}
     return check(merge(base, {"tokenizer": {**arch, "latent_channels": 8, "train": train}, "data": data}), "test")
