@@ -93,3 +93,12 @@ def test_tokens_of_several_processes_and_precisions(images: Path, tmp_path: Path
     said = capsys.readouterr().out
     changed = np.mean([one.gather(np.arange(100), view)[0] != half.gather(np.arange(100), view)[0] for view in range(4)])
     assert f"bf16 changes {changed:.2%} of the tokens" in said and 0 < changed < 0.2
+
+
+def test_the_bench_times_both_ways(images: Path, tmp_path: Path) -> None:
+    """bench train on images, tokenised in the step, and on the tokens of the same config: the file says which was timed."""
+    from var_scale.cluster.bench import bench_train
+
+    for config, data in ((online(images, tmp_path), "images, tokenised in the step"), (small_config(tmp_path), "token shards")):
+        result = bench_train(config, steps=2, warmup=1, out=None, trace=None)
+        assert result["data"] == data and result["phases_ms"]["data"] > 0

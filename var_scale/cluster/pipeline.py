@@ -48,7 +48,7 @@ class Study:
         side = c.tokenizer.image_size
         if data.leaves and data.leaves.size != side:
             raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
-        if c.tokenizer.weights and self.spec.device == "auto" and not Path(c.tokenizer.weights).exists():
+        if c.tokenizer.weights and self.spec.device == "auto" and not _there(c.tokenizer.weights):
             raise UserError(f"tokenizer.weights: {c.tokenizer.weights} does not exist; give the file of the trained tokenizer")
 
     def with_files(self) -> Config:
@@ -192,6 +192,13 @@ def prepare_data(study: Study) -> None:
         tokenize_stage(config)
 
 
+def _there(weights: str) -> bool:
+    """Whether a file of weights exists; one of the hub is fetched now, before ranks ask for it."""
+    from var_scale.model.hub import weights_file
+
+    return weights_file(weights).exists()
+
+
 def require_inputs(config: Config) -> None:
     """Refuse a run without its tokens or tokenizer before its folder is made."""
     from var_scale.data.manifest import load_manifest
@@ -202,7 +209,7 @@ def require_inputs(config: Config) -> None:
     folders = (data.images_train, data.images_val) if data.online else (data.tokens_train, data.tokens_val)
     if not all(folders):
         raise UserError("data.images_train and data.images_val are needed with data.online=true" if data.online else NO_TOKENS)
-    if not config.tokenizer.weights or not Path(config.tokenizer.weights).exists():
+    if not config.tokenizer.weights or not _there(config.tokenizer.weights):
         raise UserError(f"tokenizer.weights: {config.tokenizer.weights or 'nothing'} is given but does not exist; train it with "
                         "`var-scale tokenizer train`, or give its file")  # fmt: skip
     for folder in folders:

@@ -109,7 +109,9 @@ class TokenizerConfig(Section):
     """The multi-scale VQVAE."""
 
     arch: Literal["cnn", "patch"] = Field("cnn", description="cnn: the official network; patch: a small one for small images")
-    weights: str | None = Field(None, description="trained weights (.pth or .safetensors); none: trained by the study")
+    weights: str | None = Field(
+        None, description="trained weights: a .pth or .safetensors file, or hf://OWNER/NAME/FILE; null: trained by the study"
+    )
     patch_nums: tuple[Positive, ...] = Field(PATCH_NUMS_256, min_length=1, description="side of the token grid at each scale")
     vocab_size: Positive = Field(4096, description="codebook entries V")
     latent_channels: Positive = Field(32, description="channels of a code vector, Cvae")

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from var_scale.data.loader import ImageData
 from var_scale.files import atomic_file, read_json
+from var_scale.model.hub import weights_file
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
 from var_scale.train.loop import newest_checkpoint
 
@@ -19,7 +20,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[torch.nn.Module, int]:
     """The newest checkpoint of a run as a VAR in eval mode, and its number of classes."""
     config, checkpoint = newest_checkpoint(folder)
     tokenizer, beside = config.tokenizer, tokenizer_file(folder.resolve().parent / "tokenizer")
-    if tokenizer.weights and not Path(tokenizer.weights).exists() and beside.exists():  # the study was moved or copied
+    if tokenizer.weights and not weights_file(tokenizer.weights).exists() and beside.exists():  # the study was moved or copied
         tokenizer = tokenizer.model_copy(update={"weights": str(beside)})
     vae, _ = load_tokenizer(tokenizer, device)
     var = build_model(config, vae, device)

@@ -11,6 +11,7 @@ from var_scale.config.schema import Config, TokenizerConfig
 from var_scale.errors import UserError
 from var_scale.files import atomic_file, sha256_file
 from var_scale.model.build import build_vae, build_var
+from var_scale.model.hub import weights_file
 from var_scale.model.official import load_strict, read_weights
 from var_scale.model.var import VAR
 from var_scale.model.vqvae import VQVAE
@@ -40,7 +41,7 @@ def load_tokenizer(config: TokenizerConfig, device: torch.device) -> tuple[VQVAE
     """The frozen tokenizer in eval mode, and the sha256 of its weights file: its identity in token manifests."""
     if not config.weights:
         raise UserError("tokenizer.weights: a trained tokenizer is needed here; give a .pth or .safetensors file, or run `tokenizer train`")
-    path = Path(config.weights)
+    path = weights_file(config.weights)
     state = read_weights(path, "vae")
     vae = new_tokenizer(config)
     load_strict(vae, state, path)

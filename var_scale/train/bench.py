@@ -54,7 +54,7 @@ def time_config(config: Config, batch: int, device: torch.device) -> dict[str, A
     """Milliseconds (median) of a block forward and backward, and of a whole optimiser step; peak of memory on a GPU."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-    module = untrained(config, device)
+    module, _ = untrained(config, device)
     var = module.var
     engine = SingleEngine(module, config.train.model_copy(update={"accumulate": 1}))
     module.train()

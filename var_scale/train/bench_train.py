@@ -23,12 +23,15 @@ from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import peak_of
-from var_scale.data.loader import Batch, TokenData, TokenLoader
+from var_scale.data.loader import Ahead, Batch, TokenData
 from var_scale.data.order import rank_slice
+from var_scale.data.remote import located
 from var_scale.files import write_json
 from var_scale.machine import processor_name
+from var_scale.model.vqvae import VQVAE
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
+from var_scale.train.inputs import Images, Tokens, open_images
 from var_scale.train.noise import StepNoise
 from var_scale.train.schedule import Schedule
 from var_scale.train.telemetry import peak_memory
@@ -39,20 +42,36 @@ PHASES = ("data", "forward", "backward", "optimiser")
 EXCHANGES = ("gloo:", "nccl:", "nccldevkernel")
 
 
-class RandomTokens:
-    """Tokens of a batch without a file: random, the same on every rank's turn."""
+class RandomTokens(Tokens):
+    """Tokens without a file: random, the same on every rank's turn."""
+
+    name = "random tokens"
 
     def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+        self.config, self.world, self.num_samples = config, world, config.train_samples
         self.length = sum(pn * pn for pn in config.tokenizer.patch_nums)
 
-    def batch(self, step: int, micro: int) -> Batch:
+    def batch(self, step: int, micro_index: int = 0) -> Batch:
+        """As a loader's."""
         c = self.config.train
-        part = rank_slice(c.batch_size, self.world.size, self.world.rank, c.accumulate, micro)
+        part = rank_slice(c.batch_size, self.world.size, self.world.rank, c.accumulate, micro_index)
         positions = step * c.batch_size + np.arange(c.batch_size)[part]
-        rng = np.random.default_rng((step, micro, self.world.rank))
+        rng = np.random.default_rng((step, micro_index, self.world.rank))
         tokens_BL = rng.integers(self.config.tokenizer.vocab_size, size=(len(positions), self.length))
         return Batch(tokens_BL, rng.integers(self.config.classes, size=len(positions)), positions)
+
+
+def open_inputs(config: Config, world: World, vae: VQVAE) -> tuple[Tokens, Any]:
+    """What the config trains on, or random tokens, and its loader."""
+    c, data = config.train, config.data
+    if data.online:
+        found: Tokens = Images(open_images(config, data.images_train, world.size), world, vae, "", data.flip)
+    elif data.tokens_train:
+        found = Tokens(TokenData(located(data.tokens_train, data.cache, data.cache_gb)), world)
+    else:
+        found = RandomTokens(config, world)
+        return found, found
+    return found, Ahead(found.loader(c.seed, c.batch_size, world.size, world.rank, c.accumulate))
 
 
 class Bench:
@@ -62,16 +81,12 @@ class Bench:
         self.config, self.world = config, world
         torch.manual_seed(config.train.seed)
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-        module = untrained(config, world.device)
+        module, vae = untrained(config, world.device)
         self.precision = module.precision
         self.engine: Engine = build_engine(config.engine, config.train, module)
         self.engine.module.train()
-        c, tokens = config.train, config.data.tokens_train
-        data = TokenData(Path(tokens)) if tokens else None
-        self.loader: Any = RandomTokens(config, world)
-        if data:
-            self.loader = TokenLoader(data, c.seed, c.batch_size, world.size, world.rank, c.accumulate)
-        self.schedule = Schedule.of(c, data.num_samples if data else config.train_samples)
+        self.data, self.loader = open_inputs(config, world, vae)
+        self.schedule = Schedule.of(config.train, self.data.num_samples)
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.number = 0
 
@@ -91,7 +106,7 @@ class Bench:
         for micro in range(c.accumulate):
             engine.prepare(last=micro == c.accumulate - 1)
             batch = self.loader.batch(self.number, micro)
-            tokens_BL, label_B = (world.put(torch.as_tensor(t)).long() for t in (batch.tokens_BL, batch.labels_B))
+            tokens_BL, label_B = self.data.tensors(batch)
             extra = noise.of(batch, world)
             done("data")
             loss, _, _ = engine.module(tokens_BL, label_B, *extra)
@@ -155,7 +170,7 @@ def measure(folder: Path, world: World) -> None:
     write_json(folder / "result.json", {
         **describe(world.device), **cpu, "world": world.size, "precision": bench.precision, "engine": config.engine.model_dump(mode="json"),
         "choices": bench.engine.train_step_module().var.choices(), "batch": batch, "accumulate": config.train.accumulate,
-        "data": "token shards" if config.data.tokens_train else "random tokens", "step_ms": 1e3 * step,
+        "data": bench.data.name, "step_ms": 1e3 * step,
         "step_ms_range": [times[0], times[-1]], "images_per_second": batch / step, "tokens_per_second": batch * flops.tokens / step,
         "flops_per_second": rate, "mfu": rate / (peak * world.size) if peak else None, "memory_bytes": peak_memory(world.device),
         "phases_ms": {name: 1e3 * seconds / job["steps"] for name, seconds in bench.seconds.items()}, "exchange_ms": 1e3 * exchange,

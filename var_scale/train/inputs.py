@@ -25,6 +25,8 @@ NO_TOKENS = ("data.tokens_train and data.tokens_val are needed for training; mak
 class Tokens:
     """Token shards of one split."""
 
+    name = "token shards"
+
     def __init__(self, data: TokenData, world: World):
         self.data, self.world = data, world
         self.num_samples, self.digest = data.num_samples, data.digest
@@ -55,6 +57,7 @@ class Tokens:
 class Images(Tokens):
     """Image shards of one split: random crops for training, centre crops for evaluation, encoded on the device in float32."""
 
+    name = "images, tokenised in the step"
     data: ImageData  # type: ignore[assignment]
 
     def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool):

@@ -16,7 +16,7 @@ def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.engine.threads)
-    engine = SingleEngine(untrained(config, device), config.train)
+    engine = SingleEngine(untrained(config, device)[0], config.train)
     micro = max(1, config.train.batch_size // config.train.accumulate // processes)
     length = sum(pn * pn for pn in config.tokenizer.patch_nums)
     tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length), device=device)
