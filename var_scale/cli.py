@@ -174,7 +174,7 @@ def tokenizer_train(args: argparse.Namespace) -> None:
     config = _load(args)
     if config.study:
         config = Study(config, args.runs).with_files()
-    if config.data.leaves:
+    if config.data.leaves and config.data.images_train:
         make_leaves(config)
     train_tokenizer_stage(config, args.folder or args.runs / config.name / "tokenizer", args.processes)
 
@@ -370,9 +370,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, help="folder for the shards")
     sub.add_argument("--split", default=None, help="name of the split, where SOURCE is one; default train")
     sub.add_argument("--seed", type=int, default=0, help="key of the shuffle")
-    sub.add_argument("--samples-per-shard", type=int, default=1024, help="images a shard")
+    sub.add_argument("--samples-per-shard", type=_number(int, 1), default=1024, help="images a shard")
     sub.add_argument("--max-broken", type=float, default=0.01, help="share of images that may be unreadable before the job stops")
-    sub.add_argument("--processes", type=int, default=None, help="workers; default one a core")
+    sub.add_argument("--processes", type=_number(int, 1), default=None, help="workers; default one a core")
     for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
         sub = command(data, name, function)
         sub.add_argument("folder", type=_folder, help="folder of the shards")

@@ -63,8 +63,12 @@ def test_a_killed_rank_is_named(name: str, tmp_path: Path) -> None:
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "var_scale.train.worker" in child.cmdline()]
     next(rank for rank in ranks if rank.environ().get("RANK") == "1").kill()
     output, _ = process.communicate(timeout=90)
-    named, reason = "rank 1 was ended by SIGKILL" if name == "ddp" else "was ended by SIGKILL", folder.status()["reason"]
-    assert process.returncode == 2 and named in reason and "the same command continues" in output, (output, reason)
+    reason = folder.status()["reason"]
+    if name == "ddp":
+        assert "rank 1 was ended by SIGKILL" in reason, reason
+    else:  # DeepSpeed's launcher tells the signal only where it sees the killed rank before those that miss it
+        assert "was ended by SIGKILL" in reason or "lost the connection to another rank: it was killed" in reason, reason
+    assert process.returncode == 2 and "the same command continues" in output, output
 
 
 @pytest.mark.slow

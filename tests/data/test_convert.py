@@ -82,6 +82,12 @@ def test_broken_images(imagenet: Path, tmp_path: Path) -> None:
     report = (tmp_path / "out" / "train" / BROKEN_NAME).read_text()
     assert done["train"].num_samples == 22 and str(files[0]) in report and str(files[5]) in report and len(report.splitlines()) == 3
     assert verify_folder(tmp_path / "out" / "train") == []
+    with pytest.raises(UserError, match="cannot be read"):  # the limit holds for a second try too
+        for _ in range(2):
+            shard_images(imagenet, tmp_path / "again", samples_per_shard=5)
+    files[0].write_bytes(encoded(0))
+    files[5].write_bytes(encoded(5))
+    assert shard_images(imagenet, tmp_path / "again", samples_per_shard=5)["train"].num_samples == 24, "mended images come back"
 
 
 def test_csv_and_tars(imagenet: Path, tmp_path: Path) -> None:

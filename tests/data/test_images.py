@@ -16,7 +16,7 @@ from var_scale.data.loader import ImageData, TokenData
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import verify_folder
 from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
-from var_scale.data.transforms import eval_transform, resize_shorter, to_minus1_1, train_transform
+from var_scale.data.transforms import eval_transform, resize_shorter, to_minus1_1, train_transform, who_resizes
 from var_scale.errors import UserError
 
 SMALL = LeavesSettings(size=16, num_classes=4, species=32, leaves=6)
@@ -168,12 +168,17 @@ def picture(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+needs_lanczos = pytest.mark.skipif(who_resizes("auto") != "torch", reason="PyTorch before 2.12 has no Lanczos")
+
+
+@needs_lanczos
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (36, 36), (33, 200)])
 def test_transform_sizes(size: tuple[int, int]) -> None:
     for shape in (eval_transform(picture(*size), 32).shape, train_transform(picture(*size), 32, 0, 1, 2).shape):
         assert shape == (32, 32, 3)
 
 
+@needs_lanczos
 def test_transform_is_the_official_one() -> None:
     """By Pillow bit for bit; by PyTorch at most two grey levels from it."""
     image = picture(90, 60)
@@ -185,6 +190,7 @@ def test_transform_is_the_official_one() -> None:
     np.testing.assert_array_equal(train_transform(image, 32, 0, 0, 7), train_transform(image, 32, 0, 0, 7))
 
 
+@needs_lanczos
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 480), (300, 290), (1000, 333), (120, 160)])
 def test_the_fast_resize_is_near_the_exact_one(size: tuple[int, int]) -> None:
     """On what resizing finds hardest, noise: at most 2 grey levels, in few pixels."""

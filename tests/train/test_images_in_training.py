@@ -48,6 +48,14 @@ def test_the_same_run_on_two_processes_and_after_a_stop(images: Path, tmp_path: 
     assert code == 0 and losses(plain) != losses(whole)
 
 
+def test_progressive_training_on_images(images: Path, tmp_path: Path) -> None:
+    """The stage shortens the quantiser that also makes the tokens: every batch and evaluation still gets all scales."""
+    recipe = {"steps": 20, "progressive": 0.8, "progressive_start": 0, "evals": 4}
+    code, folder = run(online(images, tmp_path, train=recipe), tmp_path / "run")
+    assert code == 0, (folder.log / "launch.log").read_text()[-3000:]
+    assert len(final(folder)["loss_per_scale"]) == 3
+
+
 def test_centre_crops_give_the_losses_of_their_tokens(images: Path, tmp_path: Path) -> None:
     """Evaluated on images or on tokens made of them, an untouched model scores the same."""
     recipe = {"steps": 1, "base_lr": 1e-9}

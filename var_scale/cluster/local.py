@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from var_scale.train.stopping import PARENT_ENV, process_identity
 
 STOP_PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 0.3
+LAUNCHER_SECONDS = 40.0  # torchrun kills ranks that have not ended after 30
 LOST_PEER = "lost the connection to another rank"
 
 
@@ -74,6 +76,10 @@ def run_workers(config: Config, folder: Path, worker: str) -> None:
             raise UserError(f"{folder}: the processes ended with code {code}, see above; the same command continues")
     finally:
         if child.poll() is None:
+            child.terminate()  # torchrun ends its ranks, which have sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(LAUNCHER_SECONDS)
+        if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
@@ -97,8 +103,8 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
     try:
         return _follow(child, run, label)
     except (KeyboardInterrupt, SystemExit):
-        _stop(child, folder)
-        _wait_for_ranks(folder)
+        if _stop(child, folder):
+            _wait_for_ranks(folder)
         if run.status()["state"] == "preempted":
             raise Preempted from None
         raise
@@ -171,27 +177,33 @@ def _wait_for_ranks(folder: Path) -> None:
         os.close(lock)
 
 
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 def _killed(log: Path) -> str:
     """Which rank a signal ended, as the launcher's log has it since the last start; empty if none."""
-    text = log.read_text(errors="replace").rpartition("--- ")[2] if log.exists() else ""
+    text = re.split(r"^--- \d{4}-.* start$", log.read_text(errors="replace"), flags=re.MULTILINE)[-1] if log.exists() else ""
     for rank, number in re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: -(\d+)", text):
-        if (name := signal.Signals(int(number)).name) != "SIGTERM":  # that is how launchers end the others
+        if (name := _signal_name(int(number))) != "SIGTERM":  # that is how launchers end the others
             return f"rank {rank} was ended by {name}, from outside or by the system (out of memory?)"
     if found := re.search(r"exits with return code = -(\d+)", text):
-        return f"a rank was ended by {signal.Signals(int(found.group(1))).name}, from outside or by the system (out of memory?)"
+        return f"a rank was ended by {_signal_name(int(found.group(1)))}, from outside or by the system (out of memory?)"
     return ""
 
 
-def _stop(child: subprocess.Popen[bytes], folder: Path) -> None:
-    """Ask for a stop and wait until the run has saved."""
+def _stop(child: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Ask for a stop and wait until the run has saved; false when a second Ctrl-C ends the waiting."""
     say("stopping: the run saves its state first (press Ctrl-C again to kill it)")
     (folder / "STOP").touch()
     deadline = time.monotonic() + STOP_PATIENCE_SECONDS
     try:
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        return True
     except KeyboardInterrupt:
         say("killed; the run continues from its last checkpoint")
+        return False
 
 
 def train_here(config: Config, run: RunFolder, label: str, may_diverge: bool = False) -> None:

@@ -148,6 +148,8 @@ def check_config(config: Config) -> None:
     engine, c, processes = config.engine, config.train, process_count(config.engine)
     require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rank_slice(c.batch_size, processes, 0, c.accumulate, 0)
+    if 0 < torch.cuda.device_count() < processes:
+        raise UserError(f"engine.processes: {processes} processes, but this machine has {torch.cuda.device_count()} GPUs; use as many")
     if engine.shard and processes % engine.shard:
         raise UserError(f"engine.shard: {processes} processes do not divide into groups of {engine.shard}")
     if engine.name == "deepspeed":

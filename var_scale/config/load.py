@@ -232,9 +232,12 @@ def _identity(config: Config) -> dict[str, Any]:
     for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit",
                 "accumulate"):  # fmt: skip
         tree["train"].pop(key, None)
-    for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check", "decoders", "cache", "cache_gb"):
+    for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check", "decoders", "cache", "cache_gb",
+                "train_samples", "samples_per_shard"):  # fmt: skip
         tree["data"].pop(key, None)  # a moved folder is the same data; its identity is the manifest's digest
     tree["tokenizer"].pop("weights", None)
+    for key in ("vgg_weights", "lpips_weights"):
+        tree["tokenizer"]["train"].pop(key, None)
     return tree
 
 

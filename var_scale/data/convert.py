@@ -19,7 +19,7 @@ from var_scale.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from var_scale.data.order import epoch_permutation
 from var_scale.data.shards import Sample, ShardSet
 from var_scale.data.tar_index import index_tar
-from var_scale.data.workers import worker_pool
+from var_scale.data.workers import in_workers
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, write_text
 from var_scale.machine import cores
@@ -134,6 +134,8 @@ def _from_csv(path: Path) -> tuple[list[Item], list[str] | None]:
             raise UserError(f"{path}: line {number} lacks a path or a label")
     labels = [row["label"].strip() for row in rows]
     names = None if all(label.isdecimal() for label in labels) else sorted(set(labels))
+    if names and (odd := next((label for label in names if re.fullmatch(r"[-+]?\d+(\.\d*)?", label)), None)):
+        raise UserError(f"{path}: label {odd} is neither a class number from 0 up nor a name; mend the labels")
     numbers = {name: number for number, name in enumerate(names or ())}
     return [Item(str(path.parent / row["path"]), numbers[label] if names else int(label))
             for row, label in zip(rows, labels, strict=True)], names  # fmt: skip
@@ -173,7 +175,8 @@ def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shar
         return shards.finish()
     order = epoch_permutation(total, seed, 0)
     count = -(-total // samples_per_shard)
-    records = {number: record for number in range(count) if (record := shards.record(number)) is not None}
+    found = ((number, shards.record(number)) for number in range(count))
+    records = {number: record for number, record in found if record and not record["broken"]}  # broken images may have been mended
     todo = [number for number in range(count) if number not in records]
 
     def jobs() -> Iterator[tuple[ShardSet, int, list[Item]]]:
@@ -181,9 +184,9 @@ def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shar
             places = order[number * samples_per_shard : (number + 1) * samples_per_shard]
             yield shards, number, [source.items[place] for place in places.tolist()]
 
-    done, broken = sum(record["read"] for record in records.values()), [row for record in records.values() for row in record["broken"]]
-    with progress(f"shard {split}", total, "images", initial=done) as bar, worker_pool(processes or cores()) as pool:
-        for record in pool.imap_unordered(_shard, jobs()):
+    done, broken = sum(record["read"] for record in records.values()), list[list[str]]()
+    with progress(f"shard {split}", total, "images", initial=done) as bar:
+        for record in in_workers(_shard, jobs(), processes or cores()):
             done += record["read"]
             broken += record["broken"]
             if len(broken) > max_broken * total:
@@ -194,7 +197,7 @@ def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shar
     if broken:
         _report(folder, broken)
         say(f"warning: {len(broken)} of {total} images cannot be read and were left out; {folder / BROKEN_NAME} lists them")
-    return shards.finish()
+    return shards.finish(count)
 
 
 def _report(folder: Path, broken: list[list[str]]) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import ShardSetWriter
-from var_scale.data.workers import worker_pool
+from var_scale.data.workers import in_workers
 from var_scale.errors import UserError
 from var_scale.machine import cores
 from var_scale.progress import progress
@@ -191,8 +191,7 @@ def _encoded_blocks(jobs: list[tuple[LeavesSettings, str, int, int]], processes:
     if processes == 1 or len(jobs) < 2 * processes:
         yield from map(_encoded, jobs)
         return
-    with worker_pool(processes) as pool:
-        yield from pool.imap(_encoded, jobs)
+    yield from in_workers(_encoded, jobs, processes, ordered=True)
 
 
 def write_leaves(folder: Path, split: str, count: int, settings: LeavesSettings, samples_per_shard: int = 4096,

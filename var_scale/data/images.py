@@ -21,7 +21,9 @@ def open_image(payload: bytes, where: str) -> Image.Image:
         return Image.open(io.BytesIO(payload)).convert("RGB")
     except UnidentifiedImageError:
         raise UserError(f"{where} is not a readable image (unknown format); mend or remove it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet broken files with many errors
         raise UserError(f"{where} is not a readable image ({error}); mend or remove it") from None
 
 

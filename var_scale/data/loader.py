@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from var_scale.data.order import epoch_views, global_batch_indices, rank_slice
 from var_scale.data.remote import RemoteShards
 from var_scale.data.shards import read_index
 from var_scale.data.tar_index import npy_header
-from var_scale.data.transforms import Resize, eval_transform, train_transform
+from var_scale.data.transforms import eval_transform, train_transform, who_resizes
 from var_scale.errors import UserError
 from var_scale.files import sha256_file
 
@@ -54,27 +55,39 @@ class _Shards:
             if len(sizes) + SPARE_FILES > hard != resource.RLIM_INFINITY:
                 raise UserError(f"{self.folder}: {len(sizes)} shards, but a process may open {hard} files; raise `ulimit -n` or make the "
                                 "shards larger")  # fmt: skip
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(sizes) + SPARE_FILES, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self._opening = Lock()
 
     def shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[number]
 
-    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+    def damaged(self, part: int = 0, parts: int = 1, beat: Callable[[], None] = lambda: None) -> list[int]:
         """Of the shards `part`, `part` + `parts`, ..., those whose bytes do not have the checksum of the manifest."""
         if self.remote:  # compared when they come; what came earlier may have changed since
-            self.remote.drop_damaged(part, parts)
+            self.remote.drop_damaged()
             return []
         numbers = range(part, len(self.manifest.shards), parts)
         with ThreadPoolExecutor(2, "check") as pool:
-            sums = pool.map(lambda number: sha256_file(self.folder / self.shard(number).name), numbers)
-            return [number for number, found in zip(numbers, sums, strict=True) if found != self.shard(number).sha256]
+            found = []
+            for number, sound in zip(numbers, pool.map(self._sound, numbers), strict=True):
+                beat()
+                found += [] if sound else [number]
+            return found
+
+    def _sound(self, number: int) -> bool:
+        """Whether a shard has its checksum; not if it cannot be read."""
+        try:
+            return sha256_file(self.folder / self.shard(number).name) == self.shard(number).sha256
+        except OSError:
+            return False
 
     def read_into(self, number: int, rows: np.ndarray, starts: Sequence[int]) -> None:
         """Fill each of `rows` (B, n), consecutive in memory, with the bytes of shard `number` from `starts` (B,) on."""
-        path = self.path(number) if number not in self._files else self.folder / self.shard(number).name
+        path = self.folder / self.shard(number).name
         try:
-            if number not in self._files:
-                self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with self._opening:
+                if number not in self._files:
+                    self._files[number] = self.remote.open(self.shard(number)) if self.remote else os.open(path, os.O_RDONLY)
             file, whole, size = self._files[number], rows.data.cast("B"), rows[0].nbytes
             for row, start in enumerate(starts):
                 if os.preadv(file, [whole[row * size : (row + 1) * size]], start) != size:
@@ -134,9 +147,9 @@ class TokenData:
             raise UserError(f"{self.folder}: samples of different sizes; make the tokens again")
         return shards.offsets + shards.sizes - body
 
-    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+    def damaged(self, part: int = 0, parts: int = 1, beat: Callable[[], None] = lambda: None) -> list[int]:
         """Of the shards `part`, `part` + `parts`, ..., those whose bytes do not have the checksum of the manifest."""
-        return self._shards.damaged(part, parts)
+        return self._shards.damaged(part, parts, beat)
 
     def gather(self, indices: np.ndarray, views: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 (B, L) and labels int64 (B,) of samples `indices` (B,); `views` (B,) or one for all."""
@@ -226,21 +239,21 @@ class ImageData:
     `threads` decode at a time. Decoded images are kept in memory when the whole set is small.
     """
 
-    def __init__(self, folder: Path | RemoteShards, size: int | None = None, resize: Resize = "torch", threads: int = 1):
+    def __init__(self, folder: Path | RemoteShards, size: int | None = None, resize: str = "auto", threads: int = 1):
         self._shards = _Shards(folder, "image")
         self.manifest, self.folder = self._shards.manifest, self._shards.folder
         self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
         self.labels = self._shards.labels
-        self.size, self.resize = size, resize
+        self.size, self.resize = size, who_resizes(resize)
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self.shape = (size, size, 3) if size else self.decode(0).shape
         nbytes = self.num_samples * int(np.prod(self.shape))
         self._cache = np.empty((self.num_samples, *self.shape), np.uint8) if nbytes <= IMAGE_CACHE_BYTES else None
         self._cached = np.zeros(self.num_samples, dtype=bool)
 
-    def damaged(self, part: int = 0, parts: int = 1) -> list[int]:
+    def damaged(self, part: int = 0, parts: int = 1, beat: Callable[[], None] = lambda: None) -> list[int]:
         """As TokenData.damaged."""
-        return self._shards.damaged(part, parts)
+        return self._shards.damaged(part, parts, beat)
 
     def decode(self, index: int) -> np.ndarray:
         """Sample `index` as uint8 (H, W, 3). UserError, naming shard and sample, if it cannot be decoded."""

@@ -9,6 +9,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,37 +49,40 @@ class RemoteShards:
             if needed > limit:
                 raise UserError(f"{url}: holds {needed / 1e9:.1f} GB, the cache {root} may hold {limit / 1e9:.1f}; raise data.cache_gb")
             for shard in self.manifest.shards:
-                self._keep(shard.index, shard.index_sha256)
+                path = self.folder / shard.index
+                if not path.exists() or sha256_file(path) != shard.index_sha256:
+                    self._tried(shard.index, partial(self._fetch, shard.index, path, shard.index_sha256))
 
     def local(self, shard: ShardInfo) -> Path:
         """The shard in the cache."""
-        path = self.folder / shard.name
+        path = self.folder / f"{shard.sha256[:16]}-{shard.name}"  # data made anew under the same names are other files
         if not path.exists():
             with self._locked(shard.name):
                 if not path.exists():
                     self._make_room(shard.bytes)
-                    self._keep(shard.name, shard.sha256)
-        os.utime(path)
+                    self._tried(shard.name, lambda: self._fetch(shard.name, path, shard.sha256))
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
         return path
 
-    def drop_damaged(self, part: int = 0, parts: int = 1) -> None:
-        """Remove shards of the cache whose bytes have changed since; they are fetched again."""
+    def open(self, shard: ShardInfo) -> int:
+        """A file descriptor of the shard; fetched again if another process made room of it just now."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(self.local(shard), os.O_RDONLY | os.O_CLOEXEC)
+
+    def drop_damaged(self) -> None:
+        """Remove shards of this node's cache whose bytes have changed since; they are fetched again. The node's ranks share the work."""
+        part, parts = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for shard in self.manifest.shards[part::parts]:
-            path = self.folder / shard.name
+            path = self.folder / f"{shard.sha256[:16]}-{shard.name}"
             if path.exists() and sha256_file(path) != shard.sha256:
                 say(f"warning: {path}: damaged in the cache; it is fetched again")
                 path.unlink(missing_ok=True)
 
-    def _keep(self, name: str, sha256: str) -> None:
-        """Fetch a file into the cache unless it is there."""
-        path = self.folder / name
-        if path.exists() and (name.endswith(".tar") or sha256_file(path) == sha256):
-            return
-        self._tried(name, lambda: self._fetch(name, sha256))
-
-    def _fetch(self, name: str, sha256: str) -> None:
+    def _fetch(self, name: str, path: Path, sha256: str) -> None:
         digest = hashlib.sha256()
-        with self._open(name) as source, atomic_file(self.folder / name) as target:
+        with self._open(name) as source, atomic_file(path) as target:
             while block := source.read(BLOCK):
                 digest.update(block)
                 target.write(block)
@@ -128,12 +132,18 @@ class RemoteShards:
 
     def _make_room(self, size: int) -> None:
         """Remove the shards of other data sets that were not opened for longest, until `size` more bytes fit."""
-        kept = sorted(((path.stat().st_mtime, path.stat().st_size, path) for path in self.root.glob("*/*.tar")), reverse=True)
-        total = sum(length for _, length, _ in kept)
-        while total + size > self.limit and (others := [entry for entry in kept if entry[2].parent != self.folder]):
-            kept.remove(others[-1])
-            total -= others[-1][1]
-            others[-1][2].unlink(missing_ok=True)
+        with open(self.root / ".room.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = []
+            for path in self.root.glob("*/*.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    kept.append((path.stat().st_mtime, path.stat().st_size, path))
+            total = sum(length for _, length, _ in kept)
+            for _, length, path in sorted(entry for entry in kept if entry[2].parent != self.folder):
+                if total + size <= self.limit:
+                    return
+                path.unlink(missing_ok=True)
+                total -= length
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:

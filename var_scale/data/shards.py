@@ -55,8 +55,8 @@ def token_sample(tokens: np.ndarray, label: int) -> Sample:
 class ShardSet:
     """A folder of shards in the making: shards may be written in any order and by several processes, the manifest comes last.
 
-    Each finished shard leaves a record in `.progress/`, so that a killed run is continued by writing the `missing` ones. A folder made with
-    other settings is refused with a UserError.
+    Each finished shard leaves a record in `.progress/`, so that a killed run is continued by writing those without a `record`. A folder
+    made with other settings is refused with a UserError.
     """
 
     def __init__(self, folder: Path, kind: str, split: str, num_classes: int, samples_per_shard: int, source: dict[str, Any],
@@ -141,14 +141,16 @@ class ShardSet:
         if not 0 <= sample.label < self.num_classes:
             raise UserError(f"{self.folder}: sample {place} has class {sample.label}, outside 0..{self.num_classes - 1}; mend the labels")
 
-    def finish(self) -> Manifest:
-        """Write the manifest over the shards that are there; returns it."""
+    def finish(self, count: int | None = None) -> Manifest:
+        """Write the manifest over the shards that are there, `count` of them if that is known; returns it."""
         if self._manifest is None:
             shards, number = [], 0
             while (record := self.record(number)) is not None:
                 if record["samples"]:
                     shards.append(ShardInfo(**{field.name: record[field.name] for field in fields(ShardInfo)}))
                 number += 1
+            if count is not None and number < count:
+                raise UserError(f"{self.folder}: shard {number} of {count} is missing; run the same command again, it continues")
             if not shards:
                 raise UserError(f"{self.folder}: no sample was written; check the source of the data")
             self._manifest = Manifest(shards=tuple(shards), **self._settings)
@@ -196,11 +198,11 @@ class ShardSetWriter(ShardSet):
         self.write(self._number, self._buffer)
         self._number, self._done, self._buffer = self._number + 1, self._done + len(self._buffer), []
 
-    def finish(self) -> Manifest:
+    def finish(self, count: int | None = None) -> Manifest:
         """Write the last shard and the manifest; returns the manifest."""
         if self._buffer:
             self._write_shard()
-        return super().finish()
+        return super().finish(count)
 
     def __enter__(self) -> ShardSetWriter:
         return self

@@ -96,7 +96,7 @@ def tokenize_folder(tokens: TokenSet, encode: Encode, batch: int = 256) -> Manif
                 bar.update(done)
 
             tokens.write(encode, batch, seen=seen)
-    return tokens.shards.finish()
+    return tokens.shards.finish(tokens.count)
 
 
 def _require_tokenizer(folder: Path, tokenizer_hash: str) -> None:

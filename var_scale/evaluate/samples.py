@@ -30,8 +30,9 @@ def load_run(folder: Path, device: torch.device) -> tuple[torch.nn.Module, int]:
 
 def class_names(folder: Path, labels: Sequence[int]) -> list[str] | None:
     """Names of `labels` as the run's data had them, None where it had none."""
-    names = read_json(folder / "run.json", "description of a run").get("class_names")
-    return [f"{label} {names[label]}" for label in labels] if names else None
+    path = folder / "run.json"  # an imported run has none before it is trained
+    names = read_json(path, "description of a run").get("class_names") if path.exists() else None
+    return [f"{label} {names[label]}" if label < len(names) else str(label) for label in labels] if names else None
 
 
 def sample_images(

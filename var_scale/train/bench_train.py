@@ -65,7 +65,8 @@ def open_inputs(config: Config, world: World, vae: VQVAE) -> tuple[Tokens, Any]:
     """What the config trains on, or random tokens, and its loader."""
     c, data = config.train, config.data
     if data.online:
-        found: Tokens = Images(open_images(config, data.images_train, world.size), world, vae, "", data.flip)
+        images = open_images(config, data.images_train, world.size)
+        found: Tokens = Images(images, world, vae, "", data.flip, config.tokenizer.encode_precision)
     elif data.tokens_train:
         found = Tokens(TokenData(located(data.tokens_train, data.cache, data.cache_gb)), world)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
@@ -18,12 +19,14 @@ from var_scale.data.manifest import Manifest
 from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
 from var_scale.data.transforms import to_minus1_1
 from var_scale.errors import UserError
+from var_scale.model.encode import encode
 from var_scale.model.load import load_tokenizer
 from var_scale.progress import progress, say
 from var_scale.train.inputs import open_images
+from var_scale.train.stopping import end_with_launcher
 
 COMPARED = 256  # images whose tokens are compared with float32's
-BATCH = {"cpu": 64, "cuda": 256}
+BATCH = 64  # images encoded at a time: some 10 GB with the official network at 256 pixels
 
 
 def tokenize(config: Config, split: str, processes: int | None = None) -> Manifest:
@@ -37,9 +40,12 @@ def tokenize(config: Config, split: str, processes: int | None = None) -> Manife
     if config.tokenizer.encode_precision != "fp32":
         _compare(config, tokens, encoder)
     if processes == 1:
-        return tokenize_folder(tokens, encoder(config.tokenizer.encode_precision), BATCH[_device(0).type])
+        return tokenize_folder(tokens, encoder(config.tokenizer.encode_precision), BATCH)
+    del encoder
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # a process of its own works on this device
     _several(config, split, processes, tokens)
-    return tokens.shards.finish()
+    return tokens.shards.finish(tokens.count)
 
 
 def _device(rank: int) -> torch.device:
@@ -56,21 +62,14 @@ def _open(config: Config, split: str, rank: int, processes: int) -> tuple[TokenS
                       config.data.flip and split == "train", precision=c.encode_precision)  # fmt: skip
 
     def encoder(precision: str) -> Encode:
-        @torch.inference_mode()
-        def encode(images: np.ndarray) -> np.ndarray:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                latent = vae.quant_conv(vae.encoder(to_minus1_1(torch.from_numpy(images).to(device))))
-            return torch.cat(vae.quantize.f_to_idxBl_or_fhat(latent.float(), to_fhat=False), dim=1).cpu().numpy()
-
-        return encode
+        return lambda images: encode(vae, to_minus1_1(torch.from_numpy(images).to(device)), precision).cpu().numpy()
 
     return tokens, encoder
 
 
 def _compare(config: Config, tokens: TokenSet, encoder: Callable[[str], Encode]) -> None:
     """Say how many tokens the faster numerics change."""
-    indices, batch = np.arange(min(COMPARED, tokens.images.num_samples)), BATCH[_device(0).type]
+    indices, batch = np.arange(min(COMPARED, tokens.images.num_samples)), BATCH
     parts = np.split(indices, range(batch, len(indices), batch))
     exact, other = (np.concatenate([tokens.encode(part, encoder(precision)) for part in parts])
                     for precision in ("fp32", config.tokenizer.encode_precision))  # fmt: skip
@@ -89,26 +88,32 @@ def _several(config: Config, split: str, processes: int, tokens: TokenSet) -> No
             while any(part.is_alive() for part in parts):
                 bar.update(count.value)
                 if any(part.exitcode for part in parts):
-                    raise UserError(f"tokenise {split}: a process ended with an error, see above; run the same command again, it continues")
+                    break
                 time.sleep(0.2)
             bar.update(count.value)
     finally:
+        failed = any(part.exitcode for part in parts)
         for part in parts:
             part.terminate()
             part.join()
-    if any(part.exitcode for part in parts):
+    if failed:
         raise UserError(f"tokenise {split}: a process ended with an error, see above; run the same command again, it continues")
 
 
 def _part(config: Config, split: str, rank: int, processes: int, count: Synchronized[Any]) -> None:
     """In a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_launcher()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    tokens, encoder = _open(config, split, rank, processes)
 
     def seen(images: int) -> None:
         with count.get_lock():
             count.value += images
 
-    tokens.write(encoder(config.tokenizer.encode_precision), BATCH[_device(rank).type], rank, processes, seen)
+    try:
+        tokens, encoder = _open(config, split, rank, processes)
+        tokens.write(encoder(config.tokenizer.encode_precision), BATCH, rank, processes, seen)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(error.code)

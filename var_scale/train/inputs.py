@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from itertools import zip_longest
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +15,11 @@ from var_scale.data.loader import Batch, ImageBatch, ImageData, ImageLoader, Tok
 from var_scale.data.manifest import Manifest
 from var_scale.data.remote import located
 from var_scale.data.shards import CHANGED
-from var_scale.data.transforms import to_minus1_1, who_resizes
+from var_scale.data.transforms import to_minus1_1
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash
 from var_scale.machine import cores
+from var_scale.model.encode import encode
 from var_scale.model.vqvae import VQVAE
 from var_scale.train.world import World
 
@@ -55,15 +60,15 @@ class Tokens:
 
 
 class Images(Tokens):
-    """Image shards of one split: random crops for training, centre crops for evaluation, encoded on the device in float32."""
+    """Image shards of one split: random crops for training, centre crops for evaluation, encoded on the device as `data tokenize` would."""
 
     name = "images, tokenised in the step"
     data: ImageData  # type: ignore[assignment]
 
-    def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool):
+    def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool, precision: str):
         super().__init__(data, world)  # type: ignore[arg-type]
-        self.vae, self.flip = vae, flip
-        self.digest = canonical_hash([data.digest, tokenizer_hash])
+        self.vae, self.flip, self.precision = vae, flip, precision
+        self.digest = canonical_hash([data.digest, tokenizer_hash, data.resize, precision])
 
     def loader(self, seed: int, batch: int, world: int, rank: int, accumulate: int) -> TokenLoader | ImageLoader:
         """The stream of training batches."""
@@ -79,9 +84,13 @@ class Images(Tokens):
         images, labels_B = self.data.gather(indices)
         return self._encode(images), self._labels(labels_B)
 
-    @torch.no_grad()
     def _encode(self, images: np.ndarray) -> Tensor:
-        return torch.cat(self.vae.img_to_idxBl(to_minus1_1(self.world.put(torch.as_tensor(images)))), dim=1)
+        return encode(self.vae, to_minus1_1(self.world.put(torch.as_tensor(images))), self.precision)
+
+
+def local_processes(processes: int) -> int:
+    """Of so many, those on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def open_images(config: Config, folder: str | None, processes: int = 1) -> ImageData:
@@ -90,28 +99,35 @@ def open_images(config: Config, folder: str | None, processes: int = 1) -> Image
         raise UserError("data.images_train and data.images_val are needed; give folders of image shards")
     size = None if config.data.leaves else config.tokenizer.image_size  # images of others are resized and cropped
     data = config.data
-    threads = data.decoders or min(8, max(1, cores() // processes))
-    return ImageData(located(folder, data.cache, data.cache_gb), size, who_resizes(data.resize), threads)
+    threads = data.decoders or min(8, max(1, cores() // local_processes(processes)))
+    return ImageData(located(folder, data.cache, data.cache_gb), size, data.resize, threads)
 
 
-def open_data(config: Config, vae: VQVAE, tokenizer_hash: str, world: World) -> tuple[Tokens, Tokens]:
-    """Training and validation data, checked against the config and its checksums; every rank calls it."""
+def open_data(
+    config: Config, vae: VQVAE, tokenizer_hash: str, world: World, beat: Callable[[], None] = lambda: None
+) -> tuple[Tokens, Tokens]:
+    """Training and validation data, checked against the config and its checksums; every rank calls it. `beat`: called at every shard."""
     data = config.data
 
     def opened(split: str) -> Tokens:
         folder = getattr(data, f"{'images' if data.online else 'tokens'}_{split}")
         if data.online:
-            found: Tokens = Images(open_images(config, folder, world.size), world, vae, tokenizer_hash, data.flip)
+            found: Tokens = Images(open_images(config, folder, world.size), world, vae, tokenizer_hash, data.flip,
+                                   config.tokenizer.encode_precision)  # fmt: skip
         elif not folder:
             raise UserError(NO_TOKENS)
         else:
             found = Tokens(TokenData(located(folder, data.cache, data.cache_gb), tokenizer_hash, config.tokenizer.patch_nums), world)
-        if found.data.num_classes > config.classes:
-            raise UserError(f"{folder}: has {found.data.num_classes} classes, the config says {config.classes}; set data.num_classes")
+        if (there := found.data.num_classes) != config.classes:
+            raise UserError(f"{folder}: has {there} classes, the config says {config.classes}; set data.num_classes={there}")
         if data.check == "sha256":
-            damaged = found.data.damaged(world.rank, world.size)
+            damaged = found.data.damaged(world.rank, world.size, beat)
             if worst := world.largest(1 + damaged[0] if damaged else 0):
                 raise UserError(f"{found.data.folder / found.manifest.shards[worst - 1].name}: {CHANGED}")
         return found
 
-    return opened("train"), opened("val")
+    train, val = opened("train"), opened("val")
+    if (names := train.manifest.class_names) and val.manifest.class_names and names != val.manifest.class_names:
+        odd = next(n for n, pair in enumerate(zip_longest(names, val.manifest.class_names)) if pair[0] != pair[1])
+        raise UserError(f"class {odd} has another name in the training data than in the validation data; make both of the same classes")
+    return train, val

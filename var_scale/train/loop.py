@@ -54,7 +54,7 @@ class Run:
         self.watchdog = Watchdog(self.folder, world, c.hang_seconds)
         self.stop = StopRequest(folder / "STOP")
         tokenizer, tokenizer_hash = load_tokenizer(config.tokenizer, world.device)
-        self.data, self.val = open_data(config, tokenizer, tokenizer_hash, world)
+        self.data, self.val = open_data(config, tokenizer, tokenizer_hash, world, lambda: self.watchdog.beat("start", 0))
         self.schedule = Schedule.of(c, self.data.num_samples)
         self.loader = Ahead(self.data.loader(c.seed, c.batch_size, world.size, world.rank, c.accumulate))
         self.precision = choose_precision(c.precision, world.device)

@@ -41,6 +41,23 @@ def launchers() -> list[str]:
     return found
 
 
+def orphaned(parent: int, above: list[str]) -> bool:
+    """Whether the parent or a launcher above has died."""
+    return os.getppid() != parent or any(process_identity(int(one.split(":")[0])) != one for one in above)
+
+
+def end_with_launcher() -> None:
+    """For workers that have nothing to save at their end: a thread that ends this process when what started it is gone."""
+    parent, above = os.getppid(), launchers()
+
+    def watch() -> None:
+        while not orphaned(parent, above):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or SIGINT, by the file RUN/STOP, or when the launcher above this process has died."""
 
@@ -63,7 +80,7 @@ class StopRequest:
 
     def _watch(self) -> None:
         while not self.reason:
-            if os.getppid() != self._parent or any(process_identity(int(one.split(":")[0])) != one for one in self._launchers):
+            if orphaned(self._parent, self._launchers):
                 self.note("the launcher has died")
             if self._orchestrator and process_identity(int(self._orchestrator.split(":")[0])) != self._orchestrator:
                 self.note("the process that started this run has died")

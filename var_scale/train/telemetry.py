@@ -146,7 +146,7 @@ class Telemetry:
             except Exception as error:
                 if config.log.wandb != "online":
                     raise
-                why = str(error).splitlines()[0]
+                why = (str(error) or type(error).__name__).splitlines()[0]
                 say(f"warning: wandb cannot be reached ({why}); it records offline, `wandb sync {kept}/offline-*` sends all later")
                 wandb.teardown()  # the first try holds the run's id
                 run = wandb.init(mode="offline", **arguments)

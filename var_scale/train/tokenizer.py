@@ -8,8 +8,8 @@ takes its part of the batch; gradients and the codebook's statistics are exchang
 from __future__ import annotations
 
 import io
-import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -31,11 +31,15 @@ from var_scale.model.load import new_tokenizer, save_tokenizer, tokenizer_file
 from var_scale.model.perceptual import LPIPS, PatchDiscriminator, hinge
 from var_scale.model.vqvae import VQVAE
 from var_scale.progress import progress, say
+from var_scale.run_folder import RunFolder, take_lock
+from var_scale.train.engine.base import guard
+from var_scale.train.stopping import end_with_launcher
 from var_scale.train.tokenizer_report import assess, perplexity, picture
 from var_scale.train.world import World, fast_bf16, leave, start_world
 
 SAVE_SECONDS, SAVE_SHARE = 10.0, 0.02  # between saves, or so long that saving takes this share of the time
 ROW_STEPS = 50  # between rows of metrics.jsonl
+PLACES = {"vgg_weights", "lpips_weights"}  # where files lie
 
 
 @dataclass
@@ -95,7 +99,8 @@ class TokenizerTrainer:
         self.images, self.folder, self.world = images, folder, world
         torch.manual_seed(recipe.seed)
         self.vae: VQVAE = new_tokenizer(config.tokenizer).to(world.device)
-        self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on CPUs
+        if world.device.type == "cpu":
+            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
         weight = self.vae.quantize.embedding.weight
         weight.requires_grad_(False)
         self.codebook = Codebook.of(weight.data, world)
@@ -106,7 +111,8 @@ class TokenizerTrainer:
         self.judge = PatchDiscriminator().to(world.device) if recipe.adversarial else None
         self.judge_optimizer = self._adamw(list(self.judge.parameters()), 0.0) if self.judge else None
         self.loader = Ahead(ImageLoader(images, recipe.seed, recipe.batch_size, world.size, world.rank, flip=recipe.flip))
-        self.identity = canonical_hash([config.tokenizer.model_dump(mode="json", exclude={"weights"}), images.digest])
+        made_by = config.tokenizer.model_dump(mode="json", exclude={"weights": True, "encode_precision": True, "train": PLACES})
+        self.identity = canonical_hash([made_by, images.digest])
         self.bf16 = fast_bf16(world.device)
         self.step = 0
         self.codes: list[Tensor] = []
@@ -138,6 +144,8 @@ class TokenizerTrainer:
         img_BCHW, row = self.batch(), dict[str, Tensor]()
         with self.autocast():
             f_BZhw = self.vae.quant_conv(self.vae.encoder(img_BCHW)).float()
+        if self.step == self.plain_steps == 0:
+            self._start_codebook(f_BZhw.detach())
         if self.step < self.plain_steps:
             fhat, extra = f_BZhw, 0.001 * f_BZhw.square().mean()
             if self.step == self.plain_steps - 1:
@@ -183,7 +191,7 @@ class TokenizerTrainer:
         for p in parameters if self.world.size > 1 else ():
             if p.grad is not None:  # phi has none before there are codes
                 p.grad.copy_(self.world.reduce(p.grad.contiguous()) / self.world.size)  # in its own layout: fused AdamW goes by that
-        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        guard(parameters, optimizer, self.recipe.clip, None)  # no step is taken on a gradient that is not finite
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -282,18 +290,38 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
         return target
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder / ".lock", wait_seconds=5) if world.main else None
+    if world.main and lock is None:
+        raise UserError(f"{folder}: another process trains this tokenizer; wait for it or stop it")
+    try:
+        _train(config, trainer, val)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return target
+
+
+def _train(config: Config, trainer: TokenizerTrainer, val: ImageData) -> None:
+    """From where it was to the end, and the report."""
+    folder, world, target = trainer.folder, trainer.world, tokenizer_file(trainer.folder)
     trainer.resume()
+    world.barrier()  # nobody still looks for training.pt when rank 0 removes it
     trainer.vae.train()
-    pace = Pace()
+    pace, log = Pace(), RunFolder(folder)
+    if world.main and log.metrics.exists():
+        log.append_metrics({"kind": "restart", "step": trainer.step})
     with progress("tokenizer", trainer.recipe.steps, "steps", trainer.step) as bar:
         while trainer.step < trainer.recipe.steps:
             row = trainer.train_step()
-            if world.main:
-                if trainer.step % ROW_STEPS == 0 or world.device.type == "cpu":
-                    bar.update(trainer.step, f"loss {float(row['loss']):.4f}")
-                if trainer.step % ROW_STEPS == 0:
-                    _write_row(folder, trainer, row)
-                if pace.due():
+            if trainer.step % ROW_STEPS == 0 or world.device.type == "cpu":
+                loss = float(row["loss"])
+                if not math.isfinite(loss):
+                    raise UserError(f"{folder}: step {trainer.step}: the loss is not finite; lower tokenizer.train.lr, training then "
+                                    "starts again")  # fmt: skip
+                bar.update(trainer.step, f"loss {loss:.4f}")
+                if world.main and trainer.step % ROW_STEPS == 0:
+                    log.append_metrics(_row(trainer, row))
+                if world.main and pace.due():
                     trainer.save()
                     pace.saved()
     vae = trainer.finish()
@@ -301,20 +329,20 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
         save_tokenizer(vae, target)
         report = assess(vae, val, world.device)
         picture(vae, val, folder / "reconstructions.png", world.device)
-        write_json(done, {"identity": trainer.identity, "steps": trainer.recipe.steps, **report})
+        write_json(folder / "tokenizer.json", {"identity": trainer.identity, "steps": trainer.recipe.steps, **report})
         (folder / "training.pt").unlink(missing_ok=True)
         of_scales = " ".join(f"{p:.0f}" for p in report["perplexity_per_scale"])
         say(f"tokenizer: validation PSNR {report['psnr_db']:.2f} dB, MAE {report['mae']:.4f}; codebook perplexity per scale {of_scales}"
             f" of {config.tokenizer.vocab_size}; picture {folder / 'reconstructions.png'}")  # fmt: skip
     world.barrier()
-    return target
 
 
 class Pace:
     """When to save: not so often that it costs."""
 
     def __init__(self) -> None:
-        self.last, self.took = time.monotonic(), 0.0
+        self.last = self.began = time.monotonic()
+        self.took = 0.0
 
     def due(self) -> bool:
         """Whether it is time."""
@@ -327,14 +355,13 @@ class Pace:
         self.took = self.last - self.began
 
 
-def _write_row(folder: Path, trainer: TokenizerTrainer, row: dict[str, Tensor]) -> None:
+def _row(trainer: TokenizerTrainer, row: dict[str, Tensor]) -> dict[str, Any]:
     """Losses and the perplexity of each scale in this step's batch."""
     numbers: dict[str, Any] = {key: float(value) for key, value in row.items()}
     if trainer.codes:
         hits = torch.stack([torch.bincount(idx, minlength=trainer.vae.V) for idx in trainer.codes])
         numbers["perplexity_per_scale"] = perplexity(hits)
-    with disk_errors(folder), open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "tokenizer", "step": trainer.step, "lr": trainer.lr(), **numbers}) + "\n")
+    return {"kind": "tokenizer", "step": trainer.step, "lr": trainer.lr(), **numbers}
 
 
 def main() -> None:
@@ -343,6 +370,7 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     config = load(str(folder / "config.yaml"))
+    end_with_launcher()
     world, code = start_world(True, config.engine.threads), 0
     try:
         train, val = (open_images(config, where, world.size) for where in (config.data.images_train, config.data.images_val))

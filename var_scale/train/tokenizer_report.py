@@ -24,7 +24,7 @@ def perplexity(hits_SV: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def assess(vae: VQVAE, val: ImageData, device: torch.device, limit: int = 4096, batch: int = 128) -> dict[str, Any]:
+def assess(vae: VQVAE, val: ImageData, device: torch.device, limit: int = 4096, batch: int = 32) -> dict[str, Any]:
     """On up to `limit` validation images: reconstruction error (in [0, 1]), PSNR after each number of scales, and for each scale the
     codebook's perplexity and the number of codes in use."""
     n, scales = min(limit, val.num_samples), len(vae.patch_nums)
