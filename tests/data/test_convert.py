@@ -88,6 +88,7 @@ def test_broken_images(imagenet: Path, tmp_path: Path) -> None:
     files[0].write_bytes(encoded(0))
     files[5].write_bytes(encoded(5))
     assert shard_images(imagenet, tmp_path / "again", samples_per_shard=5)["train"].num_samples == 24, "mended images come back"
+    assert not (tmp_path / "again" / "train" / BROKEN_NAME).exists()
 
 
 def test_csv_and_tars(imagenet: Path, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_from_a_url(server: Server, tmp_path: Path) -> None:
     """Two ranks of one node: the losses of the local run, every shard fetched once, and a second run fetches none."""
     engine = {"name": "ddp", "processes": 2}

@@ -173,7 +173,8 @@ def test_a_silent_rank_is_named(tmp_path: Path) -> None:
     assert status["state"] == "failed" and "rank 1 does not answer, last heard of" in status["reason"], status
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
 def test_a_signal_to_one_rank_stops_all_within_seconds(name: str, broken, tmp_path: Path) -> None:
     """SIGUSR1 to rank 1, long before the next row is due: all ranks save and leave; continued, the run ends with the same bits."""
     config = small_config(tmp_path / "data", engine=ENGINES[name], train={"steps": 200}, log={"every": 40})

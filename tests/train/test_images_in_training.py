@@ -31,6 +31,7 @@ def online(images: Path, root: Path, **changes) -> Config:
     return small_config(root, **{**changes, "data": data | changes.get("data", {})})
 
 
+@pytest.mark.slow
 def test_the_same_run_on_two_processes_and_after_a_stop(images: Path, tmp_path: Path) -> None:
     """Random crops and mirror images depend on the sample and the epoch, not on who reads them; losses fall."""
     recipe = {"steps": 30, "keep_steps": [11]}

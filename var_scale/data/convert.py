@@ -194,6 +194,7 @@ def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shar
                 raise UserError(f"{folder}: {len(broken)} of {done} images cannot be read, more than {max_broken:.2%} of {total}; see "
                                 f"{folder / BROKEN_NAME}, mend them or raise --max-broken")  # fmt: skip
             bar.update(done, f"{len(broken)} broken" if broken else "")
+    (folder / BROKEN_NAME).unlink(missing_ok=True)  # of an earlier try
     if broken:
         _report(folder, broken)
         say(f"warning: {len(broken)} of {total} images cannot be read and were left out; {folder / BROKEN_NAME} lists them")
