@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import signal
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from var_scale.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -45,6 +47,7 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
 
 
 def _begin() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves none behind, nor the locks they inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # such as Pillow's about EXIF data; also, the parent's terminal may be locked in this copy
