@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,6 +70,17 @@ def replace_between(text: str, start: str, end: str, new: str) -> str:
     """`text` with `new` between the lines of the two markers."""
     head, rest = text.split(start)
     return f"{head}{start}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, so that a difference can be named; tuples become lists as in JSON."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found.update(flat(item, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = list(item) if isinstance(item, tuple) else item
+    return found
 
 
 def canonical_hash(value: Any) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from var_scale.config.schema import Config
 from var_scale.errors import UserError
-from var_scale.files import canonical_hash
+from var_scale.files import canonical_hash, flat
 
 
 def config_root() -> Path:
@@ -213,13 +213,6 @@ def config_hash(config: Config) -> str:
 
 def difference(there: Config, here: Config) -> str:
     """The first key in which the identities of two runs differ, with both values."""
-
-    def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, inner in tree.items():
-            found |= flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
-        return found
-
     one, two = flat(_identity(there)), flat(_identity(here))
     key = next(key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key))
     return f"{key}: {one.get(key)} there, {two.get(key)} here"

@@ -55,7 +55,7 @@ class RemoteShards:
 
     def local(self, shard: ShardInfo) -> Path:
         """The shard in the cache."""
-        path = self.folder / f"{shard.sha256[:16]}-{shard.name}"  # data made anew under the same names are other files
+        path = self._place(shard)
         if not path.exists():
             with self._locked(shard.name):
                 if not path.exists():
@@ -64,6 +64,10 @@ class RemoteShards:
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)
         return path
+
+    def _place(self, shard: ShardInfo) -> Path:
+        """Where a shard is kept: data made anew under the same names are other files."""
+        return self.folder / f"{shard.sha256[:16]}-{shard.name}"
 
     def open(self, shard: ShardInfo) -> int:
         """A file descriptor of the shard; fetched again if another process made room of it just now."""
@@ -75,7 +79,7 @@ class RemoteShards:
         """Remove shards of this node's cache whose bytes have changed since; they are fetched again. The node's ranks share the work."""
         part, parts = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for shard in self.manifest.shards[part::parts]:
-            path = self.folder / f"{shard.sha256[:16]}-{shard.name}"
+            path = self._place(shard)
             if path.exists() and sha256_file(path) != shard.sha256:
                 say(f"warning: {path}: damaged in the cache; it is fetched again")
                 path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from var_scale.data.images import open_image
 from var_scale.data.manifest import MANIFEST_NAME, TOKEN_FIELDS, Manifest, ShardInfo, load_manifest, missing_files
 from var_scale.data.tar_index import INDEX_DTYPE, PAYLOADS, index_tar, npy_header
 from var_scale.errors import UserError
-from var_scale.files import atomic_file, disk_errors, read_json, remove_tree, sha256_file, write_json
+from var_scale.files import atomic_file, disk_errors, flat, read_json, remove_tree, sha256_file, write_json
+from var_scale.machine import cores
 from var_scale.progress import progress, say
 
 __all__ = ["INDEX_DTYPE", "Sample", "ShardSet", "ShardSetWriter", "describe_folder", "index_folder", "index_tar", "npy_bytes",
@@ -96,7 +96,7 @@ class ShardSet:
             write_json(path, settings)
 
     def _require_same(self, there: dict[str, Any], here: dict[str, Any]) -> None:
-        there, here = _flat(there), _flat(here)
+        there, here = flat(there), flat(here)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 raise UserError(f"{self.folder}: holds shards made with other settings ({key}: {there.get(key)!s:.80} there, "
@@ -211,17 +211,6 @@ class ShardSetWriter(ShardSet):
         self._buffer = []
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}, so that a difference can be named; tuples become lists as in JSON."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            flat.update(_flat(item, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(item) if isinstance(item, tuple) else item
-    return flat
-
-
 def _index_shard(folder: Path, name: str, kind: str) -> tuple[ShardInfo, np.ndarray]:
     """Index the tar `name`, write NAME.idx beside it, hash both."""
     tar = folder / name
@@ -249,7 +238,7 @@ def _decode_all(tar: Path, records: np.ndarray) -> None:
         start, size = int(records["offset"][number]), int(records["size"][number])
         open_image(mapped[start : start + size].tobytes(), f"{tar}: sample {number} (byte {start})")
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for _ in pool.map(decode, range(len(records))):
             pass
 
