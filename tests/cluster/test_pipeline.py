@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from var_scale.cluster.pipeline import Study, prepare_data, run_study
 from var_scale.config.load import load
@@ -163,8 +164,25 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 
 def test_what_can_only_fail_later_is_refused_first(tmp_path: Path) -> None:
     """Images given beside the embedded set, a size the tokenizer does not take, a batch that does not divide."""
-    for change, words in ((["data.images_train=x"], "both given"), (["data.leaves.size=36"], "takes 32 pixels"),
+    for change, words in ((["data.images_train=x"], "both given"), (["data.leaves.size=36"], "takes images of 32x32 pixels"),
                           (["engine=zero1", "engine.processes=3"], "does not divide into 3 processes")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             run_study(load(MINI[0], [*MINI[1:], *change]), tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    """Wide images through every stage: generated, tokenised by scales of height x width, trained on, sampled, reported."""
+    wide = ["tokenizer.patch_nums=[1,[1,2],[2,4],[2,5]]", "data.leaves.size=[16,40]", "train.steps=6", "tokenizer.train.steps=12",
+            "study.depths=[1,2]", "name=wide"]  # fmt: skip
+    run_study(load(MINI[0], [*MINI[1:], *wide]), tmp_path)
+    folder = tmp_path / "wide"
+    manifest = load_manifest(folder / "tokens" / "train")
+    assert manifest.tokens is not None and manifest.tokens["length"] == 1 + 2 + 8 + 10
+    assert manifest.tokens["patch_nums"] == [1, [1, 2], [2, 4], [2, 5]]
+    final = [json.loads(line) for line in (folder / "d02-s0" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert len(final["loss_per_scale"]) == 4 and np.isfinite(final["loss_avg"])
+    zoom = 96 // 16
+    assert Image.open(folder / "report" / "samples.png").size == (2 * (40 * zoom + 2) - 2, 3 * (16 * zoom + 2) - 2)
+    with pytest.raises(UserError, match=r"set data.leaves.size=\[16, 40\]"):
+        Study(load(MINI[0], [*MINI[1:], *wide, "data.leaves.size=32"]), tmp_path)

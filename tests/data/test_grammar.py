@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from var_scale.data.grammar import GrammarSettings, bayes, children, grammar_tok
 from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
 from var_scale.run_folder import RunFolder
+from var_scale.scales import cells, grid
 
 SMALL = GrammarSettings((1, 2, 3, 4), symbols=12, rules=3, num_classes=4, zipf=1.2)
+WIDE = replace(SMALL, patch_nums=(1, (2, 3), (3, 5)))
 
 
 def test_a_sample_depends_only_on_its_number(tmp_path: Path) -> None:
@@ -35,23 +38,23 @@ def test_a_sample_depends_only_on_its_number(tmp_path: Path) -> None:
     assert picture(SMALL, whole[0], 16).shape == (16, 64, 3)
 
 
-def test_the_floor_is_what_one_who_knows_the_tables_scores() -> None:
+@pytest.mark.parametrize("settings", [SMALL, WIDE])
+def test_the_floor_is_what_one_who_knows_the_tables_scores(settings: GrammarSettings) -> None:
     """Predicting with the tables: every child's symbol is certain, its rule has the stated probability; the mean is the Bayes loss."""
-    tokens_BL, labels = grammar_tokens(SMALL, "val", 0, 20000)
-    tables, share, floor = children(SMALL), SMALL.share_R, bayes(SMALL)
-    edges = np.cumsum([0, *(side * side for side in SMALL.patch_nums)])
-    sides = SMALL.patch_nums
-    scales = [tokens_BL[:, start:stop].reshape(-1, side, side) for (start, stop), side in zip(pairwise(edges), sides, strict=True)]
-    assert (scales[0][:, 0, 0] // SMALL.rules % SMALL.num_classes == labels).all()
+    tokens_BL, labels = grammar_tokens(settings, "val", 0, 20000)
+    tables, share, floor = children(settings), settings.share_R, bayes(settings)
+    counts, grids = cells(settings.patch_nums), [grid(patch_num) for patch_num in settings.patch_nums]
+    edges = np.cumsum([0, *counts])
+    scales = [tokens_BL[:, start:stop].reshape(-1, *sides) for (start, stop), sides in zip(pairwise(edges), grids, strict=True)]
+    assert (scales[0][:, 0, 0] // settings.rules % settings.num_classes == labels).all()
     for scale, tokens in enumerate(scales):
-        if scale:
-            cells = np.arange(sides[scale])
-            above, place = cells * sides[scale - 1] // sides[scale], cells % 2
-            symbol = tables[scale - 1][scales[scale - 1][:, above[:, None], above[None]], 2 * place[:, None] + place[None]]
-            assert (tokens // SMALL.rules == symbol).all()
-        loss = -np.log(share[tokens % SMALL.rules]).mean() + (np.log(SMALL.symbols / SMALL.num_classes) if scale == 0 else 0)
+        for y, x in np.ndindex(grids[scale]) if scale else ():
+            (h, w), (above_h, above_w) = grids[scale], grids[scale - 1]
+            parent = scales[scale - 1][:, y * above_h // h, x * above_w // w]
+            assert (tokens[:, y, x] // settings.rules == tables[scale - 1][parent, 2 * (y % 2) + x % 2]).all()
+        loss = -np.log(share[tokens % settings.rules]).mean() + (np.log(settings.symbols / settings.num_classes) if scale == 0 else 0)
         assert loss == pytest.approx(floor["loss_per_scale"][scale], abs=0.02)
-    weights = np.array([1, 4, 9, 16]) / 30
+    weights = np.array(counts) / sum(counts)
     assert floor["loss_avg"] == pytest.approx(weights @ floor["loss_per_scale"]) and floor["err_last"] == pytest.approx(1 - share.max())
 
 

@@ -16,7 +16,7 @@ from var_scale.data.loader import ImageData, TokenData
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import verify_folder
 from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
-from var_scale.data.transforms import eval_transform, resize_shorter, to_minus1_1, train_transform, who_resizes
+from var_scale.data.transforms import eval_transform, resize_to_cover, to_minus1_1, train_transform, who_resizes
 from var_scale.errors import UserError
 
 SMALL = LeavesSettings(size=16, num_classes=4, species=32, leaves=6)
@@ -99,8 +99,16 @@ def encode(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)[:, :14].astype(np.int64)
 
 
-def tokenize(images: Path, out: Path, encode: Encode, identity: str = "abc", vocab: int = 256, batch: int = 48, size: int | None = None,
-             **more: Any) -> Manifest:  # fmt: skip
+def tokenize(
+    images: Path,
+    out: Path,
+    encode: Encode,
+    identity: str = "abc",
+    vocab: int = 256,
+    batch: int = 48,
+    size: tuple[int, int] | None = None,
+    **more: Any,
+) -> Manifest:
     """Image shards to token shards with three scales."""
     return tokenize_folder(TokenSet(ImageData(images, size), out, identity, (1, 2, 3), vocab, **more), encode, batch)
 
@@ -143,11 +151,11 @@ def test_tokenize(tmp_path: Path) -> None:
 
 def test_several_views_are_random_crops(tmp_path: Path) -> None:
     write_leaves(tmp_path / "images", "train", 40, SMALL, 128, processes=1)
-    tokenize(tmp_path / "images", tmp_path / "out", encode, size=12, views=3, flip=True)
+    tokenize(tmp_path / "images", tmp_path / "out", encode, size=(12, 12), views=3, flip=True)
     data = TokenData(tmp_path / "out")
     views = [data.gather(np.arange(40), view)[0] for view in range(6)]
     assert data.views == 6 and (views[0] != views[2]).any() and (views[2] != views[4]).any()
-    images = ImageData(tmp_path / "images", 12).random_crops(np.arange(40), 0, 1)
+    images = ImageData(tmp_path / "images", (12, 12)).random_crops(np.arange(40), 0, 1)
     np.testing.assert_array_equal(views[2], encode(images))
     np.testing.assert_array_equal(views[3], encode(images[:, :, ::-1]))
 
@@ -174,8 +182,18 @@ needs_lanczos = pytest.mark.skipif(who_resizes("auto") != "torch", reason="PyTor
 @needs_lanczos
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (36, 36), (33, 200)])
 def test_transform_sizes(size: tuple[int, int]) -> None:
-    for shape in (eval_transform(picture(*size), 32).shape, train_transform(picture(*size), 32, 0, 1, 2).shape):
+    for shape in (eval_transform(picture(*size), (32, 32)).shape, train_transform(picture(*size), (32, 32), 0, 1, 2).shape):
         assert shape == (32, 32, 3)
+
+
+@needs_lanczos
+@pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (18, 36), (33, 200)])
+def test_transforms_to_what_is_not_square(size: tuple[int, int]) -> None:
+    """Resized until one side is 1.125 times what is wanted and the other no less, then cut."""
+    for shape in (eval_transform(picture(*size), (16, 32)).shape, train_transform(picture(*size), (16, 32), 0, 1, 2).shape):
+        assert shape == (16, 32, 3)
+    height, width = resize_to_cover(picture(*size), (18, 36), "pillow").shape[:2]
+    assert (height == 18 and width >= 36) or (height >= 18 and width == 36)
 
 
 @needs_lanczos
@@ -183,11 +201,11 @@ def test_transform_is_the_official_one() -> None:
     """By Pillow bit for bit; by PyTorch at most two grey levels from it."""
     image = picture(90, 60)
     resized = Image.fromarray(image).resize((54, 36), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(eval_transform(image, 32, "pillow"), np.asarray(resized)[2:34, 11:43])
-    crops = {train_transform(image, 32, 0, 0, sample, "pillow").tobytes() for sample in range(50)}
+    np.testing.assert_array_equal(eval_transform(image, (32, 32), "pillow"), np.asarray(resized)[2:34, 11:43])
+    crops = {train_transform(image, (32, 32), 0, 0, sample, "pillow").tobytes() for sample in range(50)}
     windows = {np.ascontiguousarray(np.asarray(resized)[y:y + 32, x:x + 32]).tobytes() for y in range(5) for x in range(23)}
     assert crops <= windows and len(crops) > 20
-    np.testing.assert_array_equal(train_transform(image, 32, 0, 0, 7), train_transform(image, 32, 0, 0, 7))
+    np.testing.assert_array_equal(train_transform(image, (32, 32), 0, 0, 7), train_transform(image, (32, 32), 0, 0, 7))
 
 
 @needs_lanczos
@@ -195,7 +213,7 @@ def test_transform_is_the_official_one() -> None:
 def test_the_fast_resize_is_near_the_exact_one(size: tuple[int, int]) -> None:
     """On what resizing finds hardest, noise: at most 2 grey levels, in few pixels."""
     image = picture(*size)
-    exact, fast = (resize_shorter(image, 288, how).astype(int) for how in ("pillow", "torch"))
+    exact, fast = (resize_to_cover(image, (288, 288), how).astype(int) for how in ("pillow", "torch"))
     difference = np.abs(exact - fast)
     assert exact.shape == fast.shape and difference.max() <= 2 and difference.mean() < 0.02
 

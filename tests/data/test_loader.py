@@ -136,7 +136,7 @@ def test_images_are_decoded_exactly(tmp_path: Path) -> None:
     data = ImageData(tmp_path)
     for _ in range(2):  # decoded, then from the cache
         np.testing.assert_array_equal(data.images(np.array([3, 19, 3])), np.stack([image(3), image(19), image(3)]))
-    assert ImageData(tmp_path, size=6).images(np.array([0, 1])).shape == (2, 6, 6, 3)
+    assert ImageData(tmp_path, size=(6, 6)).images(np.array([0, 1])).shape == (2, 6, 6, 3)
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.kernels.compare import DEVICE, check
 from var_kernels.attention import Visible, mask, op, reference, scales
-from var_kernels.attention.schedule import tile_rows
+from var_kernels.attention.schedule import counts, tile_rows
 
 PATCHES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -23,11 +23,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def brute_force_mask(patch_nums: tuple[int, ...], back: int) -> torch.Tensor:
     """From the definition: query of scale i sees key of scale j when i - back < j <= i."""
-    level = torch.cat([torch.full((side * side,), number) for number, side in enumerate(patch_nums)])
+    level = torch.cat([torch.full((count,), number) for number, count in enumerate(counts(patch_nums))])
     return (level[None, :] <= level[:, None]) & (level[None, :] > level[:, None] - back)
 
 
-@pytest.mark.parametrize("patch_nums", [(1,), (1, 2), (1, 2, 3, 4), (3, 4, 7), PATCHES_256])
+@pytest.mark.parametrize("patch_nums", [(1,), (1, 2), (1, 2, 3, 4), (3, 4, 7), ((1, 2), (3, 5), (3, 7)), PATCHES_256])
 @pytest.mark.parametrize(("pattern", "back"), [("full", 99), ("own", 1), (2, 2), (3, 3)])
 def test_schedule_is_the_definition(patch_nums: tuple[int, ...], pattern: str | int, back: int) -> None:
     """Mask, its transpose, and tiles that cover every row once and never leave out a visible key."""
@@ -55,6 +55,7 @@ def test_tiles_of_the_paper() -> None:
 
 UP_TO_6 = (1, 2, 3, 4, 5, 6)
 CASES = [((1, 2, 3), "full", 16), (UP_TO_6, "full", 64), (UP_TO_6, "own", 64), ((1, 3, 5, 9), 2, 12), ((1,), "full", 64)]
+CASES += [(((1, 2), (3, 5), (3, 7)), "full", 16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +63,7 @@ CASES = [((1, 2, 3), "full", 16), (UP_TO_6, "full", 64), (UP_TO_6, "own", 64), (
 @pytest.mark.parametrize(("patch_nums", "pattern", "D"), CASES)
 def test_block_attention(patch_nums: tuple[int, ...], pattern: str | int, D: int, l2_norm: bool, dtype: torch.dtype) -> None:
     """Forward and all gradients, reading packed qkv; heads of 12 channels are padded to 16 inside."""
-    B, H, L = 2, 2, sum(side * side for side in patch_nums)
+    B, H, L = 2, 2, sum(counts(patch_nums))
     qkv, g = torch.randn(B, L, 3, H, D, device=DEVICE).to(dtype), torch.randn(B, L, H * D, device=DEVICE).to(dtype)
     scale = 0.25 / math.sqrt(D)
     inputs = [qkv, torch.tensor([1.4, 0.3], device=DEVICE)] if l2_norm else [qkv]
@@ -165,13 +166,13 @@ def test_cached_attention_is_the_last_scale_of_the_whole() -> None:
 
 def test_wrong_calls() -> None:
     qkv = torch.randn(1, 14, 3, 2, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="does not hold the 5 tokens"):
+    with pytest.raises(ValueError, match="does not hold the tokens"):
         op.block_attention(qkv, (1, 2))
     with pytest.raises(ValueError, match="pattern 'half' is not known"):
         op.block_attention(qkv, (1, 2, 3), pattern="half")
     with pytest.raises(ValueError, match="qkv is"):
         op.block_attention(qkv.flatten(2), (1, 2, 3))
-    with pytest.raises(ValueError, match="positive integers"):
+    with pytest.raises(ValueError, match="grid sides"):
         op.block_attention(qkv, (1, -2, 3))
     with pytest.raises(ValueError, match="1 scales for 2 heads"):
         op.block_attention(qkv, (1, 2, 3), torch.zeros(1, device=DEVICE))

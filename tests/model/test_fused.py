@@ -19,6 +19,7 @@ from var_scale.errors import UserError
 from var_scale.model import VAR
 from var_scale.model.attention import ScaleMask, block_causal_bias, choose_backend, require_trainable, sdpa
 from var_scale.model.blocks import blocks
+from var_scale.scales import PatchNum, length
 from var_scale.train.step import TrainStep
 
 LABELS = torch.tensor([0, 3, 1])
@@ -115,10 +116,10 @@ def test_triton_attention_and_norms_in_the_interpreter(attn_l2_norm: bool, monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("patch_nums", "scale"), [((1, 2, 3), 0.3), ((1,), 1.0), ((1, 3, 5, 9), 1.0)])
-def test_blocks(patch_nums: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("patch_nums", "scale"), [((1, 2, 3), 0.3), ((1,), 1.0), ((1, 3, 5, 9), 1.0), ((1, (2, 3)), 1.0)])
+def test_blocks(patch_nums: tuple[PatchNum, ...], scale: float, dtype: torch.dtype) -> None:
     """Attention scale by scale against the one with a mask: output and gradients; in bfloat16 no further from float64 than twice that."""
-    L = sum(side * side for side in patch_nums)
+    L = length(patch_nums)
     inputs, g = [torch.randn(2, 3, L, 16, dtype=torch.float64) for _ in range(3)], torch.randn(2, 3, L, 16, dtype=torch.float64)
     bias = block_causal_bias(patch_nums).double()
 

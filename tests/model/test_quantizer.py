@@ -164,7 +164,7 @@ def test_encode_for_training() -> None:
 def test_patch_tokenizer() -> None:
     vae = build_vae(arch="patch", V=64, Cvae=16, patch_nums=PATCH_NUMS, test_mode=False)
     assert 0.5e6 < sum(p.numel() for p in vae.parameters()) < 0.95e6
-    assert vae.image_size == 32
+    assert vae.image_size == (32, 32)
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     out, _, loss = vae(image)
     (out.square().mean() + loss).backward()

@@ -12,17 +12,18 @@ from torch import Tensor
 from var_scale.errors import UserError
 from var_scale.model import VAR, VQVAE, backend_name, build_vae, build_vae_var, build_var
 from var_scale.model.attention import block_causal_bias
+from var_scale.scales import PatchNum
 
 torch.set_num_threads(1)
 PATCH_NUMS = (1, 2, 3, 4)
 
 
-def tiny_vae(patch_nums: tuple[int, ...] = PATCH_NUMS) -> VQVAE:
+def tiny_vae(patch_nums: tuple[PatchNum, ...] = PATCH_NUMS) -> VQVAE:
     torch.manual_seed(0)
     return build_vae(arch="patch", hidden=8, V=32, Cvae=8, patch_nums=patch_nums)
 
 
-def tiny(patch_nums: tuple[int, ...] = PATCH_NUMS, **kwargs: Any) -> VAR:
+def tiny(patch_nums: tuple[PatchNum, ...] = PATCH_NUMS, **kwargs: Any) -> VAR:
     """A small VAR whose every part matters (no damping at the start)."""
     plain = {"init_adaln": 1.0, "init_adaln_gamma": 1.0, "init_head": 1.0, "init_std": 0.1}
     return build_var(tiny_vae(patch_nums), **{"depth": 2, "width": 32, "heads": 2, "num_classes": 10, **plain, **kwargs})
@@ -54,8 +55,8 @@ def stepped(var: VAR, label_B: Tensor, x_BlZ: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shared_aln", [False, True])
 @pytest.mark.parametrize("attn_l2_norm", [False, True])
-@pytest.mark.parametrize("patch_nums", [(1, 2, 3, 4), (2, 3), (3,)])
-def test_cached_equals_teacher_forced(shared_aln: bool, attn_l2_norm: bool, patch_nums: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("patch_nums", [(1, 2, 3, 4), (2, 3), (3,), (1, (1, 2), (2, 3)), ((2, 1), (3, 2))])
+def test_cached_equals_teacher_forced(shared_aln: bool, attn_l2_norm: bool, patch_nums: tuple[PatchNum, ...]) -> None:
     var = tiny(patch_nums, shared_aln=shared_aln, attn_l2_norm=attn_l2_norm).eval()
     label_B, x_BlZ = batch(var)
     torch.testing.assert_close(stepped(var, label_B, x_BlZ), var(label_B, x_BlZ).detach(), atol=5e-6, rtol=1e-5)

@@ -81,7 +81,7 @@ def hashes(loaders: list[ImageLoader], step: int, accumulate: int) -> bytes:
 
 def test_pixels_depend_on_neither_world_nor_workers(images: Path) -> None:
     """World sizes 1 to 4, accumulation, decoding threads: the same global batches; each epoch other crops."""
-    data, threads = ImageData(images / "train", 12), ImageData(images / "train", 12, threads=3)
+    data, threads = ImageData(images / "train", (12, 12)), ImageData(images / "train", (12, 12), threads=3)
     expected = [hashes([ImageLoader(data, 3, 24, flip=True)], step, 1) for step in range(7)]
     for world, accumulate, source in ((2, 1, data), (4, 3, threads), (1, 2, threads)):
         loaders = [ImageLoader(source, 3, 24, world, rank, accumulate, flip=True) for rank in range(world)]

@@ -20,11 +20,13 @@ from var_scale.data.embedded import LeavesSettings, write_leaves
 from var_scale.data.loader import ImageData
 from var_scale.errors import UserError
 from var_scale.files import read_json, sha256_file
+from var_scale.model.frechet import Moments, frechet
 from var_scale.model.load import load_tokenizer, tokenizer_file
-from var_scale.model.perceptual import LPIPS, VGG16
+from var_scale.model.perceptual import LPIPS, STAGES, VGG16
 from var_scale.train import tokenizer
 from var_scale.train.encode import tokenize
 from var_scale.train.tokenizer import TokenizerTrainer, train_tokenizer
+from var_scale.train.tokenizer_report import assess
 from var_scale.train.world import World
 
 HERE = World(0, 1, 0, torch.device("cpu"))
@@ -108,18 +110,46 @@ def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
     assert reports[1]["psnr_db"] == pytest.approx(reports[0]["psnr_db"], abs=0.5)
 
 
+def random_vgg() -> dict[str, torch.Tensor]:
+    """As torchvision's file: the convolutions of `features` by their place among ReLUs and poolings."""
+    state, place, inner = {}, 0, 3
+    for stage in STAGES:
+        for width in stage:
+            state |= {f"features.{place}.weight": torch.randn(width, inner, 3, 3) * (9 * inner / 2) ** -0.5,
+                      f"features.{place}.bias": torch.zeros(width)}  # fmt: skip
+            place, inner = place + 2, width
+        place += 1
+    return state
+
+
+def test_frechet_distance() -> None:
+    """Of Gaussians with known moments, against the matrix square root; in batches as at once; zero for equal sets."""
+    torch.manual_seed(1)
+    a, b = torch.randn(4000, 6, dtype=torch.float64) @ torch.randn(6, 6).double() + 100, torch.randn(3000, 6, dtype=torch.float64) + 99
+    one, two, again = Moments(6), Moments(6), Moments(6)
+    one.add(a)
+    two.add(b)
+    for part in a.split(333):
+        again.add(part)
+    product = np.cov(a.T.numpy()) @ np.cov(b.T.numpy())
+    root = np.sqrt(np.linalg.eigvals(product).real).sum()
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * root
+    assert frechet(one, two) == pytest.approx(expected, rel=1e-8) == frechet(again, two)
+    assert frechet(one, again) == pytest.approx(0, abs=1e-6)
+
+
 def test_perception(images: Path, tmp_path: Path) -> None:
     """LPIPS over weights given by path: zero for equal images, the stated sum for others; used in training; files of another kind are
     refused."""
     torch.manual_seed(0)
     vgg, heads = tmp_path / "vgg16.pth", tmp_path / "lpips.pth"
-    torch.save(VGG16().state_dict() | {"classifier.0.weight": torch.zeros(3)}, vgg)
+    torch.save(random_vgg() | {"classifier.0.weight": torch.zeros(3)}, vgg)
     widths = (64, 128, 256, 512, 512)
     torch.save({f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1) for k, width in enumerate(widths)}, heads)
     lpips = LPIPS(vgg, heads)
     one, two = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
     assert float(lpips(one, one)) == 0 and float(lpips(one, two)) == pytest.approx(float(lpips(two, one)), rel=1e-5)
-    maps = [lpips.vgg((x - lpips.shift) / lpips.scale) for x in (one, two)]
+    maps = [lpips.vgg(x) for x in (one, two)]
     expected = sum(((torch.nn.functional.normalize(a, dim=1) - torch.nn.functional.normalize(b, dim=1)).square()
                     * lpips.get_buffer(f"head{k}")).sum(1).mean() for k, (a, b) in enumerate(zip(*maps, strict=True)))  # fmt: skip
     assert float(lpips(one, two)) == pytest.approx(float(expected), rel=1e-4) and len(maps[0]) == 5
@@ -127,6 +157,9 @@ def test_perception(images: Path, tmp_path: Path) -> None:
     trainer = TokenizerTrainer(config_of(images, tmp_path, **files), ImageData(images / "train"), tmp_path / "out", HERE)
     first = [float(trainer.train_step()["perceptual"]) for _ in range(4)]
     assert all(np.isfinite(first)) and first[0] > 0
+    val = ImageData(images / "val")
+    report = assess(trainer.vae.eval(), val, HERE.device, VGG16(vgg))
+    assert report["rfd_vgg16"] > 0 and report["images"] == val.num_samples
     with pytest.raises(UserError, match="has no lin0"):
         LPIPS(vgg, vgg)
     with pytest.raises(UserError, match="vgg_weights"):
@@ -138,7 +171,7 @@ def test_the_official_network_trained_here_works_everywhere(images: Path, tmp_pa
     arch = {"arch": "cnn", "ch": 32, "patch_nums": [1, 2], "vocab_size": 32}
     config = config_of(images, tmp_path, arch=arch, steps=8, batch_size=8, plain_fraction=0.25)
     config = check(merge(dump(config), {"data": {"leaves": None}}), "test")
-    val, some = ImageData(images / "val", 32), ImageData(images / "train", 32)
+    val, some = ImageData(images / "val", (32, 32)), ImageData(images / "train", (32, 32))
     weights = train_tokenizer(config, some, val, tmp_path / "cnn", HERE)
     tokens = {f"tokens_{split}": str(tmp_path / "tokens" / split) for split in ("train", "val")}
     config = check(merge(dump(config), {"tokenizer": {"weights": str(weights)}, "data": tokens}), "test")

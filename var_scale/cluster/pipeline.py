@@ -12,6 +12,7 @@ from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder, take_lock
+from var_scale.scales import grid, length
 
 if TYPE_CHECKING:
     from var_scale.study.analyse import StudyResult
@@ -45,9 +46,10 @@ class Study:
                             f"tokenizer.vocab_size={data.grammar.symbols * data.grammar.rules}")  # fmt: skip
         if (data.leaves or data.grammar) and c.train_samples < c.train.batch_size:
             raise UserError(f"study {c.name}: {c.train_samples} training samples are fewer than a batch of {c.train.batch_size}")
-        side = c.tokenizer.image_size
-        if data.leaves and data.leaves.size != side:
-            raise UserError(f"study {c.name}: data.leaves.size is {data.leaves.size}, the tokenizer takes {side} pixels; make them equal")
+        size = c.tokenizer.image_size
+        if data.leaves and grid(data.leaves.size) != size:
+            wanted = size[0] if size[0] == size[1] else list(size)
+            raise UserError(f"study {c.name}: the tokenizer takes images of {size[0]}x{size[1]} pixels; set data.leaves.size={wanted}")
         if c.tokenizer.weights and self.spec.device == "auto" and not _there(c.tokenizer.weights):
             raise UserError(f"tokenizer.weights: {c.tokenizer.weights} does not exist; give the file of the trained tokenizer")
 
@@ -282,8 +284,7 @@ def tokenize_stage(config: Config) -> None:
 
     for split in ("train", "val"):
         manifest = tokenize(config, split)
-        length = sum(pn * pn for pn in config.tokenizer.patch_nums)
-        say(f"tokens {split}: {manifest.num_samples:,} x {length} ({getattr(config.data, f'tokens_{split}')})")
+        say(f"tokens {split}: {manifest.num_samples:,} x {length(config.tokenizer.patch_nums)} ({getattr(config.data, f'tokens_{split}')})")
 
 
 def show_plan(study: Study) -> None:

@@ -14,6 +14,7 @@ from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.progress import say
+from var_scale.scales import cells
 from var_scale.study.analyse import StudyResult, fit_study
 from var_scale.study.holdout import HoldOut
 from var_scale.study.laws import LawFit
@@ -110,7 +111,7 @@ def _baseline(study: Study) -> str:
     except UserError:
         return ""  # the tokens were removed after the runs
     seen_NL, tokens_NL = (data.gather(np.arange(min(16384, data.num_samples)))[0] for data in (train, val))
-    edges = np.cumsum([0, *(side * side for side in config.tokenizer.patch_nums)])
+    edges = np.cumsum([0, *cells(config.tokenizer.patch_nums)])
     vocab = config.tokenizer.vocab_size
     losses, errors = [], []
     for start, stop in pairwise(edges):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from var_scale.scales import grid, normal
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -19,6 +22,17 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _grid(value: Any) -> Any:
+    """A side, or height and width; squares as a number, so that equal schedules are equal."""
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError("give a side or [height, width], whole numbers from 1 up")
+    return normal([value])[0]
+
+
+Grid = Annotated[int | tuple[int, int], BeforeValidator(_grid)]
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced silently between kinds."""
 
@@ -28,7 +42,7 @@ class Section(BaseModel):
 class LeavesConfig(Section):
     """The embedded image set: class-conditional dead leaves with a Zipf dictionary of species."""
 
-    size: Positive = Field(32, description="image side in pixels")
+    size: Grid = Field(32, description="image side in pixels, or [height, width]")
     num_classes: Positive = Field(10, description="classes")
     species: Positive = Field(512, description="entries of the species dictionary")
     leaves: Positive = Field(8, description="leaves drawn in an image")
@@ -92,7 +106,7 @@ class TokenizerTrainConfig(Section):
     l1: float = Field(0.2, ge=0, description="weight of the mean absolute error")
     pyramid: float = Field(0.5, ge=0, description="weight of the absolute error of a three-level Laplacian pyramid")
     perceptual: float = Field(0.0, ge=0, description="weight of LPIPS")
-    vgg_weights: str | None = Field(None, description="torchvision's vgg16 weights, for LPIPS")
+    vgg_weights: str | None = Field(None, description="torchvision's vgg16 weights, for LPIPS and for the Frechet distance in the report")
     lpips_weights: str | None = Field(None, description="the lin weights of LPIPS v0.1 for VGG")
     adversarial: float = Field(0.0, ge=0, description="weight of a patch discriminator (hinge), relative to the other losses")
     adversarial_start: Fraction = Field(0.22, description="share of the steps before it joins")
@@ -112,7 +126,9 @@ class TokenizerConfig(Section):
     weights: str | None = Field(
         None, description="trained weights: a .pth or .safetensors file, or hf://OWNER/NAME/FILE; null: trained by the study"
     )
-    patch_nums: tuple[Positive, ...] = Field(PATCH_NUMS_256, min_length=1, description="side of the token grid at each scale")
+    patch_nums: tuple[Grid, ...] = Field(
+        PATCH_NUMS_256, min_length=1, description="token grid of each scale: its side, or [height, width] where it is not square"
+    )
     vocab_size: Positive = Field(4096, description="codebook entries V")
     latent_channels: Positive = Field(32, description="channels of a code vector, Cvae")
     share_quant_resi: int = Field(4, ge=0, description="number of shared phi convolutions; 0: one a scale, 1: one for all")
@@ -127,14 +143,17 @@ class TokenizerConfig(Section):
     train: TokenizerTrainConfig = TokenizerTrainConfig()
 
     @property
-    def image_size(self) -> int:
-        """Pixels a side of the images it takes: 16 a latent cell for the official network."""
-        return self.patch_nums[-1] * (self.patch if self.arch == "patch" else 16)
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images it takes: 16 a latent cell for the official network."""
+        height, width = grid(self.patch_nums[-1])
+        pixels = self.patch if self.arch == "patch" else 16
+        return height * pixels, width * pixels
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
-        if list(self.patch_nums) != sorted(set(self.patch_nums)):
-            raise ValueError("patch_nums must rise strictly")
+        for before, after in pairwise(map(grid, self.patch_nums)):
+            if before == after or before[0] > after[0] or before[1] > after[1]:
+                raise ValueError("patch_nums must rise: no side may fall from one scale to the next, and one must grow")
         if self.vocab_size > 65536:
             raise ValueError("vocab_size must be at most 65536 (tokens are stored as uint16)")
         return self

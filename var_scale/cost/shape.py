@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from var_scale.errors import UserError
+from var_scale.errors import UserError, require_grids
+from var_scale.scales import PatchNum, cells, length, normal
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ModelShape:
     width: int
     heads: int
     mlp_hidden: int
-    patch_nums: tuple[int, ...]
+    patch_nums: tuple[PatchNum, ...]
     vocab_size: int = 4096
     latent_channels: int = 32
     num_classes: int = 1000
@@ -25,17 +26,16 @@ class ModelShape:
     attn_l2_norm: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_nums", tuple(int(side) for side in self.patch_nums))
+        object.__setattr__(self, "patch_nums", normal(self.patch_nums))
         for name in ("depth", "width", "heads", "mlp_hidden", "vocab_size", "latent_channels", "num_classes"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model shape: {name} is {getattr(self, name)}; it must be positive")
-        if not self.patch_nums or min(self.patch_nums) <= 0:
-            raise UserError(f"model shape: patch_nums {self.patch_nums} must be a list of positive grid sides")
+        require_grids(patch_nums=self.patch_nums)
         if self.width % self.heads:
             raise UserError(f"model shape: width {self.width} does not divide into {self.heads} heads; change one of them")
 
     @classmethod
-    def official(cls, depth: int, patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), **changes: Any) -> ModelShape:
+    def official(cls, depth: int, patch_nums: tuple[PatchNum, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), **changes: Any) -> ModelShape:
         """The paper's ladder: C = 64 d, H = d, MLP 4C; `changes` replaces any field."""
         values: dict[str, Any] = {"depth": depth, "width": 64 * depth, "heads": depth, "mlp_hidden": 256 * depth, "patch_nums": patch_nums}
         return cls(**(values | changes))
@@ -57,14 +57,14 @@ class ModelShape:
 
     @property
     def length(self) -> int:
-        """Tokens of an image, L = sum s_k^2."""
-        return sum(side * side for side in self.patch_nums)
+        """Tokens of an image, L = sum h_k w_k."""
+        return length(self.patch_nums)
 
     @property
     def visible_pairs(self) -> int:
         """(query, key) pairs that block-causal attention computes: a token sees its own scale and all earlier ones."""
         seen, pairs = 0, 0
-        for side in self.patch_nums:
-            seen += side * side
-            pairs += side * side * seen
+        for count in cells(self.patch_nums):
+            seen += count
+            pairs += count * seen
         return pairs

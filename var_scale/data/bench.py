@@ -78,7 +78,7 @@ def bench_data(out: Path | None) -> dict[str, Any]:
         root = Path(temporary)
         photographs(root / "images")
         tokens(root / "tokens")
-        exact, fast = (ImageData(root / "images", RESO, resize) for resize in ("pillow", "torch"))
+        exact, fast = (ImageData(root / "images", (RESO, RESO), resize) for resize in ("pillow", "torch"))
         loader = TokenLoader(TokenData(root / "tokens"), 0, BATCH)
         places = [np.arange(start, start + 8) for start in range(0, COUNT, 8)]
 

@@ -24,20 +24,22 @@ from var_scale.data.workers import in_workers
 from var_scale.errors import UserError
 from var_scale.machine import cores
 from var_scale.progress import progress
+from var_scale.scales import grid
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 BLOCK = 256  # images drawn together; part of the definition of the set: changing it changes every image
 POWERS = (0.8, 1.0, 2.0, 8.0)  # outline |u|^p + |v|^p < 1: pinched star, diamond, ellipse, rounded box
 ALPHAS = (2.0, 3.0, 4.0)
 ASPECTS = (1.0, 1.6, 2.4, 3.4)
-SMALLEST, LARGEST = 0.11, 0.55  # radii in units of the image side
+SMALLEST, LARGEST = 0.11, 0.55  # radii in units of the shorter side
 
 
 @dataclass(frozen=True)
 class LeavesSettings:
-    """What defines the set: side in pixels, classes, species in the dictionary, leaves in an image, Zipf exponent, seed."""
+    """What defines the set: side in pixels (or height and width), classes, species in the dictionary, leaves in an image, Zipf exponent,
+    seed."""
 
-    size: int = 32
+    size: int | tuple[int, int] = 32
     num_classes: int = 10
     species: int = 512
     leaves: int = 8
@@ -90,14 +92,14 @@ def _radii(rng: np.random.Generator, alpha: np.ndarray, leaves: int) -> np.ndarr
 def _block(settings: LeavesSettings, split: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (BLOCK, H, W, 3) and labels (BLOCK,) of block `block`."""
     book, rng = _dictionary(settings), _generator(settings, split, block)
-    count, leaves, side = BLOCK, settings.leaves, settings.size
+    count, leaves, size = BLOCK, settings.leaves, grid(settings.size)
     labels = (block * BLOCK + np.arange(count)) % settings.num_classes
     radius = _radii(rng, np.take(ALPHAS, labels % len(ALPHAS)), leaves)
     aspect = np.sqrt(np.take(ASPECTS, (labels // len(ALPHAS)) % len(ASPECTS)))[:, None] * np.exp(rng.normal(0, 0.1, (count, leaves)))
     rank = np.searchsorted(book.cumulative, rng.random((count, leaves))).clip(0, settings.species - 1)
     species = book.by_rank[labels[:, None], rank]
     angle = book.angle[species] + rng.normal(0, 0.25, (count, leaves))
-    centre = rng.uniform(-0.05, 1.05, (2, count, leaves))
+    centre = rng.uniform(-0.05, 1.05, (2, count, leaves)) * np.reshape(size[::-1], (2, 1, 1)) / min(size)
     phase = rng.uniform(0, 2 * np.pi, (count, leaves)).astype(np.float32)
 
     # Coordinates of a pixel in the frame of a leaf: linear in x and y, u = u0 + ux*x + uy*y. Divided by the radius: |u| < 1 inside.
@@ -107,7 +109,7 @@ def _block(settings: LeavesSettings, split: int, block: int) -> tuple[np.ndarray
                        -sin / across, cos / across, (centre[0] * sin - centre[1] * cos) / across], -1).astype(np.float32)
     power = book.power[species]
     power[:, -1] = -1  # the last leaf is the ground: it fills what is left
-    owner, u, v = _fill(frames, power, side)
+    owner, u, v = _fill(frames, power, size)
 
     flat = np.arange(count)[:, None] * leaves + owner  # (B, H*W) leaf of each pixel, over the whole block
     kind = species.ravel()[flat]
@@ -115,19 +117,19 @@ def _block(settings: LeavesSettings, split: int, block: int) -> tuple[np.ndarray
     wave = book.frequency[kind]
     grating = 1 + book.amplitude[kind] * np.sin(wave[..., 0] * u * scale[..., 0] + wave[..., 1] * v * scale[..., 1] + phase.ravel()[flat])
     images = (book.colour[kind] * grating[..., None]).clip(0, 255).astype(np.uint8)
-    return images.reshape(count, side, side, 3), labels
+    return images.reshape(count, *size, 3), labels
 
 
-def _fill(frames: np.ndarray, power: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fill(frames: np.ndarray, power: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Front to back: which leaf owns each pixel (B, H*W), and the pixel's coordinates u, v in that leaf's frame.
 
     frames (B, leaves, 6) holds ux, uy, u0, vx, vy, v0; power (B, leaves) the outline, -1 for one that covers everything.
     Only pixels that no leaf covers yet are looked at.
     """
     count, leaves, _ = frames.shape
-    pixels = side * side
-    grid = ((np.arange(side) + 0.5) / side).astype(np.float32)
-    x, y = np.tile(grid, side * count), np.tile(np.repeat(grid, side), count)
+    pixels = size[0] * size[1]
+    down, across = (((np.arange(side) + 0.5) / min(size)).astype(np.float32) for side in size)
+    x, y = np.tile(across, size[0] * count), np.tile(np.repeat(down, size[1]), count)
     owner = np.zeros(count * pixels, np.int64)
     out_u, out_v = np.empty(count * pixels, np.float32), np.empty(count * pixels, np.float32)
     free, image = np.arange(count * pixels, dtype=np.int32), np.repeat(np.arange(count), pixels)
@@ -162,9 +164,9 @@ def leaves_images(settings: LeavesSettings, split: str, start: int, count: int) 
     """Images [start, start+count) of a split ("train", "val", "test"; disjoint): uint8 (count, H, W, 3) and int64 labels (count,)."""
     if split not in SPLITS:
         raise UserError(f"leaves: split {split!r} is not one of {', '.join(SPLITS)}")
-    if min(settings.size, settings.num_classes, settings.species, settings.leaves) < 1:
+    if min(*grid(settings.size), settings.num_classes, settings.species, settings.leaves) < 1:
         raise UserError(f"leaves: size, num_classes, species and leaves must be at least 1, got {settings}")
-    images = np.empty((count, settings.size, settings.size, 3), np.uint8)
+    images = np.empty((count, *grid(settings.size), 3), np.uint8)
     labels = np.empty(count, np.int64)
     for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
         block_images, block_labels = _block(settings, SPLITS[split], block)

@@ -19,6 +19,7 @@ from var_scale.data.manifest import Manifest
 from var_scale.data.shards import ShardSet, token_sample
 from var_scale.errors import UserError
 from var_scale.progress import progress
+from var_scale.scales import PatchNum, cells, grid, length
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 BLOCK = 4096  # samples that are drawn together
@@ -29,7 +30,7 @@ TABLES = 2**32  # key of the rule tables, beside the blocks'
 class GrammarSettings:
     """`symbols` x `rules` tokens over the scales `patch_nums`; the symbols are dealt out to `num_classes` classes."""
 
-    patch_nums: tuple[int, ...]
+    patch_nums: tuple[PatchNum, ...]
     symbols: int = 64
     rules: int = 4
     zipf: float = 1.0
@@ -60,7 +61,7 @@ def bayes(settings: GrammarSettings) -> dict[str, float | list[float]]:
     entropy, roots = float(-(share * np.log(share)).sum()), settings.symbols // settings.num_classes
     loss_S = [entropy + math.log(roots) * (scale == 0) for scale in range(len(settings.patch_nums))]
     error_S = [1 - float(share.max()) / (roots if scale == 0 else 1) for scale in range(len(settings.patch_nums))]
-    weight = np.array([side * side for side in settings.patch_nums]) / sum(side * side for side in settings.patch_nums)
+    weight = np.array(cells(settings.patch_nums)) / length(settings.patch_nums)
     return {"loss_per_scale": loss_S, "err_per_scale": error_S, "loss_last": loss_S[-1], "err_last": error_S[-1],
             "loss_avg": float(weight @ loss_S), "err_avg": float(weight @ error_S)}  # fmt: skip
 
@@ -92,22 +93,20 @@ def _block(settings: GrammarSettings, split: int, block: int) -> tuple[np.ndarra
     symbol_Bhw = symbol.reshape(BLOCK, 1, 1)
     scales: list[np.ndarray] = []
     tables = children(settings)
-    for scale, side in enumerate(settings.patch_nums):
+    for scale, (height, width) in enumerate(map(grid, settings.patch_nums)):
         if scale:
-            above = np.arange(side) * settings.patch_nums[scale - 1] // side
-            place = np.arange(side) % 2
-            parent_Bhw = scales[-1][:, above[:, None], above[None]]
-            symbol_Bhw = tables[scale - 1][parent_Bhw, 2 * place[:, None] + place[None]]
-        rule_Bhw = np.searchsorted(edges, rng.random((BLOCK, side, side)), side="right")
+            above = [np.arange(now) * before // now for before, now in zip(scales[-1].shape[1:], (height, width), strict=True)]
+            parent_Bhw = scales[-1][:, above[0][:, None], above[1][None]]
+            symbol_Bhw = tables[scale - 1][parent_Bhw, 2 * (np.arange(height) % 2)[:, None] + (np.arange(width) % 2)[None]]
+        rule_Bhw = np.searchsorted(edges, rng.random((BLOCK, height, width)), side="right")
         scales.append(symbol_Bhw * settings.rules + rule_Bhw)
     return np.concatenate([tokens.reshape(BLOCK, -1) for tokens in scales], axis=1), labels
 
 
 def write_grammar(folder: Path, split: str, count: int, settings: GrammarSettings, tokenizer_hash: str, samples_per_shard: int) -> Manifest:
     """Samples [0, count) of a split as token shards, with progress; continues a killed run. UserError: the folder holds other data."""
-    length = sum(side * side for side in settings.patch_nums)
-    tokens = {"dtype": "<u2", "views": 1, "length": length, "patch_nums": list(settings.patch_nums), "vocab_size": settings.vocab_size,
-              "tokenizer_hash": tokenizer_hash}  # fmt: skip
+    tokens = {"dtype": "<u2", "views": 1, "length": length(settings.patch_nums), "patch_nums": list(settings.patch_nums),
+              "vocab_size": settings.vocab_size, "tokenizer_hash": tokenizer_hash}  # fmt: skip
     source = {"name": "grammar", "count": count, **asdict(settings), "bayes": bayes(settings)}
     shards = ShardSet(folder, "tokens", split, settings.num_classes, samples_per_shard, source, tokens)
     if shards.complete:
@@ -123,13 +122,13 @@ def write_grammar(folder: Path, split: str, count: int, settings: GrammarSetting
 
 
 def picture(settings: GrammarSettings, tokens_L: Sequence[int] | np.ndarray, size: int = 64) -> np.ndarray:
-    """A sample to look at: each scale as a square of `size` pixels, a colour a symbol, side by side; uint8 (size, S * size, 3)."""
+    """A sample to look at: each scale as wide and high as `size` pixels, a colour a symbol, side by side; uint8 (size, S * size, 3)."""
     rng = np.random.Generator(np.random.Philox(key=[settings.seed, TABLES + 1]))
     colours = rng.integers(40, 256, (settings.symbols, 3)).astype(np.uint8)
     sheets, start = [], 0
-    for side in settings.patch_nums:
-        symbols = np.asarray(tokens_L)[start : start + side * side].reshape(side, side) // settings.rules
-        cell = np.arange(size) * side // size
-        sheets.append(colours[symbols[cell[:, None], cell[None]]])
-        start += side * side
+    for height, width in map(grid, settings.patch_nums):
+        symbols = np.asarray(tokens_L)[start : start + height * width].reshape(height, width) // settings.rules
+        down, across = (np.arange(size) * side // size for side in (height, width))
+        sheets.append(colours[symbols[down[:, None], across[None]]])
+        start += height * width
     return np.concatenate(sheets, axis=1)

@@ -22,6 +22,7 @@ from var_scale.data.tar_index import npy_header
 from var_scale.data.transforms import eval_transform, train_transform, who_resizes
 from var_scale.errors import UserError
 from var_scale.files import sha256_file
+from var_scale.scales import PatchNum, normal
 
 __all__ = ["Ahead", "Batch", "ImageBatch", "ImageData", "ImageLoader", "TokenData", "TokenLoader"]
 
@@ -120,19 +121,19 @@ class TokenData:
     """
 
     def __init__(self, folder: Path | RemoteShards, expect_tokenizer_hash: str | None = None,
-                 expect_patch_nums: Sequence[int] | None = None):  # fmt: skip
+                 expect_patch_nums: Sequence[PatchNum] | None = None):  # fmt: skip
         self._shards = _Shards(folder, "tokens")
         tokens = self._shards.manifest.tokens
         assert tokens is not None
         self.manifest, self.folder = self._shards.manifest, self._shards.folder
         self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
         self.views, self.length, self.vocab_size = int(tokens["views"]), int(tokens["length"]), int(tokens["vocab_size"])
-        self.patch_nums, self.tokenizer_hash = tuple(tokens["patch_nums"]), str(tokens["tokenizer_hash"])
+        self.patch_nums, self.tokenizer_hash = normal(tokens["patch_nums"]), str(tokens["tokenizer_hash"])
         if expect_tokenizer_hash is not None and expect_tokenizer_hash != self.tokenizer_hash:
             raise UserError(f"tokens in {folder} were made by tokenizer {self.tokenizer_hash[:12]}, this run uses "
                             f"{expect_tokenizer_hash[:12]}; tokenise again with `var-scale data tokenize` into another folder")
-        if expect_patch_nums is not None and tuple(expect_patch_nums) != self.patch_nums:
-            raise UserError(f"tokens in {folder} have patch_nums {self.patch_nums}, this run uses {tuple(expect_patch_nums)}; "
+        if expect_patch_nums is not None and normal(expect_patch_nums) != self.patch_nums:
+            raise UserError(f"tokens in {folder} have patch_nums {self.patch_nums}, this run uses {normal(expect_patch_nums)}; "
                             "tokenise again with `var-scale data tokenize` into another folder, or change tokenizer.patch_nums")
         self._first_token = self._locate()
 
@@ -235,18 +236,19 @@ class Ahead:
 class ImageData:
     """Image shards with random access to decoded images.
 
-    `size` None: the images must all have one size and come as they are. `size` N: the official resize and crop to N, by `resize`.
+    `size` None: the images must all have one size and come as they are. `size` (height, width): the official resize and crop to it, by
+    `resize`.
     `threads` decode at a time. Decoded images are kept in memory when the whole set is small.
     """
 
-    def __init__(self, folder: Path | RemoteShards, size: int | None = None, resize: str = "auto", threads: int = 1):
+    def __init__(self, folder: Path | RemoteShards, size: tuple[int, int] | None = None, resize: str = "auto", threads: int = 1):
         self._shards = _Shards(folder, "image")
         self.manifest, self.folder = self._shards.manifest, self._shards.folder
         self.num_samples, self.num_classes, self.digest = self._shards.num_samples, self._shards.num_classes, self._shards.digest
         self.labels = self._shards.labels
         self.size, self.resize = size, who_resizes(resize)
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-        self.shape = (size, size, 3) if size else self.decode(0).shape
+        self.shape = (*size, 3) if size else self.decode(0).shape
         nbytes = self.num_samples * int(np.prod(self.shape))
         self._cache = np.empty((self.num_samples, *self.shape), np.uint8) if nbytes <= IMAGE_CACHE_BYTES else None
         self._cached = np.zeros(self.num_samples, dtype=bool)
@@ -289,7 +291,7 @@ class ImageData:
         return self._cache[indices]
 
     def random_crops(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Samples `indices` with the official random crop, keyed by (seed, epoch, sample): uint8 (B, size, size, 3)."""
+        """Samples `indices` with the official random crop, keyed by (seed, epoch, sample): uint8 (B, H, W, 3)."""
         size = self.size
         if size is None:
             return self.images(indices)

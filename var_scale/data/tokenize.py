@@ -13,6 +13,7 @@ from var_scale.data.manifest import MANIFEST_NAME, Manifest, load_manifest
 from var_scale.data.shards import ShardSet, token_sample
 from var_scale.errors import UserError
 from var_scale.progress import progress
+from var_scale.scales import PatchNum, length, normal
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 (B, H, W, 3) to integer tokens (B, L)."""
@@ -26,7 +27,7 @@ class TokenSet:
     UserError: vocab_size over 65536, views of images that are not cropped, `out` made by another tokenizer or from other images.
     """
 
-    def __init__(self, images: ImageData, out: Path, tokenizer_hash: str, patch_nums: Sequence[int], vocab_size: int,
+    def __init__(self, images: ImageData, out: Path, tokenizer_hash: str, patch_nums: Sequence[PatchNum], vocab_size: int,
                  samples_per_shard: int = 4096, views: int = 1, flip: bool = False, seed: int = 0, precision: str = "fp32"):  # fmt: skip
         if not 1 <= vocab_size <= 1 << 16:
             raise UserError(f"vocabulary of {vocab_size}: tokens are stored as uint16, at most 65536; use a smaller tokenizer")
@@ -34,8 +35,8 @@ class TokenSet:
             raise UserError(f"{views} views need an image size to crop to; give it, or use 1 view")
         _require_tokenizer(Path(out), tokenizer_hash)
         self.images, self.vocab_size, self.views, self.flip, self.seed = images, vocab_size, views, flip, seed
-        self.length = sum(side * side for side in patch_nums)
-        tokens = {"dtype": "<u2", "views": views * (2 if flip else 1), "length": self.length, "patch_nums": list(patch_nums),
+        self.length = length(patch_nums)
+        tokens = {"dtype": "<u2", "views": views * (2 if flip else 1), "length": self.length, "patch_nums": list(normal(patch_nums)),
                   "vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash}  # fmt: skip
         source: dict[str, Any] = {
             "images": images.manifest.source, "images_digest": images.digest, "size": images.size, "seed": seed,

@@ -28,32 +28,38 @@ def who_resizes(wanted: str) -> Resize:
     return "pillow" if wanted == "pillow" else "torch"
 
 
-def resize_shorter(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
-    """(H, W, 3): shorter side to `size` by Lanczos, the longer one to int(size * long / short), as torchvision's Resize(size)."""
+def resize_to_cover(image: np.ndarray, size: tuple[int, int], resize: Resize) -> np.ndarray:
+    """(H, W, 3): the smallest that covers `size` (height, width), by Lanczos: one side is that of `size`, the other int(side * ratio).
+    For a square that is the shorter side, as torchvision's Resize(size)."""
     height, width = image.shape[:2]
-    if min(width, height) == size:
+    down, across = size
+    new = (across, int(across * height / width)) if width * down <= height * across else (int(down * width / height), down)
+    if new == (width, height):
         return image
-    new = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     if resize == "pillow":
         return np.asarray(Image.fromarray(image).resize(new, Image.Resampling.LANCZOS))
     image_1CHW = torch.from_numpy(image).permute(2, 0, 1)[None]
     return interpolate(image_1CHW, size=new[::-1], mode="lanczos", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def eval_transform(image: np.ndarray, reso: int, resize: Resize = "torch") -> np.ndarray:
-    """uint8 (H, W, 3): resize and centre crop to (reso, reso, 3)."""
-    image = resize_shorter(image, round(MID_FACTOR * reso), resize)
-    top, left = (round((side - reso) / 2) for side in image.shape[:2])
-    return image[top : top + reso, left : left + reso]
+def _middle(size: tuple[int, int]) -> tuple[int, int]:
+    """What an image is resized to before the crop."""
+    return round(MID_FACTOR * size[0]), round(MID_FACTOR * size[1])
 
 
-def train_transform(image: np.ndarray, reso: int, seed: int, epoch: int, sample: int, resize: Resize = "torch") -> np.ndarray:
-    """uint8 (H, W, 3): resize and random crop to (reso, reso, 3), no flip; the crop is a pure function of (seed, epoch, sample)."""
-    image = resize_shorter(image, round(MID_FACTOR * reso), resize)
-    height, width = image.shape[:2]
+def eval_transform(image: np.ndarray, size: tuple[int, int], resize: Resize = "torch") -> np.ndarray:
+    """uint8 (H, W, 3): resize and centre crop to `size` (height, width)."""
+    image = resize_to_cover(image, _middle(size), resize)
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def train_transform(image: np.ndarray, size: tuple[int, int], seed: int, epoch: int, sample: int, resize: Resize = "torch") -> np.ndarray:
+    """uint8 (H, W, 3): resize and random crop to `size` (height, width), no flip; the crop is a pure function of (seed, epoch, sample)."""
+    image = resize_to_cover(image, _middle(size), resize)
     across, down = uniform(seed, f"crop/{epoch}", sample, 2)
-    left, top = int(across * (width - reso + 1)), int(down * (height - reso + 1))
-    return image[top : top + reso, left : left + reso]
+    left, top = int(across * (image.shape[1] - size[1] + 1)), int(down * (image.shape[0] - size[0] + 1))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def to_minus1_1(images: np.ndarray | torch.Tensor) -> torch.Tensor:

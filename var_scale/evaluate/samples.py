@@ -68,7 +68,7 @@ def write_grid(images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, name
 
 def contact_sheet(folder: Path, path: Path, rows: int = 10, columns: int = 10, size: int = 96) -> None:
     """The first images of evenly chosen classes of a folder of image shards, a row a class, as one PNG."""
-    data = ImageData(folder, size)
+    data = ImageData(folder, (size, size))
     present = np.unique(data.labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).astype(int)]
     grid = np.full((len(chosen), columns, size, size, 3), 255, np.uint8)

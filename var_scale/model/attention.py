@@ -30,6 +30,7 @@ from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.dispatch import compute_dtype
 from var_scale.errors import UserError
 from var_scale.model.blocks import SHORTEST, blocks
+from var_scale.scales import PatchNum, cells, length
 
 # (q, k, v: (B, H, L, D); bias: (1, 1, Lq, Lk), 0 or -inf, or None; scale) -> (B, H, L, D)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -39,7 +40,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 class ScaleMask:
     """The block-causal mask of a scale schedule: as the schedule, and as a tensor only for back-ends that need one."""
 
-    patch_nums: tuple[int, ...]
+    patch_nums: tuple[PatchNum, ...]
     buffer_11LL: Tensor
     """the bias of the whole schedule"""
     dtype: torch.dtype
@@ -47,7 +48,7 @@ class ScaleMask:
     @property
     def bias_11LL(self) -> Tensor:
         """0 where the query's scale >= the key's, else -inf."""
-        end = sum(side * side for side in self.patch_nums)
+        end = length(self.patch_nums)
         return self.buffer_11LL[:, :, :end, :end].to(self.dtype)
 
 
@@ -94,7 +95,7 @@ def _flex_block(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=32)
-def _flex_mask(patch_nums: tuple[int, ...], device: torch.device) -> Any:
+def _flex_mask(patch_nums: tuple[PatchNum, ...], device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     hi_L = torch.tensor(scales(patch_nums).hi, device=device)
@@ -219,12 +220,12 @@ class KVCache:
         return self.k_BHLD, self.v_BHLD
 
 
-def level_index(patch_nums: Sequence[int]) -> Tensor:
+def level_index(patch_nums: Sequence[PatchNum]) -> Tensor:
     """Scale number of every token, (L,) int64."""
-    return torch.cat([torch.full((pn * pn,), si, dtype=torch.int64) for si, pn in enumerate(patch_nums)])
+    return torch.cat([torch.full((count,), si, dtype=torch.int64) for si, count in enumerate(cells(patch_nums))])
 
 
-def block_causal_bias(patch_nums: Sequence[int]) -> Tensor:
+def block_causal_bias(patch_nums: Sequence[PatchNum]) -> Tensor:
     """(1, 1, L, L) float32: 0 where the query's scale >= the key's scale, else -inf."""
     lvl_L = level_index(patch_nums)
     L = lvl_L.shape[0]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from var_scale.scales import PatchNum, cells
+
 SHORTEST = 128
 """tokens from which on it is taken by itself"""
 
@@ -55,8 +57,8 @@ class PrefixAttention(torch.autograd.Function):
         return dq_NLD, dk_NLD.to(k_NLD.dtype), dv_NLD.to(v_NLD.dtype), None, None
 
 
-def blocks(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, patch_nums: Sequence[int], scale: float) -> Tensor:
+def blocks(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, patch_nums: Sequence[PatchNum], scale: float) -> Tensor:
     """(B, H, L, D) each -> (B, H, L, D), over the whole schedule."""
-    ends = tuple(accumulate(side * side for side in patch_nums))
+    ends = tuple(accumulate(cells(patch_nums)))
     flat = (t.flatten(0, 1) for t in (q_BHLD, k_BHLD, v_BHLD))
     return PrefixAttention.apply(*flat, ends, scale).view(q_BHLD.shape)

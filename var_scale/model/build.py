@@ -8,6 +8,7 @@ import torch
 
 from var_scale.model.var import VAR
 from var_scale.model.vqvae import VQVAE
+from var_scale.scales import PatchNum
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -25,7 +26,7 @@ def build_var(
     heads: int | None = None,
     mlp_ratio: float = 4.0,
     num_classes: int = 1000,
-    patch_nums: Sequence[int] | None = None,
+    patch_nums: Sequence[PatchNum] | None = None,
     shared_aln: bool = False,
     attn_l2_norm: bool = True,
     cond_drop_rate: float = 0.1,
@@ -71,7 +72,7 @@ def build_vae(
     share_quant_resi: int = 4,
     quant_resi: float = 0.5,
     beta: float = 0.25,
-    patch_nums: Sequence[int] = PATCH_NUMS_256,
+    patch_nums: Sequence[PatchNum] = PATCH_NUMS_256,
     arch: str = "cnn",
     patch: int = 8,
     hidden: int = 128,
@@ -99,7 +100,7 @@ def build_vae(
 
 def build_vae_var(
     device: torch.device | str = "cpu",
-    patch_nums: Sequence[int] = PATCH_NUMS_256,
+    patch_nums: Sequence[PatchNum] = PATCH_NUMS_256,
     V: int = 4096,
     Cvae: int = 32,
     ch: int = 160,

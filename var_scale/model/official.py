@@ -17,6 +17,7 @@ from var_scale.errors import UserError
 from var_scale.model.build import build_vae, build_var
 from var_scale.model.var import VAR
 from var_scale.model.vqvae import USAGE, VQVAE
+from var_scale.scales import PatchNum, length
 
 PREFIXES = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 State = dict[str, Tensor]
@@ -127,7 +128,7 @@ def load_strict(module: nn.Module, state: State, path: Path | str) -> None:
 
 
 def load_vae(
-    path: Path | str, patch_nums: Sequence[int], *, test_mode: bool = True, device: torch.device | str = "cpu", **sizes: Any
+    path: Path | str, patch_nums: Sequence[PatchNum], *, test_mode: bool = True, device: torch.device | str = "cpu", **sizes: Any
 ) -> VQVAE:
     """A VQVAE with the weights of a file. Its sizes are read from the tensors; `sizes` overrides those of `build_vae`."""
     state = read_weights(path, "vae")
@@ -143,6 +144,8 @@ def load_var(path: Path | str, vae: VQVAE, *, device: torch.device | str = "cpu"
     V, Cvae = implied.pop("V"), implied.pop("Cvae")
     if (V, Cvae) != (vae.V, vae.Cvae):
         raise UserError(f"{path}: made for a tokenizer with V={V}, Cvae={Cvae}; this one has V={vae.V}, Cvae={vae.Cvae}")
+    if length(implied["patch_nums"]) != state["pos_1LC"].shape[1]:  # grids that are not square do not show in the tensors
+        implied["patch_nums"] = vae.patch_nums
     var = build_var(vae, **{**implied, **sizes})
     load_strict(var, state, path)
     return var.to(device)

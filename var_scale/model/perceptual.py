@@ -16,9 +16,15 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG-16, named as torchvision's `features`; returns the activations after each stage."""
+    """The convolutions of VGG-16, named as torchvision's `features`; returns the activations after each stage.
 
-    def __init__(self) -> None:
+    `weights`: torchvision's vgg16. UserError for a file of another kind.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, weights: Path) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self.ends: list[int] = []
@@ -31,10 +37,16 @@ class VGG16(nn.Module):
                 channels = width
             self.ends.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        state = read_checkpoint(weights)
+        load_strict(self, {name: tensor for name, tensor in state.items() if name.startswith("features.")}, weights)
+        self.eval().requires_grad_(False)
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), normalised -> five maps."""
+        """(B, 3, H, W) in [-1, 1] -> five maps."""
         found = []
+        x_BCHW = (x_BCHW - self.shift) / self.scale
         for number, layer in enumerate(self.features):
             x_BCHW = layer(x_BCHW)
             if number in self.ends:
@@ -48,32 +60,29 @@ class LPIPS(nn.Module):
     `vgg`: torchvision's vgg16 weights; `heads`: the `lin` weights of LPIPS v0.1 for VGG. UserError for files of another kind.
     """
 
-    shift: Tensor
-    scale: Tensor
-
     def __init__(self, vgg: Path, heads: Path):
         super().__init__()
-        self.vgg = VGG16()
-        state = read_checkpoint(vgg)
-        load_strict(self.vgg, {name: tensor for name, tensor in state.items() if name.startswith("features.")}, vgg)
+        self.vgg = VGG16(vgg)
         weights = read_checkpoint(heads)
         for number, stage in enumerate(STAGES):
             name = f"lin{number}.model.1.weight"
             if name not in weights or weights[name].shape != (1, stage[-1], 1, 1):
                 raise UserError(f"{heads}: has no {name} of shape (1, {stage[-1]}, 1, 1); give the lin weights of LPIPS v0.1 for VGG")
             self.register_buffer(f"head{number}", weights[name].float())
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def forward(self, one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) twice -> the mean distance."""
-        pairs = zip(*(self.vgg((x - self.shift) / self.scale) for x in (one_BCHW, two_BCHW)), strict=True)
+        pairs = zip(self.vgg(one_BCHW), self.vgg(two_BCHW), strict=True)
         total = one_BCHW.new_zeros(())
         for number, pair in enumerate(pairs):
             one, two = (x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10) for x in pair)
             total = total + ((one - two).square() * self.get_buffer(f"head{number}")).sum(1).mean()
         return total
+
+
+SMALLEST_JUDGED = 24
+"""pixels a side"""
 
 
 class PatchDiscriminator(nn.Module):

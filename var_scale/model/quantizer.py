@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from var_kernels import nearest_code, use_triton
 from var_scale.errors import UserError
-
-PatchNum = int | tuple[int, int]
+from var_scale.scales import PatchNum, grid, normal
 
 
 class Phi(nn.Conv2d):
@@ -92,13 +91,13 @@ class MultiScaleQuantizer(nn.Module):
         using_znorm: bool = False,
         beta: float = 0.25,
         default_qresi_counts: int = 0,
-        v_patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        v_patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         quant_resi: float = 0.5,
         share_quant_resi: int = 4,
     ) -> None:
         super().__init__()
         self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
-        self.v_patch_nums = tuple(v_patch_nums)
+        self.v_patch_nums = normal(v_patch_nums)
         self.quant_resi_ratio = quant_resi
         self.quant_resi = PhiBank(Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums))
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
@@ -152,7 +151,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _sizes(self, f_BChw: Tensor, v_patch_nums: Sequence[PatchNum] | None) -> list[tuple[int, int]]:
         """Scale sizes as (h, w); the last must be the size of the map."""
-        sizes = [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in (v_patch_nums or self.v_patch_nums)]
+        sizes = [grid(patch_num) for patch_num in (v_patch_nums or self.v_patch_nums)]
         if sizes[-1] != tuple(f_BChw.shape[-2:]):
             raise UserError(
                 f"the encoder made a {f_BChw.shape[-2]}x{f_BChw.shape[-1]} map but the last scale of patch_nums is "
@@ -227,11 +226,11 @@ class MultiScaleQuantizer(nn.Module):
     # ---------------------------------------------------------------- decoding
 
     def embed_to_fhat(self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False) -> list[Tensor] | Tensor:
-        """Codes as vectors, (B, C, pn, pn) a scale -> the accumulated maps after every scale, or the last one alone.
+        """Codes as vectors, (B, C, h, w) a scale -> the accumulated maps after every scale, or the last one alone.
 
         `all_to_max_scale=False` accumulates at each scale's own size instead of the full size (experimental in the reference).
         """
-        sizes = [(p, p) for p in self.v_patch_nums]
+        sizes = [grid(patch_num) for patch_num in self.v_patch_nums]
         first_size = sizes[-1] if all_to_max_scale else sizes[0]
         f_hat_BChw = ms_h_BChw[0].new_zeros(ms_h_BChw[0].shape[0], self.Cvae, *first_size, dtype=torch.float32)
         out = []
@@ -246,24 +245,21 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
-        """Tokens (B, pn*pn) a scale -> the transformer's teacher-forced input (B, L - first, C) float32; None when there is none."""
-        scales, last = len(self.v_patch_nums), self.v_patch_nums[-1]
+        """Tokens (B, h*w) a scale -> the transformer's teacher-forced input (B, L - first, C) float32; None when there is none."""
+        scales, last = len(self.v_patch_nums), grid(self.v_patch_nums[-1])
         B = gt_ms_idx_Bl[0].shape[0]
-        f_hat_BChw = self.embedding.weight.new_zeros(B, self.Cvae, last, last, dtype=torch.float32)
+        f_hat_BChw = self.embedding.weight.new_zeros(B, self.Cvae, *last, dtype=torch.float32)
         steps = scales - 1 if self.prog_si < 0 else min(self.prog_si, scales - 1)
         inputs_BlC = []
         for si in range(steps):
-            pn = self.v_patch_nums[si]
-            h_Bchw = self.embedding(gt_ms_idx_Bl[si]).transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+            h_Bchw = self.embedding(gt_ms_idx_Bl[si]).transpose(1, 2).reshape(B, self.Cvae, *grid(self.v_patch_nums[si]))
             f_hat_BChw, next_Bchw = self.get_next_autoregressive_input(si, scales, f_hat_BChw, h_Bchw)
             inputs_BlC.append(next_Bchw.flatten(2).transpose(1, 2))
         return torch.cat(inputs_BlC, dim=1) if inputs_BlC else None
 
     def get_next_autoregressive_input(self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the codes (B, C, pn, pn) of scale `si` to `f_hat` in place; return it and the next scale's input (B, C, pn', pn')."""
-        last = self.v_patch_nums[-1]
-        f_hat.add_(self._enlarge(h_BChw, si, SN, (last, last)))
+        """Add the codes (B, C, h, w) of scale `si` to `f_hat` in place; return it and the next scale's input (B, C, h', w')."""
+        f_hat.add_(self._enlarge(h_BChw, si, SN, grid(self.v_patch_nums[-1])))
         if si == SN - 1:
             return f_hat, f_hat
-        pn = self.v_patch_nums[si + 1]
-        return f_hat, F.interpolate(f_hat, size=(pn, pn), mode="area")
+        return f_hat, F.interpolate(f_hat, size=grid(self.v_patch_nums[si + 1]), mode="area")

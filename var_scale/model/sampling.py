@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from var_scale.errors import UserError, require_positive
+from var_scale.scales import grid
 
 if TYPE_CHECKING:
     from var_scale.model.var import VAR
@@ -84,7 +85,7 @@ def resolve_labels(var: VAR, B: int, label_B: int | Tensor | None, rng: torch.Ge
 def sample_images(
     var: VAR, B: int, label_B: int | Tensor | None, g_seed: int | None, cfg: float, top_k: int, top_p: float, more_smooth: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Sample scale after scale with a key-value cache: images (B, 3, H, W) in [0, 1] and the tokens (B, pn*pn) of every scale.
+    """Sample scale after scale with a key-value cache: images (B, 3, H, W) in [0, 1] and the tokens (B, h*w) of every scale.
 
     `g_seed` seeds a generator of the model's own; None uses PyTorch's global one. Guidance at scale i of S is cfg * i / (S - 1).
     `more_smooth` feeds back a mixture of codes (soft Gumbel-softmax) in place of the drawn code: nicer pictures, not for measurements.
@@ -111,7 +112,7 @@ def _sample(
     ada = var.shared_ada_lin(cond_BC)
     position_1LC = var.lvl_embed(var.lvl_1L) + var.pos_1LC
     x_BlC = cond_BC.unsqueeze(1) + var.pos_start + position_1LC[:, : var.first_l]
-    f_hat_BChw = cond_BC.new_zeros(B, var.Cvae, var.patch_nums[-1], var.patch_nums[-1], dtype=torch.float32)
+    f_hat_BChw = cond_BC.new_zeros(B, var.Cvae, *grid(var.patch_nums[-1]), dtype=torch.float32)
     ms_idx_Bl: list[Tensor] = []
     for si, pn in enumerate(var.patch_nums):
         ratio = si / (scales - 1) if scales > 1 else 1.0
@@ -125,7 +126,7 @@ def _sample(
             h_BlC = gumbel_softmax_with_rng(logits_BlV * (1 + ratio), tau, rng=rng) @ quantize.embedding.weight
         else:
             h_BlC = quantize.embedding(idx_Bl)
-        h_BChw = h_BlC.transpose(1, 2).reshape(B, var.Cvae, pn, pn)
+        h_BChw = h_BlC.transpose(1, 2).reshape(B, var.Cvae, *grid(pn))
         f_hat_BChw, next_BChw = quantize.get_next_autoregressive_input(si, scales, f_hat_BChw, h_BChw)
         if si < scales - 1:
             begin, end = var.begin_ends[si + 1]

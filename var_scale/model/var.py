@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from var_kernels import linear_cross_entropy, why_not
 from var_kernels.mlp.tune import summary as form_of_mlp
-from var_scale.errors import UserError, require_positive
+from var_scale.errors import UserError, require_grids, require_positive
 from var_scale.model.attention import ScaleMask, backend_name, block_causal_bias, choose_backend, level_index
 from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pending, fused
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
+from var_scale.scales import PatchNum, cells, normal
 
 # The names that the official notebooks import from this module.
 __all__ = ["VAR", "AdaLNSelfAttn", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
@@ -77,12 +78,13 @@ class VAR(nn.Module):
         shared_aln: bool = False,
         cond_drop_rate: float = 0.1,
         attn_l2_norm: bool = False,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         attention: str = "auto",
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        require_positive(depth=depth, embed_dim=embed_dim, num_heads=num_heads, num_classes=num_classes, patch_nums=patch_nums)
+        require_positive(depth=depth, embed_dim=embed_dim, num_heads=num_heads, num_classes=num_classes)
+        require_grids(patch_nums=patch_nums)
         if embed_dim % num_heads:
             raise UserError(f"model: width {embed_dim} does not divide into {num_heads} heads; change width, heads or depth")
         self.Cvae, self.V = vae_local.Cvae, vae_local.V
@@ -93,10 +95,8 @@ class VAR(nn.Module):
         if kernels not in KERNELS:
             raise UserError(f"kernels={kernels!r} is not known; take one of {', '.join(KERNELS)}")
         self.prog_si = -1
-        self.patch_nums = tuple(patch_nums)
-        ends = [0]
-        for pn in self.patch_nums:
-            ends.append(ends[-1] + pn * pn)
+        self.patch_nums = normal(patch_nums)
+        ends = list(accumulate(cells(self.patch_nums), initial=0))
         self.begin_ends = list(pairwise(ends))
         self.L, self.first_l, self.num_stages_minus_1 = ends[-1], ends[1], len(self.patch_nums) - 1
         self._rng: torch.Generator | None = None
@@ -259,7 +259,7 @@ class VAR(nn.Module):
         *,
         return_idx: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Sample B images (B, 3, H, W) in [0, 1]; with `return_idx` also the tokens (B, pn*pn) a scale. See sampling.sample_images."""
+        """Sample B images (B, 3, H, W) in [0, 1]; with `return_idx` also the tokens (B, h*w) a scale. See sampling.sample_images."""
         image, ms_idx_Bl = sample_images(self, B, label_B, g_seed, cfg, top_k, top_p, more_smooth)
         return (image, ms_idx_Bl) if return_idx else image
 

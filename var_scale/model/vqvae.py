@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var_scale.errors import UserError, require_positive
+from var_scale.errors import UserError, require_grids, require_positive
 from var_scale.model.networks import CH_MULT, Decoder, Encoder, patch_decoder, patch_encoder
-from var_scale.model.quantizer import MultiScaleQuantizer, PatchNum
+from var_scale.model.quantizer import MultiScaleQuantizer
+from var_scale.scales import PatchNum, grid
 
 USAGE = "quantize.ema_vocab_hit_SV"
 
@@ -34,14 +35,15 @@ class VQVAE(nn.Module):
         quant_resi: float = 0.5,
         share_quant_resi: int = 4,
         default_qresi_counts: int = 0,
-        v_patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        v_patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         test_mode: bool = True,
         arch: str = "cnn",
         patch: int = 8,
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        require_positive(vocab_size=vocab_size, z_channels=z_channels, ch=ch, patch=patch, hidden=hidden, v_patch_nums=v_patch_nums)
+        require_positive(vocab_size=vocab_size, z_channels=z_channels, ch=ch, patch=patch, hidden=hidden)
+        require_grids(v_patch_nums=v_patch_nums)
         self.test_mode = test_mode
         self.V, self.Cvae = vocab_size, z_channels
         self.arch, self.ch, self.patch, self.hidden = arch, ch, patch, hidden
@@ -69,14 +71,15 @@ class VQVAE(nn.Module):
             self.requires_grad_(False)
 
     @property
-    def patch_nums(self) -> tuple[int, ...]:
-        """Side of the token grid at each scale."""
+    def patch_nums(self) -> tuple[PatchNum, ...]:
+        """Token grid of each scale."""
         return self.quantize.v_patch_nums
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that fit `patch_nums`."""
-        return self.patch_nums[-1] * self.downsample
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that fit `patch_nums`."""
+        height, width = grid(self.patch_nums[-1])
+        return height * self.downsample, width * self.downsample
 
     def encode(self, inp: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> the map to quantise (B, C, h, w)."""
@@ -96,19 +99,19 @@ class VQVAE(nn.Module):
         return self.decode(f_hat).clamp(-1, 1)
 
     def img_to_idxBl(self, inp_img_no_grad: Tensor, v_patch_nums: Sequence[PatchNum] | None = None) -> list[Tensor]:
-        """Images (B, 3, H, W) -> tokens (B, pn*pn), one tensor a scale."""
+        """Images (B, 3, H, W) -> tokens (B, h*w), one tensor a scale."""
         return self.quantize.f_to_idxBl_or_fhat(self.encode(inp_img_no_grad), to_fhat=False, v_patch_nums=v_patch_nums)
 
     def idxBl_to_img(self, ms_idx_Bl: Sequence[Tensor], same_shape: bool, last_one: bool = False) -> list[Tensor] | Tensor:
-        """Tokens (B, pn*pn) a scale -> the image after every scale, or the last one alone; (B, 3, H, W) in [-1, 1]."""
+        """Tokens (B, h*w) a scale -> the image after every scale, or the last one alone; (B, 3, H, W) in [-1, 1]."""
         ms_h_BChw = []
-        for idx_Bl in ms_idx_Bl:
-            pn = round(idx_Bl.shape[1] ** 0.5)
-            ms_h_BChw.append(self.quantize.embedding(idx_Bl).transpose(1, 2).reshape(idx_Bl.shape[0], self.Cvae, pn, pn))
+        for idx_Bl, patch_num in zip(ms_idx_Bl, self.patch_nums, strict=False):
+            codes_BCl = self.quantize.embedding(idx_Bl).transpose(1, 2)
+            ms_h_BChw.append(codes_BCl.reshape(idx_Bl.shape[0], self.Cvae, *grid(patch_num)))
         return self.embed_to_img(ms_h_BChw, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool, last_one: bool = False) -> list[Tensor] | Tensor:
-        """Code vectors (B, C, pn, pn) a scale -> the image after every scale, or the last one alone."""
+        """Code vectors (B, C, h, w) a scale -> the image after every scale, or the last one alone."""
         f_hat = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale=all_to_max_scale, last_one=last_one)
         return self.fhat_to_img(f_hat) if isinstance(f_hat, Tensor) else [self.fhat_to_img(f) for f in f_hat]
 

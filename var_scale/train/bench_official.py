@@ -19,6 +19,7 @@ from var_scale.config.load import load
 from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.files import write_json
+from var_scale.scales import grid
 from var_scale.train.bench_train import timed
 from var_scale.train.optim import decays
 from var_scale.train.telemetry import peak_memory
@@ -52,8 +53,11 @@ class OfficialStep:
         optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=c.adam_betas, weight_decay=0.05, fused=True)
         half = 1 if world.device.type == "cuda" else 0
         amp = AmpOptimizer(half, optimizer, [name for name, _ in named], [p for _, p in named], c.clip, 1)
-        side = config.tokenizer.image_size
-        resolutions = tuple(side // t.patch_nums[-1] * pn for pn in t.patch_nums)
+        side, width = config.tokenizer.image_size
+        if side != width:
+            raise UserError("bench official: the official trainer takes square images only; give square tokenizer.patch_nums")
+        cell = side // grid(t.patch_nums[-1])[0]
+        resolutions = tuple(cell * height for height, _ in map(grid, t.patch_nums))
         called = torch.compile(var) if compiled else var
         self.trainer: Any = VARTrainer(world.device, tuple(t.patch_nums), resolutions, vae.eval(), var, called, amp, 0.0)
         self.images_B3HW = torch.rand(c.batch_size, 3, side, side, device=world.device) * 2 - 1

@@ -29,6 +29,7 @@ from var_scale.data.remote import located
 from var_scale.files import write_json
 from var_scale.machine import processor_name
 from var_scale.model.vqvae import VQVAE
+from var_scale.scales import length
 from var_scale.train.engine.base import Engine
 from var_scale.train.engine.build import build_engine
 from var_scale.train.inputs import Images, Tokens, open_images
@@ -49,7 +50,7 @@ class RandomTokens(Tokens):
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.num_samples = config, world, config.train_samples
-        self.length = sum(pn * pn for pn in config.tokenizer.patch_nums)
+        self.length = length(config.tokenizer.patch_nums)
 
     def batch(self, step: int, micro_index: int = 0) -> Batch:
         """As a loader's."""

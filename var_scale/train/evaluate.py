@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 
 from var_scale.data.order import eval_slices, uniform
+from var_scale.scales import cells
 from var_scale.train.engine.base import Engine
 from var_scale.train.inputs import Tokens
 from var_scale.train.world import World
@@ -25,9 +26,7 @@ def evaluate(
     """
     step_module = engine.train_step_module()
     patch_nums = step_module.patch_nums
-    bounds = [0]
-    for pn in patch_nums:
-        bounds.append(bounds[-1] + pn * pn)
+    bounds = list(accumulate(cells(patch_nums), initial=0))
     mine = eval_slices(data.num_samples, batch, world.size, world.rank)
     rounds = len(eval_slices(data.num_samples, batch, world.size, 0))  # rank 0 has the most samples
     var, drop_N = step_module.var, None
@@ -49,7 +48,7 @@ def evaluate(
                 sums[1, s] += weight * (~correct_BL[:, start:end]).double().sum()
     engine.module.train()
     world.reduce(sums)
-    counts = torch.tensor([pn * pn for pn in patch_nums], dtype=torch.float64) * data.num_samples
+    counts = torch.tensor(cells(patch_nums), dtype=torch.float64) * data.num_samples
     sums = sums.cpu()
     loss_S, error_S = (sums / counts).tolist()
     loss, error = (sums.sum(dim=1) / counts.sum()).tolist()

@@ -22,6 +22,7 @@ from var_scale.files import write_json
 from var_scale.model.load import build_model, load_tokenizer
 from var_scale.progress import say
 from var_scale.run_folder import EXIT_DIVERGED, EXIT_REQUEUE, RunFolder
+from var_scale.scales import cells
 from var_scale.train.activations import ActivationNorms
 from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
 from var_scale.train.engine.base import Engine
@@ -73,7 +74,7 @@ class Run:
         life = world.agree(secrets.randbits(31))
         keep = c.keep_checkpoints, tuple(c.keep_steps)
         self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", *keep)
-        lengths = [pn * pn for pn in config.tokenizer.patch_nums]
+        lengths = cells(config.tokenizer.patch_nums)
         self.monitor = Monitor(world, lengths, scaled=self.precision == "fp16")
         self.spikes = Spikes()
         blocks = self.engine.train_step_module().var.blocks

@@ -7,6 +7,7 @@ import time
 import torch
 
 from var_scale.config.schema import Config
+from var_scale.scales import length
 from var_scale.train.engine.single import SingleEngine
 from var_scale.train.untrained import untrained
 
@@ -18,8 +19,7 @@ def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
         torch.set_num_threads(config.engine.threads)
     engine = SingleEngine(untrained(config, device)[0], config.train)
     micro = max(1, config.train.batch_size // config.train.accumulate // processes)
-    length = sum(pn * pn for pn in config.tokenizer.patch_nums)
-    tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length), device=device)
+    tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length(config.tokenizer.patch_nums)), device=device)
     label_B = torch.zeros(micro, dtype=torch.long, device=device)
     times = []
     for _ in range(1 + repeats):

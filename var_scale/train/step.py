@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from var_scale.config.schema import TrainConfig
 from var_scale.model.block import fused
 from var_scale.model.var import VAR
+from var_scale.scales import PatchNum, cells
 
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def split_scales(tokens_BL: Tensor, patch_nums: Sequence[int]) -> list[Tensor]:
-    """(B, L) tokens to one (B, pn*pn) tensor a scale."""
-    return list(tokens_BL.split([pn * pn for pn in patch_nums], dim=1))
+def split_scales(tokens_BL: Tensor, patch_nums: Sequence[PatchNum]) -> list[Tensor]:
+    """(B, L) tokens to one (B, h*w) tensor a scale."""
+    return list(tokens_BL.split(cells(patch_nums), dim=1))
 
 
-def token_weights(scale_weights: str | Sequence[float], patch_nums: Sequence[int]) -> Tensor | None:
+def token_weights(scale_weights: str | Sequence[float], patch_nums: Sequence[PatchNum]) -> Tensor | None:
     """Loss weight of every token (L,), of mean 1; None where all are 1."""
     if scale_weights == "token":
         return None
-    counts = [pn * pn for pn in patch_nums]
+    counts = cells(patch_nums)
     factors = [1 / n for n in counts] if scale_weights == "scale" else [float(f) for f in scale_weights]
     weight_L = torch.cat([torch.full((n,), f) for n, f in zip(counts, factors, strict=True)])
     return weight_L / weight_L.mean()

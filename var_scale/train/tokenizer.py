@@ -28,10 +28,11 @@ from var_scale.errors import UserError
 from var_scale.files import atomic_file, canonical_hash, disk_errors, read_json, write_json
 from var_scale.machine import cores
 from var_scale.model.load import new_tokenizer, save_tokenizer, tokenizer_file
-from var_scale.model.perceptual import LPIPS, PatchDiscriminator, hinge
+from var_scale.model.perceptual import LPIPS, SMALLEST_JUDGED, VGG16, PatchDiscriminator, hinge
 from var_scale.model.vqvae import VQVAE
 from var_scale.progress import progress, say
 from var_scale.run_folder import RunFolder, take_lock
+from var_scale.scales import grid
 from var_scale.train.engine.base import guard
 from var_scale.train.stopping import end_with_launcher
 from var_scale.train.tokenizer_report import assess, perplexity, picture
@@ -108,6 +109,8 @@ class TokenizerTrainer:
         self.optimizer = self._adamw(self.trained, recipe.weight_decay)
         self.average = [p.detach().clone() for p in self.trained] if recipe.ema else []
         self.lpips = LPIPS(*_weights(recipe)).to(world.device) if recipe.perceptual else None
+        if recipe.adversarial and min(config.tokenizer.image_size) < SMALLEST_JUDGED:
+            raise UserError(f"tokenizer.train.adversarial: the discriminator needs sides of {SMALLEST_JUDGED} pixels and more; set it to 0")
         self.judge = PatchDiscriminator().to(world.device) if recipe.adversarial else None
         self.judge_optimizer = self._adamw(list(self.judge.parameters()), 0.0) if self.judge else None
         self.loader = Ahead(ImageLoader(images, recipe.seed, recipe.batch_size, world.size, world.rank, flip=recipe.flip))
@@ -221,8 +224,8 @@ class TokenizerTrainer:
         """Begin with residuals as they come: codes from averages at every scale of this batch."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         vectors, rest = [], f_BZhw
-        for pn in self.vae.quantize.v_patch_nums:
-            low = F.adaptive_avg_pool2d(rest, pn)
+        for patch_num in self.vae.quantize.v_patch_nums:
+            low = F.adaptive_avg_pool2d(rest, grid(patch_num))
             vectors.append(low.permute(0, 2, 3, 1).reshape(-1, low.shape[1]))
             rest = rest - 0.7 * F.interpolate(low, size=f_BZhw.shape[-2:], mode="bicubic")
         self.codebook.reseed(torch.arange(len(self.codebook.counts), device=f_BZhw.device), torch.cat(vectors), generator)
@@ -327,13 +330,15 @@ def _train(config: Config, trainer: TokenizerTrainer, val: ImageData) -> None:
     vae = trainer.finish()
     if world.main:
         save_tokenizer(vae, target)
-        report = assess(vae, val, world.device)
+        weights = config.tokenizer.train.vgg_weights
+        report = assess(vae, val, world.device, VGG16(Path(weights)).to(world.device) if weights else None)
         picture(vae, val, folder / "reconstructions.png", world.device)
         write_json(folder / "tokenizer.json", {"identity": trainer.identity, "steps": trainer.recipe.steps, **report})
         (folder / "training.pt").unlink(missing_ok=True)
+        distance = f"; Frechet distance by VGG-16 {report['rfd_vgg16']:.2f}" if weights else ""
         of_scales = " ".join(f"{p:.0f}" for p in report["perplexity_per_scale"])
         say(f"tokenizer: validation PSNR {report['psnr_db']:.2f} dB, MAE {report['mae']:.4f}; codebook perplexity per scale {of_scales}"
-            f" of {config.tokenizer.vocab_size}; picture {folder / 'reconstructions.png'}")  # fmt: skip
+            f" of {config.tokenizer.vocab_size}{distance}; picture {folder / 'reconstructions.png'}")  # fmt: skip
     world.barrier()
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from var_scale.data.loader import ImageData
 from var_scale.data.transforms import to_minus1_1
 from var_scale.files import atomic_file
+from var_scale.model.frechet import Moments, frechet
+from var_scale.model.perceptual import STAGES, VGG16
 from var_scale.model.vqvae import VQVAE
 
 
@@ -24,12 +26,16 @@ def perplexity(hits_SV: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def assess(vae: VQVAE, val: ImageData, device: torch.device, limit: int = 4096, batch: int = 32) -> dict[str, Any]:
-    """On up to `limit` validation images: reconstruction error (in [0, 1]), PSNR after each number of scales, and for each scale the
-    codebook's perplexity and the number of codes in use."""
-    n, scales = min(limit, val.num_samples), len(vae.patch_nums)
+def assess(
+    vae: VQVAE, val: ImageData, device: torch.device, vgg: VGG16 | None = None, limit: int | None = None, batch: int = 32
+) -> dict[str, Any]:
+    """On up to `limit` (4096, with `vgg` 50,000) validation images: reconstruction error (in [0, 1]), PSNR after each number of scales, and for each scale the
+    codebook's perplexity and the number of codes in use. With `vgg` also rfd_vgg16, the Fréchet distance of reconstructions from images
+    by VGG-16's last activations, averaged over places: what rFID measures, by another network and so in other numbers."""
+    n, scales = min(limit or (50000 if vgg else 4096), val.num_samples), len(vae.patch_nums)
     hits_SV = torch.zeros(scales, vae.V, dtype=torch.long, device=device)
     squared_S, absolute, count = torch.zeros(scales, dtype=torch.float64), 0.0, 0
+    real, made = (Moments(STAGES[-1][-1], device) for _ in range(2))
     for start in range(0, n, batch):
         img = to_minus1_1(torch.as_tensor(val.images(np.arange(start, min(start + batch, n)))).to(device))
         idx_list = vae.img_to_idxBl(img)
@@ -37,11 +43,15 @@ def assess(vae: VQVAE, val: ImageData, device: torch.device, limit: int = 4096, 
         for scale, (part, idx) in enumerate(zip(out, idx_list, strict=True)):
             squared_S[scale] += float(((part - img) / 2).square().sum())
             hits_SV[scale] += torch.bincount(idx.flatten(), minlength=vae.V)
+        if vgg:
+            for moments, images in ((real, img), (made, out[-1])):
+                moments.add(vgg(images)[-1].mean((2, 3)))
         absolute += float(((out[-1] - img) / 2).abs().sum())
         count += img.numel()
     psnr_S = (-10 * torch.log10(squared_S / count)).tolist()
-    return {"images": n, "mse": float(squared_S[-1]) / count, "psnr_db": psnr_S[-1], "mae": absolute / count, "psnr_by_scales": psnr_S,
-            "perplexity_per_scale": perplexity(hits_SV), "codes_used_per_scale": (hits_SV > 0).sum(dim=1).tolist()}  # fmt: skip
+    distance = {"rfd_vgg16": frechet(real, made)} if vgg else {}
+    return {"images": n, **distance, "mse": float(squared_S[-1]) / count, "psnr_db": psnr_S[-1], "mae": absolute / count,
+            "psnr_by_scales": psnr_S, "perplexity_per_scale": perplexity(hits_SV), "codes_used_per_scale": (hits_SV > 0).sum(dim=1).tolist()}  # fmt: skip
 
 
 @torch.no_grad()

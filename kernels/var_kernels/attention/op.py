@@ -11,26 +11,32 @@ from torch import Tensor
 from var_kernels.attention import reference
 from var_kernels.attention.config import AttentionConfig, config_for, max_width
 from var_kernels.attention.reference import MAX_LOG_SCALE
-from var_kernels.attention.schedule import Pattern, Visible, everything, scales, tiles_on
+from var_kernels.attention.schedule import Pattern, Visible, counts, everything, scales_of, tiles_on
 from var_kernels.dispatch import INTERPRETED, eager, generation, launches, require, use_triton
 
 
 def block_attention(
-    qkv_BL3HD: Tensor, patch_nums: Sequence[int], log_scale_H: Tensor | None = None, sm_scale: float = 1.0, pattern: Pattern = "full"
+    qkv_BL3HD: Tensor,
+    patch_nums: Sequence[int | tuple[int, int]],
+    log_scale_H: Tensor | None = None,
+    sm_scale: float = 1.0,
+    pattern: Pattern = "full",
 ) -> Tensor:
     """Attention of all tokens of a scale schedule, each over the scales its pattern lets it see; returns (B, L, H D).
 
-    `qkv_BL3HD` is the packed projection, read as it lies. With `log_scale_H` (one number a head, in any shape) the reference's
-    attn_l2_norm: q <- q/|q| exp(min(s, ln 100)), k <- k/|k|, no other scale; without it q k^T is multiplied by `sm_scale`. `pattern`: full,
-    own, or how many scales (schedule.py). On GPUs heads are at most 128 channels wide in half precision, 64 in float32.
+    `qkv_BL3HD` is the packed projection, read as it lies; `patch_nums` the side of each scale's grid, or (height, width). With
+    `log_scale_H` (one number a head, in any shape) the reference's attn_l2_norm: q <- q/|q| exp(min(s, ln 100)), k <- k/|k|, no other
+    scale; without it q k^T is multiplied by `sm_scale`. `pattern`: full, own, or how many scales (schedule.py). On GPUs heads are at most
+    128 channels wide in half precision, 64 in float32.
     ValueError: L is not the schedule's length, an unknown pattern, not one scale a head.
     """
-    schedule = tuple(patch_nums)
+    for side in patch_nums:
+        fits = isinstance(side, int) or len(side) == 2
+        require(fits and min((side,) if isinstance(side, int) else side) > 0, "attention: patch_nums {} are not grid sides", patch_nums)
+    schedule = counts(patch_nums)
     require(qkv_BL3HD.ndim == 5 and qkv_BL3HD.shape[2] == 3, "attention: qkv is (B, L, 3, H, D), not {}", qkv_BL3HD.shape)
-    require(all(isinstance(side, int) and side > 0 for side in schedule), "attention: patch_nums {} are not positive integers", schedule)
     B, L, _, H, D = qkv_BL3HD.shape
-    tokens = sum(side * side for side in schedule)
-    require(tokens == L, "attention: qkv {} does not hold the {} tokens of patch_nums {}", qkv_BL3HD.shape, tokens, schedule)
+    require(sum(schedule) == L, "attention: qkv {} does not hold the tokens of patch_nums {}", qkv_BL3HD.shape, patch_nums)
     if log_scale_H is not None:
         require(log_scale_H.numel() == H, "attention: {} scales for {} heads", log_scale_H.numel(), H)
         log_scale_H = log_scale_H.reshape(H)
@@ -38,7 +44,7 @@ def block_attention(
     if torch.compiler.is_compiling():
         return attention_op(*arguments)[0].reshape(B, L, H * D)
     if not use_triton(qkv_BL3HD):
-        return reference.attention(*_split(qkv_BL3HD), scales(schedule, pattern), log_scale_H, sm_scale).reshape(B, L, H * D)
+        return reference.attention(*_split(qkv_BL3HD), scales_of(schedule, pattern), log_scale_H, sm_scale).reshape(B, L, H * D)
     return _eager(*arguments)[0].reshape(B, L, H * D)
 
 
@@ -144,7 +150,7 @@ def launch_backward(
 
 
 def _forward(qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float) -> tuple[Tensor, ...]:
-    visible = scales(tuple(schedule), _pattern(pattern))
+    visible = scales_of(tuple(schedule), _pattern(pattern))
     qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
     return launch_forward(*_split(qkv), log_scale, visible, sm_scale)
 
@@ -155,7 +161,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    visible = scales(tuple(schedule), _pattern(pattern))
+    visible = scales_of(tuple(schedule), _pattern(pattern))
     dscale = launch_backward(do, *_split(qkv), o, lse, inv_q, inv_k, log_scale, visible, sm_scale, *_split(dqkv))
     return dqkv, dscale.to(log_scale.dtype) if log_scale is not None else dscale
 
@@ -189,7 +195,7 @@ def attention_op(
 @attention_op.register_kernel("cpu")
 def _(qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, L, _, H, _ = qkv.shape
-    o = reference.attention(*_split(qkv), scales(tuple(schedule), _pattern(pattern)), log_scale, sm_scale).contiguous()
+    o = reference.attention(*_split(qkv), scales_of(tuple(schedule), _pattern(pattern)), log_scale, sm_scale).contiguous()
     empty = torch.zeros(B, H, L, dtype=torch.float32)  # the CPU backward takes nothing from them
     norms = torch.zeros(B, H, L if log_scale is not None else 0, dtype=torch.float32)
     return o, empty, norms, norms.clone()
@@ -216,7 +222,7 @@ def _(
     do: Tensor, qkv: Tensor, log_scale: Tensor | None, o: Tensor, lse: Tensor, inv_q: Tensor, inv_k: Tensor, schedule: list[int],
     pattern: str, sm_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    visible = scales(tuple(schedule), _pattern(pattern))
+    visible = scales_of(tuple(schedule), _pattern(pattern))
     dqkv, dscale = reference.backward(do, *_split(qkv), visible, log_scale, sm_scale)
     return dqkv, dscale if log_scale is not None else qkv.new_zeros(qkv.shape[3], dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -36,19 +37,29 @@ class Visible:
         return sum(hi - lo for lo, hi in zip(self.lo, self.hi, strict=True))
 
 
-@lru_cache(maxsize=64)
-def scales(patch_nums: tuple[int, ...], pattern: Pattern = "full") -> Visible:
+def counts(patch_nums: Sequence[int | tuple[int, int]]) -> tuple[int, ...]:
+    """Tokens of each scale: a whole number is the side of a square grid, a pair is (height, width)."""
+    return tuple(side * side if isinstance(side, int) else side[0] * side[1] for side in patch_nums)
+
+
+def scales(patch_nums: Sequence[int | tuple[int, int]], pattern: Pattern = "full") -> Visible:
     """The visible keys of every token of a scale schedule."""
-    back = {"full": len(patch_nums), "own": 1}.get(pattern, pattern) if isinstance(pattern, str) else pattern
+    return scales_of(counts(patch_nums), pattern)
+
+
+@lru_cache(maxsize=64)
+def scales_of(tokens: tuple[int, ...], pattern: Pattern = "full") -> Visible:
+    """`scales` of so many tokens a scale."""
+    back = {"full": len(tokens), "own": 1}.get(pattern, pattern) if isinstance(pattern, str) else pattern
     if not isinstance(back, int) or back < 1:
         raise ValueError(f"attention pattern {pattern!r} is not known; take full, own, or how many scales a query sees (1 or more)")
     starts = [0]
-    for side in patch_nums:
-        starts.append(starts[-1] + side * side)
+    for count in tokens:
+        starts.append(starts[-1] + count)
     lo, hi = [], []
-    for number, side in enumerate(patch_nums):
-        lo += [starts[max(0, number + 1 - back)]] * side * side
-        hi += [starts[number + 1]] * side * side
+    for number, count in enumerate(tokens):
+        lo += [starts[max(0, number + 1 - back)]] * count
+        hi += [starts[number + 1]] * count
     return Visible(tuple(lo), tuple(hi), starts[-1])
 
 
