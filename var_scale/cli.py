@@ -121,13 +121,20 @@ def data_shard(args: argparse.Namespace) -> None:
 
 
 def data_index(args: argparse.Namespace) -> None:
-    """Adopt WebDataset tars made by others: check every member, write the index and manifest.json."""
+    """Adopt WebDataset tars made by others, of a folder or at URLs: check every member, write the index and manifest.json."""
+    from var_scale.data.index_urls import index_urls
     from var_scale.data.shards import index_folder
     from var_scale.progress import say
 
     names = args.class_names.read_text().splitlines() if args.class_names else None
-    manifest = index_folder(args.folder, kind="image", split=args.split, num_classes=args.num_classes, class_names=names)
-    say(f"{args.folder}: {manifest.num_samples:,} samples in {len(manifest.shards)} shards indexed")
+    if "://" in args.folder:
+        if args.out is None:
+            raise UserError("--out: name a folder for the index and manifest of tars at URLs")
+        folder, manifest = args.out, index_urls(args.folder, args.out, args.split, args.num_classes, names)
+    else:
+        folder = _folder(args.folder)
+        manifest = index_folder(folder, kind="image", split=args.split, num_classes=args.num_classes, class_names=names)
+    say(f"{folder}: {manifest.num_samples:,} samples in {len(manifest.shards)} shards indexed")
 
 
 def data_verify(args: argparse.Namespace) -> None:
@@ -375,11 +382,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=_number(int, 1), default=None, help="workers; default one a core")
     for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
         sub = command(data, name, function)
-        sub.add_argument("folder", type=_folder, help="folder of the shards")
         if name == "index":
+            sub.add_argument("folder", help="folder of the shards, or URLs such as https://host/set/{00000..00099}.tar, which stay there")
+            sub.add_argument("--out", type=_folder, default=None, help="of URLs: folder for index and manifest, read like shards")
             sub.add_argument("--split", default="train", help="name of the split")
             sub.add_argument("--num-classes", type=int, default=None, help="classes; default one more than the largest label")
             sub.add_argument("--class-names", type=Path, default=None, metavar="FILE", help="text file with the name of class N in line N")
+        else:
+            sub.add_argument("folder", type=_folder, help="folder of the shards")
         if name == "verify":
             sub.add_argument("--drop-bad", action="store_true", help="write the manifest again without the shards that have a problem")
         if name == "info":

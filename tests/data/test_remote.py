@@ -16,9 +16,12 @@ import pytest
 from data_samples import write_images, write_tokens
 
 from tests.runs import losses, run, small_config
+from var_scale.cli import main
 from var_scale.data import remote
+from var_scale.data.index_urls import index_urls
 from var_scale.data.loader import ImageData, TokenData
 from var_scale.data.remote import RemoteShards, located
+from var_scale.data.shards import index_folder
 from var_scale.errors import UserError
 
 
@@ -127,6 +130,35 @@ def test_the_cache_has_a_limit_and_is_not_believed_blindly(server: Server, tmp_p
     data = ImageData(two)
     assert data.damaged() == [] and "damaged in the cache" in capsys.readouterr().out
     np.testing.assert_array_equal(ImageData(two).images(np.arange(20)), first)
+
+
+def test_tars_of_others_behind_a_url(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anybody's tars are looked at once, in one pass that can be cut; then they are read as exactly as one's own. A bad one is named."""
+    write_images(tmp_path / "there" / "t", 20, 8)
+    tars = sorted((tmp_path / "there" / "t").glob("*.tar"))
+    for path in (tmp_path / "there" / "t").glob("*"):
+        path.unlink() if path.suffix != ".tar" else None
+    whole = tars[2].read_bytes()
+    tars[2].write_bytes(whole[:-1500])
+    urls, out = f"{server.url}/t/train-{{000000..000002}}.tar", tmp_path / "here"
+    with pytest.raises(UserError, match=r"train-000002\.tar"):
+        index_urls(urls, out)
+    assert not (out / "manifest.json").exists() and not list(out.glob("*.tar"))
+    tars[2].write_bytes(whole)
+    main(["data", "index", urls, "--out", str(out)])
+    assert server.asked == {"train-000000.tar": 1, "train-000001.tar": 1, "train-000002.tar": 2}
+    data = ImageData(located(str(out), str(tmp_path / "cache")))
+    assert data.num_samples == 20 and sorted(path.suffix for path in out.iterdir()) == [".idx", ".idx", ".idx", ".json"]
+    index_folder(tmp_path / "there" / "t")
+    np.testing.assert_array_equal(data.images(np.arange(20)), ImageData(tmp_path / "there" / "t").images(np.arange(20)))
+    main(["data", "info", str(out)])
+    assert "20" in capsys.readouterr().out
+    for wrong, words in ((f"{server.url}/t/a.tar,b", "give the .tar files"), (f"{server.url}/{{t,u}}/a.tar", "of one folder")):
+        with pytest.raises(UserError, match=words):
+            index_urls(wrong, tmp_path / "no")
+    with pytest.raises(SystemExit):
+        main(["data", "index", urls])
+    assert "--out: name a folder" in capsys.readouterr().err
 
 
 def test_other_protocols(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,26 +23,79 @@ BLOCK = 1 << 22
 
 
 def located(where: str, cache: str | None = None, limit: float = 500.0) -> Path | RemoteShards:
-    """A folder of shards by path or URL. `cache` and `limit` (GB): of what a URL's shards are kept in."""
+    """A folder of shards by path or URL, or one of indices alone whose tars are at a URL (`index_urls`). `cache` and `limit` (GB): of
+    what a URL's shards are kept in."""
+    index = None
     if "://" not in where:
-        return Path(where)
+        index = Path(where)
+        url = load_manifest(index, check_files=False).url if (index / MANIFEST_NAME).exists() else None
+        if not url:
+            return index
+        where = url
     root = Path(cache or os.environ.get("VAR_SCALE_CACHE") or Path.home() / ".cache" / "var-scale" / "shards")
-    return RemoteShards(where.rstrip("/"), root, int(limit * 1e9))
+    return RemoteShards(where.rstrip("/"), root, int(limit * 1e9), index)
+
+
+def open_url(url: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    """The bytes behind a URL. UserError for a protocol that cannot be opened here."""
+    if url.startswith(("http://", "https://")):
+        return urllib.request.urlopen(url, timeout=SILENT_SECONDS)  # type: ignore[no-any-return]
+    try:
+        import fsspec
+
+        return fsspec.open(url, "rb")  # type: ignore[no-any-return]
+    except ImportError as error:  # fsspec names the package of the protocol
+        raise UserError(f"{url}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{url}: {error}; give a folder, or a URL of a protocol that fsspec knows") from None
+
+
+def tried(url: str, act: Callable[[], None]) -> None:
+    """`act` several times, with growing waits. UserError if it never succeeds."""
+    wait = FIRST_WAIT
+    for attempt in range(1, TRIES + 1):
+        try:
+            act()
+            return
+        except UserError:
+            raise  # a full disk is not mended by another try
+        except Exception as error:  # clients of many protocols, each with its own
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            if attempt == TRIES:
+                raise UserError(f"{url}: cannot be had after {TRIES} tries ({why}); mend it and run the same command again") from None
+            say(f"warning: {url}: {why}; try {attempt + 1} of {TRIES} in {wait:.0f} s")
+        time.sleep(wait)
+        wait *= 2
+
+
+def fetch(url: str, path: Path, sha256: str | None = None) -> None:
+    """A file of a URL to `path`, whole or not at all. UserError if it cannot be had, or never with the checksum."""
+
+    def once() -> None:
+        digest = hashlib.sha256()
+        with open_url(url) as source, atomic_file(path) as target:
+            while block := source.read(BLOCK):
+                digest.update(block)
+                target.write(block)
+            if sha256 and digest.hexdigest() != sha256:
+                raise OSError("it came with another checksum than the manifest says")
+
+    tried(url, once)
 
 
 class RemoteShards:
-    """A folder of shards at a URL. Manifest and indices are fetched at once, a shard when it is first asked for, by one process a node.
+    """A folder of shards at a URL. Manifest and indices are fetched at once, or taken from the folder `index`, a shard when it is first
+    asked for, by one process a node.
 
     UserError: no manifest there; more bytes than the cache may hold; `local`: a shard that cannot be had or never comes as it should.
     """
 
-    def __init__(self, url: str, root: Path, limit: int):
+    def __init__(self, url: str, root: Path, limit: int, index: Path | None = None):
         self.url, self.root, self.limit = url, root, limit
+        small = index.resolve().as_uri() if index else url  # where manifest and indices come from
         self.folder = root / hashlib.sha256(url.encode()).hexdigest()[:16]
         with self._locked("manifest"):
-            fresh = self._get(MANIFEST_NAME)
-            with atomic_file(self.folder / MANIFEST_NAME) as file:
-                file.write(fresh)
+            fetch(f"{small}/{MANIFEST_NAME}", self.folder / MANIFEST_NAME)
             self.manifest: Manifest = load_manifest(self.folder, check_files=False)
             needed = sum(shard.bytes for shard in self.manifest.shards)
             if needed > limit:
@@ -51,7 +103,7 @@ class RemoteShards:
             for shard in self.manifest.shards:
                 path = self.folder / shard.index
                 if not path.exists() or sha256_file(path) != shard.index_sha256:
-                    self._tried(shard.index, partial(self._fetch, shard.index, path, shard.index_sha256))
+                    fetch(f"{small}/{shard.index}", path, shard.index_sha256)
 
     def local(self, shard: ShardInfo) -> Path:
         """The shard in the cache."""
@@ -60,7 +112,7 @@ class RemoteShards:
             with self._locked(shard.name):
                 if not path.exists():
                     self._make_room(shard.bytes)
-                    self._tried(shard.name, lambda: self._fetch(shard.name, path, shard.sha256))
+                    fetch(f"{self.url}/{shard.name}", path, shard.sha256)
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)
         return path
@@ -83,56 +135,6 @@ class RemoteShards:
             if path.exists() and sha256_file(path) != shard.sha256:
                 say(f"warning: {path}: damaged in the cache; it is fetched again")
                 path.unlink(missing_ok=True)
-
-    def _fetch(self, name: str, path: Path, sha256: str) -> None:
-        digest = hashlib.sha256()
-        with self._open(name) as source, atomic_file(path) as target:
-            while block := source.read(BLOCK):
-                digest.update(block)
-                target.write(block)
-            if digest.hexdigest() != sha256:
-                raise OSError("it came with another checksum than the manifest says")
-
-    def _get(self, name: str) -> bytes:
-        found: list[bytes] = []
-
-        def get() -> None:
-            with self._open(name) as source:
-                found.append(source.read())
-
-        self._tried(name, get)
-        return found[0]
-
-    def _open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        url = f"{self.url}/{name}"
-        if url.startswith(("http://", "https://")):
-            return urllib.request.urlopen(url, timeout=SILENT_SECONDS)  # type: ignore[no-any-return]
-        try:
-            import fsspec
-
-            return fsspec.open(url, "rb")  # type: ignore[no-any-return]
-        except ImportError as error:  # fsspec names the package of the protocol
-            raise UserError(f"{self.url}: {error}") from None
-        except ValueError as error:
-            raise UserError(f"{self.url}: {error}; give a folder, or a URL of a protocol that fsspec knows") from None
-
-    def _tried(self, name: str, act: Callable[[], None]) -> None:
-        """Several times, with growing waits."""
-        wait = FIRST_WAIT
-        for attempt in range(1, TRIES + 1):
-            try:
-                act()
-                return
-            except UserError:
-                raise  # a full disk is not mended by another try
-            except Exception as error:  # clients of many protocols, each with its own
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                if attempt == TRIES:
-                    raise UserError(f"{self.url}/{name}: cannot be had after {TRIES} tries ({why}); mend it and run the same command "
-                                    "again") from None  # fmt: skip
-                say(f"warning: {self.url}/{name}: {why}; try {attempt + 1} of {TRIES} in {wait:.0f} s")
-            time.sleep(wait)
-            wait *= 2
 
     def _make_room(self, size: int) -> None:
         """Remove the shards of other data sets that were not opened for longest, until `size` more bytes fit."""

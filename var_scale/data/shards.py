@@ -262,25 +262,35 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
         raise UserError(f"{folder}: no *.tar file here; give the folder that holds the shards")
     if kind == "tokens" and sorted(tokens or ()) != sorted(TOKEN_FIELDS):
         raise UserError(f"{folder}: token shards need {', '.join(TOKEN_FIELDS)} to be indexed; give them")
-    source = source or {"name": folder.name}
-    if class_names:
-        num_classes, source = len(class_names), {**source, "class_names": list(class_names)}
-    shards, largest = [], 0
+    source = (source or {"name": folder.name}) | ({"class_names": list(class_names)} if class_names else {})
+    shards, classes = [], 0
     with progress(f"index {folder}", len(names), "shards") as bar:
         for done, name in enumerate(names, 1):
-            shard, records = _index_shard(folder, name, kind)
-            if tokens is not None:
-                _check_tokens(folder / name, records, tokens)
-            if kind == "image":
-                _decode_all(folder / name, records)
-            largest = max(largest, int(records["label"].max()))
-            if num_classes is not None and largest >= num_classes:
-                raise UserError(f"{folder / name}: class {largest} is outside 0..{num_classes - 1}; give the right number of classes")
-            shards.append(shard)
+            shards.append(adopt_shard(folder, name, kind, tokens))
+            largest = int(read_index(folder, shards[-1])["label"].max())
+            classes = max(classes, classes_of(folder / name, largest, num_classes, class_names))
             bar.update(done)
-    manifest = Manifest(kind, split, num_classes or largest + 1, source, tokens, tuple(shards))
+    manifest = Manifest(kind, split, classes, source, tokens, tuple(shards))
     manifest.write(folder)
     return manifest
+
+
+def adopt_shard(folder: Path, name: str, kind: str, tokens: dict[str, Any] | None = None) -> ShardInfo:
+    """Check every member of a tar, decode every image, and write the index beside it. UserError as in `index_tar`."""
+    shard, records = _index_shard(folder, name, kind)
+    if tokens is not None:
+        _check_tokens(folder / name, records, tokens)
+    if kind == "image":
+        _decode_all(folder / name, records)
+    return shard
+
+
+def classes_of(where: Path, largest: int, num_classes: int | None, class_names: Sequence[str] | None) -> int:
+    """How many classes there are, if `largest` is the last label seen: as said or named, else one more. UserError if that is too few."""
+    said = len(class_names) if class_names else num_classes
+    if said is not None and largest >= said:
+        raise UserError(f"{where}: class {largest} is outside 0..{said - 1}; give the right number of classes")
+    return said or largest + 1
 
 
 def _check_tokens(path: Path, records: np.ndarray, tokens: dict[str, Any]) -> None:
@@ -299,6 +309,8 @@ def verify_folder(folder: Path, drop: bool = False) -> list[str]:
         manifest = load_manifest(folder, check_files=False)
     except UserError as error:
         return [str(error)]
+    if manifest.url:
+        raise UserError(f"{folder}: the tars are at {manifest.url}; a run compares each with its checksum as it comes")
     lost, problems, sound = missing_files(folder, manifest), [], []
     with progress(f"verify {folder}", len(manifest.shards), "shards") as bar:
         for done, shard in enumerate(manifest.shards, 1):
@@ -344,7 +356,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
              "classes": manifest.num_classes, "class_names": named,
              "classes_present": len(counts), "samples_per_class_min": min(counts.values()), "samples_per_class_max": max(counts.values()),
              "shards": len(manifest.shards), "bytes": sum(shard.bytes for shard in manifest.shards)}  # fmt: skip
-    if manifest.kind == "image":
+    if manifest.kind == "image" and not manifest.url:
         sides = np.array(_sides(folder, manifest, records))
         for place, name in enumerate(("width", "height")):
             facts[f"{name}_min_median_max"] = " ".join(f"{value:.0f}" for value in np.quantile(sides[:, place], (0, 0.5, 1)))

@@ -29,9 +29,10 @@ def perplexity(hits_SV: Tensor) -> list[float]:
 def assess(
     vae: VQVAE, val: ImageData, device: torch.device, vgg: VGG16 | None = None, limit: int | None = None, batch: int = 32
 ) -> dict[str, Any]:
-    """On up to `limit` (4096, with `vgg` 50,000) validation images: reconstruction error (in [0, 1]), PSNR after each number of scales, and for each scale the
-    codebook's perplexity and the number of codes in use. With `vgg` also rfd_vgg16, the Fréchet distance of reconstructions from images
-    by VGG-16's last activations, averaged over places: what rFID measures, by another network and so in other numbers."""
+    """On up to `limit` (4096, with `vgg` 50,000) validation images: reconstruction error (in [0, 1]), PSNR after each number of scales,
+    and for each scale the codebook's perplexity and the number of codes in use. With `vgg` also rfd_vgg16, the
+    Fréchet distance of reconstructions from images by VGG-16's last activations, averaged over places: what rFID measures, by another
+    network and so in other numbers."""
     n, scales = min(limit or (50000 if vgg else 4096), val.num_samples), len(vae.patch_nums)
     hits_SV = torch.zeros(scales, vae.V, dtype=torch.long, device=device)
     squared_S, absolute, count = torch.zeros(scales, dtype=torch.float64), 0.0, 0
@@ -51,7 +52,8 @@ def assess(
     psnr_S = (-10 * torch.log10(squared_S / count)).tolist()
     distance = {"rfd_vgg16": frechet(real, made)} if vgg else {}
     return {"images": n, **distance, "mse": float(squared_S[-1]) / count, "psnr_db": psnr_S[-1], "mae": absolute / count,
-            "psnr_by_scales": psnr_S, "perplexity_per_scale": perplexity(hits_SV), "codes_used_per_scale": (hits_SV > 0).sum(dim=1).tolist()}  # fmt: skip
+            "psnr_by_scales": psnr_S, "perplexity_per_scale": perplexity(hits_SV),
+            "codes_used_per_scale": (hits_SV > 0).sum(dim=1).tolist()}  # fmt: skip
 
 
 @torch.no_grad()
