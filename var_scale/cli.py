@@ -233,28 +233,78 @@ def study_plan(args: argparse.Namespace) -> None:
 
 
 def study_run(args: argparse.Namespace) -> None:
-    """Run a study on this machine from images to report; run again to continue."""
-    from var_scale.cluster.pipeline import run_study
+    """Run a study from images to report, on this machine or as SLURM jobs; run again to continue."""
+    if args.on == "slurm":
+        from var_scale.cluster.slurm import submit
 
-    run_study(_load(args), args.runs)
+        submit(_load(args), args.runs, args.dry_run)
+        return
+    from var_scale.cluster.pipeline import Study, run_study
+    from var_scale.cluster.plan import plan_table
+
+    if args.dry_run:
+        plan_table(Study(_load(args), args.runs))
+    else:
+        run_study(_load(args), args.runs)
+
+
+def study_prepare(args: argparse.Namespace) -> None:
+    """Make the images, the tokenizer and the tokens of a study, whichever are missing."""
+    from var_scale.cluster.pipeline import Study, prepare_data, require_sources
+
+    study = Study(_load(args), args.runs)
+    require_sources(study)
+    prepare_data(study)
 
 
 def study_status(args: argparse.Namespace) -> None:
-    """One table: state, step, loss, time, restarts and reason of every run."""
+    """One table: state, step, loss, speed, remaining time, restarts, job and reason of every run."""
     from var_scale.cluster.pipeline import Study
-    from var_scale.cluster.status import status_table
+    from var_scale.cluster.status import status_table, watch
 
-    status_table(Study(_load(args), args.runs))
+    (watch if args.watch else status_table)(Study(_load(args), args.runs))
+
+
+def study_stop(args: argparse.Namespace) -> None:
+    """Stop runs of a study: those that train save first, queued jobs are taken back. Running the study again goes on."""
+    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.slurm import stop
+
+    stop(Study(_load(args), args.runs), args.only or ())
+
+
+def study_retry(args: argparse.Namespace) -> None:
+    """Try runs that failed or diverged again from their last checkpoint, given by their folders; on SLURM they are submitted."""
+    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.slurm import retry, submit
+    from var_scale.config.load import load
+    from var_scale.progress import say
+
+    folder = args.run[0].resolve().parent
+    if any(run.resolve().parent != folder for run in args.run) or not (folder / "study.yaml").exists():
+        raise UserError(f"{args.run[0]}: give folders of runs of one study, such as runs/tiny/d02-s0")
+    config = load(str(folder / "study.yaml"))
+    retry(Study(config, folder.parent), [run.resolve().name for run in args.run])
+    if (folder / "slurm" / "jobs.json").exists():
+        submit(config, folder.parent)
+    else:
+        say(f"tried again by: var-scale study run {folder / 'study.yaml'} --runs {folder.parent}")
 
 
 def study_report(args: argparse.Namespace) -> None:
     """Gate, fit, sample and write the report again from the run folders."""
-    from var_scale.cluster.pipeline import Study, make_report
+    from var_scale.cluster.pipeline import ENDED, Study, make_report
     from var_scale.progress import say
 
     study = Study(_load(args), args.runs)
     make_report(study)
     say(f"report: {study.report / 'report.html'}")
+    if missing := [f"{config.name} ({run.status()['state']})" for config, run in study.runs() if run.status()["state"] not in ENDED]:
+        say(f"it is without {', '.join(missing)}")
+        if args.whole:
+            raise UserError(f"{study.folder}: runs are missing in the report; run the study again")
+    else:
+        study.mark_complete()
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -407,11 +457,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--folder", type=Path, default=None, help="run folder; default RUNS/STUDY/RUN")
     sub.add_argument("--depth", type=int, default=None, help="size of a study to train")
 
-    study = family("study", "a ladder of models and its laws: plan, run, status, report")
-    for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("report", study_report)):
+    study = family("study", "a ladder of models and its laws: plan, run, status, stop, retry, report")
+    for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("stop", study_stop),
+                           ("report", study_report), ("prepare", study_prepare)):  # fmt: skip
         sub = command(study, name, function)
         _config(sub)
         _runs(sub)
+        if name == "run":
+            sub.add_argument("--on", choices=("local", "slurm"), default="local", help="this machine, or jobs of SLURM")
+            sub.add_argument("--dry-run", action="store_true", help="show the plan, and on SLURM the scripts; nothing is written")
+        elif name == "status":
+            sub.add_argument("--watch", action="store_true", help="show it again every five seconds until all runs have ended")
+        elif name == "stop":
+            sub.add_argument("--only", type=lambda text: text.split(","), metavar="RUN,...", help="these runs, such as d02-s0; default all")
+        elif name == "report":
+            sub.add_argument("--whole", action="store_true", help="fail where a run has not ended")
+    sub = command(study, "retry", study_retry)
+    sub.add_argument("run", type=Path, nargs="+", help="folder of a run, such as runs/tiny/d02-s0")
 
     sub = command(commands, "sample", sample)
     sub.add_argument("run", type=Path, help="run folder")

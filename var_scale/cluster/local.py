@@ -104,7 +104,7 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
         return _follow(child, run, label)
     except (KeyboardInterrupt, SystemExit):
         if _stop(child, folder):
-            _wait_for_ranks(folder)
+            wait_for_ranks(folder)
         if run.status()["state"] == "preempted":
             raise Preempted from None
         raise
@@ -153,7 +153,7 @@ def _last_row(path: Path) -> dict[str, Any] | None:
 
 def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
     """The run's own verdict where the launcher hides it: launchers turn 85 into 1."""
-    _wait_for_ranks(run.path)
+    wait_for_ranks(run.path)
     code, status = child.returncode, run.status()
     if status["state"] == "complete":
         return 0
@@ -161,7 +161,7 @@ def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
         return EXIT_REQUEUE
     if status["state"] == "diverged":
         return EXIT_DIVERGED
-    killed = _killed(run.log / "launch.log")
+    killed = killed_rank(run.log / "launch.log")
     if status["state"] in ("queued", "running"):  # the processes are gone and could not say why
         why = killed or f"the processes ended without a word (exit code {code})"
         run.set_status("failed", f"{why}; the same command continues, {run.log / 'launch.log'} may say more")
@@ -170,7 +170,7 @@ def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
     return EXIT_HUNG if status["reason"].startswith("no progress") else code or 1
 
 
-def _wait_for_ranks(folder: Path) -> None:
+def wait_for_ranks(folder: Path) -> None:
     """Ranks that have lost their launcher save by themselves: until none holds the run."""
     lock = take_lock(folder / ".lock", STOP_PATIENCE_SECONDS)
     if lock is not None:
@@ -181,7 +181,7 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def _killed(log: Path) -> str:
+def killed_rank(log: Path) -> str:
     """Which rank a signal ended, as the launcher's log has it since the last start; empty if none."""
     text = re.split(r"^--- \d{4}-.* start$", log.read_text(errors="replace"), flags=re.MULTILINE)[-1] if log.exists() else ""
     for rank, number in re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: -(\d+)", text):

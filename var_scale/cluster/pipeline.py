@@ -3,11 +3,13 @@ anywhere and run again: it continues, and when nothing is left it says so."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from var_scale.config.load import config_hash, dump, merge, run_config, run_name, write_config
+from var_scale.config.load import config_hash, dump, merge, run_config, variants, write_config
 from var_scale.config.schema import Config, EngineConfig
+from var_scale.cost.from_config import with_flops
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import say
@@ -67,8 +69,11 @@ class Study:
     def runs(self) -> list[tuple[Config, RunFolder]]:
         """Every run, smallest first."""
         base = self.with_files()
-        pairs = [(d, s) for d in sorted(self.spec.depths) for s in self.spec.seeds]
-        return [(run_config(base, d, s), RunFolder(self.folder / run_name(d, s))) for d, s in pairs]
+        made = []
+        for depth, point, seed in product(sorted(self.spec.depths), variants(self.spec), self.spec.seeds):
+            config = run_config(base, depth, seed, point)
+            made.append(with_flops(config, point.flops) if point.flops else config)
+        return [(config, RunFolder(self.folder / config.name)) for config in made]
 
     def identity(self) -> str:
         """What the finished report depends on: the runs' configs and how they are shown."""
@@ -138,19 +143,20 @@ def check_machine(study: Study) -> None:
         check_config(config)
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, world: int | None = None) -> None:
     """Refuse a run that cannot begin here: batches and shards that do not divide over its processes, attention back-ends that cannot train
-    here, DeepSpeed keys that contradict the recipe."""
+    here, DeepSpeed keys that contradict the recipe. `world`: of a run on other machines, on so many processes."""
     import torch
 
     from var_scale.cluster.local import process_count
     from var_scale.data.order import rank_slice
     from var_scale.model.attention import require_trainable
 
-    engine, c, processes = config.engine, config.train, process_count(config.engine)
-    require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine, c, processes = config.engine, config.train, world or process_count(config.engine)
+    if world is None:
+        require_trainable(config.model.attention, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rank_slice(c.batch_size, processes, 0, c.accumulate, 0)
-    if 0 < torch.cuda.device_count() < processes:
+    if world is None and 0 < torch.cuda.device_count() < processes:
         raise UserError(f"engine.processes: {processes} processes, but this machine has {torch.cuda.device_count()} GPUs; use as many")
     if engine.shard and processes % engine.shard:
         raise UserError(f"engine.shard: {processes} processes do not divide into groups of {engine.shard}")

@@ -7,8 +7,9 @@ from var_scale.cluster.pipeline import Study, check_machine
 from var_scale.config.schema import Config
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import find_device
+from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
-from var_scale.progress import progress
+from var_scale.progress import duration, progress, say
 from var_scale.study.plan import PlanRow, plan_rows, print_plan
 from var_scale.train.schedule import Schedule
 
@@ -23,7 +24,8 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         check_machine(study)
     steps = [Schedule.of(c.train, c.train_samples).total_steps for c in configs]
     on_this_machine = study.spec.device == "auto"
-    world = process_count(configs[0].engine) if on_this_machine else study.spec.devices
+    world = process_count(configs[0].engine) if on_this_machine else 1
+    devices = [c.cluster.devices if "cluster" in c.model_fields_set else study.spec.devices for c in configs]
     engine = configs[0].engine
     stage = 3 if engine.name == "fsdp" else engine.zero_stage if engine.name == "deepspeed" else 0
     rows = plan_rows(
@@ -31,12 +33,12 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         [n * c.train.batch_size for n, c in zip(steps, configs, strict=True)],
         names=[c.name for c in configs],
         device="cpu" if on_this_machine else study.spec.device,
-        devices=world,
+        devices=world if on_this_machine else devices,
         mfu=None if on_this_machine else study.spec.mfu,
         run_seconds=_measured_seconds(study, configs, steps, world) if on_this_machine else None,
-        micro_batch=max(1, configs[0].train.batch_size // configs[0].train.accumulate // world),
+        batch=configs[0].train.batch_size // configs[0].train.accumulate,
         precision="bf16" if configs[0].train.precision in ("bf16", "auto") else "fp32",
-        world=world,
+        world=world if on_this_machine else devices,
         stage=stage,
     )
     if on_this_machine:
@@ -45,11 +47,24 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     else:
         device, spec = find_device(study.spec.device), study.spec
         peak = f"{device.peak / 1e12:g} TFLOP/s each, at an ASSUMED {spec.mfu:.0%} of it (study.mfu)"
-        rests_on = f"{spec.devices} x {device.name} a run, {peak}"
+        each = f"{devices[0]} x" if len(set(devices)) == 1 else f"{min(devices)} to {max(devices)} x"
+        rests_on = f"{each} {device.name} a run, {peak}"
     print_plan(rows, rests_on)
+    if not on_this_machine:
+        _budget(study, sum(row.seconds * row.devices for row in rows) / 3600)
     if save:
         write_json(study.folder / "plan.json", {"rows": [row.to_json() for row in rows], "steps": _cached(study)})
     return rows
+
+
+def _budget(study: Study, hours: float) -> None:
+    """How long the whole study takes on so many devices, and whether it may."""
+    limit, name = study.spec.budget_hours, find_device(study.spec.device).name
+    days = ", ".join(f"{duration(hours * 3600 / n)} on {n}" for n in (8, 64, 256))
+    say(f"all runs, {hours:,.0f} device-hours, if they fill the devices: {days} {name}")
+    if limit and hours > limit:
+        raise UserError(f"study.budget_hours: the plan needs {hours:,.0f} device-hours, {limit:,.0f} are allowed; leave out sizes, "
+                        "seeds or epochs, or raise it")  # fmt: skip
 
 
 def _cached(study: Study) -> dict[str, float]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from var_scale.config.schema import Config
+from var_scale.config.schema import Config, StudySpec
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, flat
 
@@ -182,8 +184,30 @@ def load(name: str, overrides: Iterable[str] = ()) -> Config:
     return check(tree, name)
 
 
-def run_config(config: Config, depth: int, seed: int) -> Config:
-    """The config of one run of a study: the size's preset, its depth, its overrides, the common ones, its seed; no study section."""
+@dataclass(frozen=True)
+class Variant:
+    """One point of a study's grid: dotted keys and values, and training FLOPs where the study lists them."""
+
+    keys: tuple[tuple[str, Any], ...] = ()
+    flops: float | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What it adds to a run's name: -base_lr_0.0002-c1e18."""
+        parts = [f"{key.rpartition('.')[2]}_{'on' if value is True else 'off' if value is False else value}" for key, value in self.keys]
+        parts += [f"c{self.flops:g}".replace("+", "")] if self.flops else []
+        return "".join(f"-{re.sub(r'[^A-Za-z0-9._-]', '_', part)}" for part in parts)
+
+
+def variants(spec: StudySpec) -> list[Variant]:
+    """All points of the grid, one without keys where there is none."""
+    points = [tuple(zip(spec.grid, values, strict=True)) for values in product(*spec.grid.values())]
+    return [Variant(keys, flops) for keys in points for flops in (spec.flops or [None])]  # type: ignore[list-item]
+
+
+def run_config(config: Config, depth: int, seed: int, variant: Variant = Variant()) -> Config:
+    """The config of one run of a study: the size's preset, its depth, its overrides, the common ones, its point of the grid, its seed; no
+    study section. A point's FLOPs are for `with_flops`."""
     assert config.study is not None
     tree = dump(config)
     tree.pop("study")
@@ -192,8 +216,16 @@ def run_config(config: Config, depth: int, seed: int) -> Config:
     tree = merge(tree, nested("model.depth", depth))
     for dotted, value in [*config.study.overrides.get(depth, {}).items(), *config.study.common.items()]:
         tree = merge(tree, nested(dotted, value))
-    tree = merge(tree, {"name": run_name(depth, seed), "train": {"seed": seed}})
+    for key, value in variant.keys:
+        preset = parse_override(f"{key}={value}")[1] if "." not in key else None
+        tree = {**tree, key: preset.tree[key]} if isinstance(preset, Preset) else merge(tree, nested(key, value))
+        if key in EXCLUSIVE:
+            tree["train"].pop(EXCLUSIVE[key], None)
+    tree = merge(tree, {"name": run_name(depth, seed) + variant.suffix, "train": {"seed": seed}})
     return check(tree, f"study {config.name}, depth {depth}")
+
+
+EXCLUSIVE = {"train.epochs": "steps", "train.steps": "epochs"}
 
 
 def run_name(depth: int, seed: int) -> str:
@@ -220,7 +252,7 @@ def difference(there: Config, here: Config) -> str:
 
 def _identity(config: Config) -> dict[str, Any]:
     tree = dump(config)
-    for section in ("log", "engine", "study"):
+    for section in ("log", "engine", "study", "cluster"):
         tree.pop(section, None)
     for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit",
                 "accumulate"):  # fmt: skip

@@ -14,12 +14,18 @@ PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _switch(value: Any) -> Any:
     """YAML reads on and off as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _time(value: Any) -> Any:
+    """YAML reads 24:00:00 as a number of seconds."""
+    return f"{value // 3600:02d}:{value // 60 % 60:02d}:{value % 60:02d}" if isinstance(value, int) else value
 
 
 def _grid(value: Any) -> Any:
@@ -73,6 +79,7 @@ class DataConfig(Section):
     images_val: str | None = Field(None, description="folder of image shards for validation")
     tokens_train: str | None = Field(None, description="folder of token shards for training")
     tokens_val: str | None = Field(None, description="folder of token shards for validation")
+    fraction: float | None = Field(None, gt=0, le=1, description="share of the training samples that is used, the same for all seeds")
     num_classes: Positive | None = Field(None, description="classes; must match the shards; default 1000, or those of the embedded set")
     views: Positive = Field(1, description="random crops of each training image that are tokenised; 1: the centre crop")
     flip: bool = Field(False, description="mirrored images too: twice the views, or half the images where `online`")
@@ -296,6 +303,52 @@ class EngineConfig(Section):
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
+class ClusterConfig(Section):
+    """What a run asks of SLURM (`study run --on slurm`), and how its ranks are started there. Nothing here changes a result."""
+
+    nodes: Positive = Field(1, description="nodes of a run; a study sets it for a size in study.overrides")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of a node; 0: none, the run computes on CPUs")
+    gpu_type: str | None = Field(None, description="asked for as gpu:TYPE:N")
+    tasks_per_node: int = Field(0, ge=0, description="processes on a node; 0: one a GPU, without GPUs one")
+    cpus_per_task: Positive = Field(8, description="cores of a process")
+    memory: str = Field("0", description="memory of a node, such as 200G; 0: all of it")
+    time: Annotated[str, BeforeValidator(_time)] = Field(
+        "24:00:00", pattern=r"^(\d+-)?\d{1,4}(:\d{2}){1,2}$", description="time limit of one life of a run, [D-]HH:MM:SS; it comes back"
+    )
+    partition: str | None = Field(None, description="partition")
+    account: str | None = Field(None, description="account")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description='features of the nodes, such as "h100&ib"')
+    sbatch: list[str] = Field(default_factory=list, description="further #SBATCH options, such as --reservation=NAME")
+    launcher: Literal["auto", "deepspeed", "torchrun", "srun", "pdsh", "slurm"] = Field(
+        "auto", description="what starts the ranks: deepspeed or torchrun on every node, srun every rank itself, pdsh (deepspeed over "
+        "ssh), slurm (deepspeed's own); auto: deepspeed for its engine, else srun",
+    )  # fmt: skip
+    setup: list[str] = Field(default_factory=list, description="shell lines before all else, such as module load cuda")
+    container: str | None = Field(None, description="what commands on the nodes are run with, such as apptainer exec --nv IMAGE")
+    python: str | None = Field(None, description="Python on the nodes; default the one that submits, in a container python")
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the job, such as NCCL_SOCKET_IFNAME or VAR_SCALE_CACHE")
+    check: bool = Field(True, description="look at nodes, GPUs and connections before each life, and leave bad nodes out")
+    stop_seconds: Positive = Field(120, description="what a run may need to save; SLURM's signal comes a minute earlier still")
+    requeues: int = Field(50, ge=0, description="times that a run comes back after a time limit, preemption or lost node")
+    at_once: int = Field(0, ge=0, description="runs of an array that may run at the same time; 0: all")
+
+    @property
+    def tasks(self) -> int:
+        """Processes on a node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world(self) -> int:
+        """Processes of a run."""
+        return self.nodes * self.tasks
+
+    @property
+    def devices(self) -> int:
+        """GPUs of a run, or without GPUs its nodes."""
+        return self.nodes * (self.gpus_per_node or 1)
+
+
 class LogConfig(Section):
     """Mirrors of metrics.jsonl; they may fail without harm."""
 
@@ -312,6 +365,14 @@ class StudySpec(Section):
     depths: tuple[Positive, ...] = Field((), description="sizes of the ladder")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="seeds of every size")
     preset: str | None = Field(None, description="a preset a size, such as model/d{depth}: model and recipe of that depth")
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="other keys to sweep, dotted, each with its values: all combinations of them for every size and "
+        "seed; engine takes presets",
+    )  # fmt: skip
+    flops: list[PositiveFloat] = Field(
+        default_factory=list, description="training FLOPs of a run: every size with every one of them, its epochs follow (isoFLOP curves)"
+    )
+    budget_hours: PositiveFloat | None = Field(None, description="device-hours that the plan may need on a named device; more is refused")
     overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
     common: dict[str, Any] = Field(
         default_factory=dict, description="keys changed for every size after its preset, dotted; the command line's key=value go here too"
@@ -337,6 +398,13 @@ class StudySpec(Section):
             for key, by in (("model.depth", "depths"), ("train.seed", "seeds")):
                 if key in keys:
                     raise ValueError(f"{section}: {key} is set by study.{by}, a run each; change that")
+        for key, points in self.grid.items():
+            if not points or len({str(point) for point in points}) < len(points):
+                raise ValueError(f"grid.{key} {points} is empty or lists a value twice")
+            if key in ("model.depth", "train.seed") or key.partition(".")[0] in ("study", "name", "cluster", "tokenizer"):
+                raise ValueError(f"grid.{key}: cannot be swept; sizes are study.depths, seeds study.seeds, a tokenizer is a study's own")
+        if self.flops and any(key in ("train.epochs", "train.steps") for key in self.grid):
+            raise ValueError("flops sets the epochs; leave train.epochs and train.steps out of the grid")
         if strangers := sorted(set(self.overrides) - set(self.depths)):
             raise ValueError(f"overrides names depth {strangers[0]}, which is not one of depths {list(self.depths)}")
         return self
@@ -351,6 +419,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
     study: StudySpec | None = None
 
@@ -374,6 +443,6 @@ class Config(Section):
     @property
     def train_samples(self) -> int:
         """Training samples an epoch, for planning."""
-        if self.data.grammar:
-            return self.data.grammar.train_samples
-        return self.data.leaves.train_images if self.data.leaves else self.data.train_samples or 1281167
+        made, data = self.data.leaves.train_images if self.data.leaves else None, self.data
+        whole = made or (data.grammar.train_samples if data.grammar else data.train_samples or 1281167)
+        return max(1, int((data.fraction or 1) * whole))

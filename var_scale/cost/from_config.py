@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from var_scale.config.schema import Config
+from var_scale.cost.flops import count_flops
 from var_scale.cost.shape import ModelShape
 
 
@@ -14,3 +15,9 @@ def shape_of(config: Config) -> ModelShape:
         vocab_size=t.vocab_size, latent_channels=t.latent_channels, num_classes=config.classes, shared_aln=m.shared_aln,
         attn_l2_norm=m.attn_l2_norm,
     )  # fmt: skip
+
+
+def with_flops(config: Config, flops: float) -> Config:
+    """The run with as many epochs as `flops` training FLOPs allow."""
+    epochs = flops / (count_flops(shape_of(config)).training * config.train_samples)
+    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs, "steps": None})})

@@ -176,23 +176,26 @@ class Batch:
 class _Loader:
     """Which samples are the batch of (step, micro-step) of one data-parallel rank: a pure function of (data, seed, step). No state."""
 
-    def __init__(self, num_samples: int, seed: int, global_batch: int, world: int, rank: int, accumulate: int):
+    def __init__(self, num_samples: int, seed: int, global_batch: int, world: int, rank: int, accumulate: int, subset: np.ndarray | None):
         rank_slice(global_batch, world, rank, accumulate, 0)
-        self.num_samples, self.seed, self.global_batch = num_samples, seed, global_batch
+        self.num_samples, self.seed, self.global_batch = num_samples if subset is None else len(subset), seed, global_batch
+        self.subset = subset
         self.world, self.rank, self.accumulate = world, rank, accumulate
 
     def places(self, step: int, micro_index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sample indices, epochs, and positions in the stream, each (B,)."""
         part = rank_slice(self.global_batch, self.world, self.rank, self.accumulate, micro_index)
         indices, epochs = (array[part] for array in global_batch_indices(self.num_samples, self.seed, step, self.global_batch))
+        indices = indices if self.subset is None else self.subset[indices]
         return indices, epochs, np.arange(part.start, part.stop, dtype=np.int64) + step * self.global_batch
 
 
 class TokenLoader(_Loader):
-    """The batch of (step, micro-step) for one data-parallel rank."""
+    """The batch of (step, micro-step) for one data-parallel rank; of the samples `subset` alone where it is given."""
 
-    def __init__(self, data: TokenData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1):
-        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate)
+    def __init__(self, data: TokenData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1,
+                 subset: np.ndarray | None = None):  # fmt: skip
+        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate, subset)
         self.data = data
 
     def batch(self, step: int, micro_index: int = 0) -> Batch:
@@ -316,8 +319,8 @@ class ImageLoader(_Loader):
     """As TokenLoader, with decoded images: the official random crop, and with `flip` half of them mirrored, keyed by sample and epoch."""
 
     def __init__(self, data: ImageData, seed: int, global_batch: int, world: int = 1, rank: int = 0, accumulate: int = 1,
-                 flip: bool = False):  # fmt: skip
-        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate)
+                 flip: bool = False, subset: np.ndarray | None = None):  # fmt: skip
+        super().__init__(data.num_samples, seed, global_batch, world, rank, accumulate, subset)
         self.data, self.flip = data, flip
 
     def batch(self, step: int, micro_index: int = 0) -> ImageBatch:

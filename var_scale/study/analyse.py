@@ -9,7 +9,7 @@ from typing import Any
 
 from var_scale.study.fit import fit_law, floor_strip
 from var_scale.study.frontier import Frontier, fit_frontier
-from var_scale.study.gate import GateResult, gate
+from var_scale.study.gate import GateResult, best_of_variants, gate
 from var_scale.study.holdout import HoldOut, hold_out, noise_floor
 from var_scale.study.laws import Form, LawFit
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
@@ -61,7 +61,9 @@ def fit_study(
     With too few healthy runs the fits carry their reason; nothing raises.
     """
     result = gate(records)
-    kept = result.kept
+    healthy = result.kept
+    kept, beaten = best_of_variants(healthy)
+    result = GateResult(kept, (*result.excluded, *beaten))
     assumed = {metric: (floors or {}).get(metric, 0.0) for metric in METRICS}
     left_out = [(item.record.name, item.code, item.text) for item in result.excluded]
     fits: dict[tuple[str, str], LawFit] = {}
@@ -80,5 +82,5 @@ def fit_study(
         for way in SIZES:
             fit = fit_law("power", *size_means(kept, metric, way)[1:], metric=metric, floor=assumed[metric])
             by_size[metric][way] = fit.params.get("alpha", math.nan)
-    frontiers = {metric: fit_frontier(kept, metric, assumed[metric], seed) for metric in METRICS}
+    frontiers = {metric: fit_frontier(healthy, metric, assumed[metric], seed) for metric in METRICS}
     return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, noise)

@@ -11,7 +11,8 @@ from typing import Literal
 from var_scale.study.record import METRICS, RunRecord
 
 Code = Literal[
-    "incomplete", "diverged", "failed", "non_finite", "not_annealed", "missing_evaluation", "worse_than_smaller", "data_differs"
+    "incomplete", "diverged", "failed", "non_finite", "not_annealed", "missing_evaluation", "worse_than_smaller", "data_differs",
+    "beaten_variant",
 ]  # fmt: skip
 MAX_FINAL_LR = 0.1
 WORSE_TOLERANCE = 0.01
@@ -24,6 +25,7 @@ CODES: dict[Code, str] = {
     "not_annealed": f"the last learning rate is above {MAX_FINAL_LR:g} of the peak",
     "data_differs": "trained on other data than the majority of the runs",
     "worse_than_smaller": f"average loss more than {100 * WORSE_TOLERANCE:g} % above a smaller model's: a sign of a bad recipe",
+    "beaten_variant": "another point of the study's grid is better at this size and seed; it is in the frontier, not in the laws of N",
 }
 
 
@@ -96,3 +98,16 @@ def gate(records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE)
         else:
             kept.append(record)
     return GateResult(tuple(kept), tuple(excluded))
+
+
+def best_of_variants(kept: Sequence[RunRecord]) -> tuple[tuple[RunRecord, ...], tuple[Exclusion, ...]]:
+    """Of runs of one size and seed, the points of a grid, the one with the smallest average loss, and the others with the reason. A law
+    of N compares sizes at their best; a frontier takes all."""
+    best: dict[tuple[int, int], RunRecord] = {}
+    for run in kept:
+        key = (run.params_paper, run.seed)
+        if key not in best or run.loss_avg < best[key].loss_avg:
+            best[key] = run
+    beaten = [Exclusion(run, "beaten_variant", f"loss_avg {run.loss_avg:.4f}, {winner.name} has {winner.loss_avg:.4f}")
+              for run in kept if (winner := best[run.params_paper, run.seed]) is not run]  # fmt: skip
+    return tuple(run for run in kept if run is best[run.params_paper, run.seed]), tuple(beaten)

@@ -46,18 +46,20 @@ class PlanRow:
 
 def plan_rows(
     shapes: Sequence[ModelShape], images: int | Sequence[int], *, names: Sequence[str] | None = None, device: str = "h100",
-    devices: int = 1, mfu: float | None = None,
+    devices: int | Sequence[int] = 1, mfu: float | None = None,
     run_seconds: Sequence[float] | None = None, micro_batch: int = 1, precision: Precision = "bf16",
-    world: int = 1, stage: int = 0,
+    world: int | Sequence[int] = 1, stage: int = 0, batch: int | None = None,
 ) -> list[PlanRow]:  # fmt: skip
     """One row a shape, in the order given. `images` a run (repeats counted); `run_seconds` replaces the expected times by measured ones.
 
-    The largest size is held out when at least two sizes are planned. `stage` is ZeRO's (3 for FSDP), `world` the ranks of a run.
+    The largest size is held out when at least two sizes are planned. `stage` is ZeRO's (3 for FSDP), `world` the ranks of a run; with
+    `batch` (samples of a micro-step over all ranks) each takes its share, else `micro_batch`.
     """
     if not shapes:
         raise UserError("plan: no sizes; give study.depths")
     counts = [images] * len(shapes) if isinstance(images, int) else list(images)
-    for what, given in (("images", counts), ("names", names), ("run_seconds", run_seconds)):
+    taken, ranks = ([given] * len(shapes) if isinstance(given, int) else list(given) for given in (devices, world))
+    for what, given in (("images", counts), ("names", names), ("run_seconds", run_seconds), ("devices", taken), ("world", ranks)):
         if given is not None and len(given) != len(shapes):
             raise UserError(f"plan: {len(given)} {what} for {len(shapes)} sizes; give one each")
     sizes = [count_params(shape).paper for shape in shapes]
@@ -70,9 +72,9 @@ def plan_rows(
                 name=names[i] if names else f"d{shape.depth}", depth=shape.depth, width=shape.width,
                 params_total=count_params(shape).total, params_paper=sizes[i], images=counts[i], tokens=flops.tokens * counts[i],
                 flops=work, flops_6nd=flops.training_6nd * counts[i],
-                memory=count_memory(shape, micro_batch, precision, world, stage).total,
-                seconds=run_seconds[i] if run_seconds else device_seconds(work, device, devices, mfu),
-                measured=run_seconds is not None, devices=devices, held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
+                memory=count_memory(shape, max(1, batch // ranks[i]) if batch else micro_batch, precision, ranks[i], stage).total,
+                seconds=run_seconds[i] if run_seconds else device_seconds(work, device, taken[i], mfu),
+                measured=run_seconds is not None, devices=taken[i], held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
             )
         )  # fmt: skip
     return rows

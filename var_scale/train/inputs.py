@@ -13,6 +13,7 @@ from torch import Tensor
 from var_scale.config.schema import Config
 from var_scale.data.loader import Batch, ImageBatch, ImageData, ImageLoader, TokenData, TokenLoader
 from var_scale.data.manifest import Manifest
+from var_scale.data.order import epoch_permutation
 from var_scale.data.remote import located
 from var_scale.data.shards import CHANGED
 from var_scale.data.transforms import to_minus1_1
@@ -23,8 +24,16 @@ from var_scale.model.encode import encode
 from var_scale.model.vqvae import VQVAE
 from var_scale.train.world import World
 
+SHARE_SEED = 2**62  # apart from the seeds of runs
 NO_TOKENS = ("data.tokens_train and data.tokens_val are needed for training; make them with `var-scale data tokenize`, or train from "
              "images with data.online=true")  # fmt: skip
+
+
+def chosen(num_samples: int, fraction: float | None) -> np.ndarray | None:
+    """The samples of a share, the same for every seed, a larger share holding the smaller; None: all."""
+    if fraction is None:
+        return None
+    return np.sort(epoch_permutation(num_samples, SHARE_SEED, 0)[: max(1, int(fraction * num_samples))])
 
 
 class Tokens:
@@ -32,9 +41,9 @@ class Tokens:
 
     name = "token shards"
 
-    def __init__(self, data: TokenData, world: World):
-        self.data, self.world = data, world
-        self.num_samples, self.digest = data.num_samples, data.digest
+    def __init__(self, data: TokenData, world: World, fraction: float | None = None):
+        self.data, self.world, self.subset = data, world, chosen(data.num_samples, fraction)
+        self.num_samples, self.digest = data.num_samples if self.subset is None else len(self.subset), data.digest
 
     @property
     def manifest(self) -> Manifest:
@@ -43,7 +52,7 @@ class Tokens:
 
     def loader(self, seed: int, batch: int, world: int, rank: int, accumulate: int) -> TokenLoader | ImageLoader:
         """The stream of training batches."""
-        return TokenLoader(self.data, seed, batch, world, rank, accumulate)
+        return TokenLoader(self.data, seed, batch, world, rank, accumulate, self.subset)
 
     def tensors(self, batch: Batch | ImageBatch) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) and labels (B,) of a batch, on the device."""
@@ -65,14 +74,15 @@ class Images(Tokens):
     name = "images, tokenised in the step"
     data: ImageData  # type: ignore[assignment]
 
-    def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool, precision: str):
-        super().__init__(data, world)  # type: ignore[arg-type]
+    def __init__(self, data: ImageData, world: World, vae: VQVAE, tokenizer_hash: str, flip: bool, precision: str,
+                 fraction: float | None = None):  # fmt: skip
+        super().__init__(data, world, fraction)  # type: ignore[arg-type]
         self.vae, self.flip, self.precision = vae, flip, precision
         self.digest = canonical_hash([data.digest, tokenizer_hash, data.resize, precision])
 
     def loader(self, seed: int, batch: int, world: int, rank: int, accumulate: int) -> TokenLoader | ImageLoader:
         """The stream of training batches."""
-        return ImageLoader(self.data, seed, batch, world, rank, accumulate, self.flip)
+        return ImageLoader(self.data, seed, batch, world, rank, accumulate, self.flip, self.subset)
 
     def tensors(self, batch: Batch | ImageBatch) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) and labels (B,) of a batch, on the device."""
@@ -111,13 +121,15 @@ def open_data(
 
     def opened(split: str) -> Tokens:
         folder = getattr(data, f"{'images' if data.online else 'tokens'}_{split}")
+        fraction = data.fraction if split == "train" else None
         if data.online:
             found: Tokens = Images(open_images(config, folder, world.size), world, vae, tokenizer_hash, data.flip,
-                                   config.tokenizer.encode_precision)  # fmt: skip
+                                   config.tokenizer.encode_precision, fraction)  # fmt: skip
         elif not folder:
             raise UserError(NO_TOKENS)
         else:
-            found = Tokens(TokenData(located(folder, data.cache, data.cache_gb), tokenizer_hash, config.tokenizer.patch_nums), world)
+            found = Tokens(TokenData(located(folder, data.cache, data.cache_gb), tokenizer_hash, config.tokenizer.patch_nums), world,
+                           fraction)  # fmt: skip
         if (there := found.data.num_classes) != config.classes:
             raise UserError(f"{folder}: has {there} classes, the config says {config.classes}; set data.num_classes={there}")
         if data.check == "sha256":

@@ -16,7 +16,7 @@ from var_scale.config.load import load
 from var_scale.errors import UserError
 from var_scale.run_folder import RunFolder, take_lock
 from var_scale.train.stopping import PARENT_ENV
-from var_scale.train.world import World, leave, start_world
+from var_scale.train.world import WORLD_ENV, World, leave, start_world
 
 USER_ERROR = 2
 SPEAK_SECONDS = 10.0
@@ -27,11 +27,18 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     folder = Path(arguments[0])
     run = RunFolder(folder)
+    if logs := os.environ.get("VAR_SCALE_LOGS"):
+        _log_to(Path(logs))
     config = load(str(run.config))
     timeout = 2 * config.train.hang_seconds + 300  # the watchdog is to speak first
-    world = start_world(config.engine.name != "single", config.engine.threads, timeout)
+    try:
+        world = start_world(config.engine.name != "single", config.engine.threads, timeout)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        run.set_status("failed", str(error))
+        sys.exit(error.code)
     lock = take_lock(folder / ".lock", wait_seconds=60) if world.main else None
-    if world.main and lock is not None and PARENT_ENV not in os.environ:
+    if world.main and lock is not None and not {PARENT_ENV, WORLD_ENV} & os.environ.keys():
         (folder / "STOP").unlink(missing_ok=True)  # it stopped an earlier life; `var-scale train` removes it before it starts the ranks
     refused = torch.tensor(float(world.main and lock is None), device=world.device)
     if float(world.reduce(refused)) > 0:  # all ranks wait here: none looks for a checkpoint while an earlier life may still write one
@@ -58,6 +65,14 @@ def main() -> None:
                 reason = "lost the connection to another rank: it was killed, or its node is gone; the same command continues"
         _fail(run, world, reason)
     leave(world, code)
+
+
+def _log_to(folder: Path) -> None:
+    """Put all that this process says into a file of its rank."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    file = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
 
 
 def out_of_memory(error: Exception, world: World) -> str:

@@ -11,7 +11,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from var_scale.errors import UserError
 from var_scale.run_folder import EXIT_REQUEUE
+
+WORLD_ENV = "VAR_SCALE_WORLD"
+"""processes that a job asks for"""
+FROM_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID",
+              "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,14 @@ class World:
 
 
 def start_world(group: bool, threads: int, timeout: float = 1800.0) -> World:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE (torchrun, deepspeed) and join the process group when `group` is wanted. `timeout`: seconds after
-    which an exchange that does not end is an error."""
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (torchrun, deepspeed) or what srun says, and join the process group when `group` is wanted.
+    `timeout`: seconds after which an exchange that does not end is an error. UserError: not as many processes as the job asked for."""
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ |= {name: os.environ[slurm] for name, slurm in FROM_SLURM.items() if slurm in os.environ}
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if size != int(os.environ.get(WORLD_ENV, size)):
+        raise UserError(f"{size} processes were started, the job asked for {os.environ[WORLD_ENV]}; the launcher did not reach all nodes")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
