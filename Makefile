@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDY ?= study/tiny
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: env study test test-slow lint clean
+.PHONY: env study test test-slow test-slurm lint clean
 
 env: $(VENV)/.installed
 
@@ -25,7 +25,10 @@ test: env
 	$(BIN)/python -m pytest -m 'not slow and not slurm and not gpu'
 
 test-slow: env
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu and not slurm'
+
+test-slurm: env
+	$(BIN)/python -m pytest -m slurm
 
 lint: env
 	$(BIN)/ruff check .

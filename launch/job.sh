@@ -44,10 +44,13 @@ fi
 on_node -m var_scale.cluster.job begin "$VS_RUN" "$job" || exit 2
 if [ "$VS_CHECK" = 1 ]; then
   export VS_CHECK_PORT=$((MASTER_PORT + 1))
-  if ! follow "${each_rank[@]}" $VS_CONTAINER "$VS_PYTHON" -m var_scale.cluster.nodes check "$VAR_SCALE_LOGS" && [ ! -e "$VS_RUN/STOP" ]; then
+  each=("${each_rank[@]}" --kill-on-bad-exit=0 --wait=0 timeout 300)  # every rank is to say how far it came
+  follow "${each[@]}" $VS_CONTAINER "$VS_PYTHON" -m var_scale.cluster.nodes check "$VAR_SCALE_LOGS" > "$VAR_SCALE_LOGS/check.log" 2>&1
+  if [ $? != 0 ] && [ ! -e "$VS_RUN/STOP" ]; then
+    grep '^error:' "$VAR_SCALE_LOGS/check.log"
     bad=$(on_node -m var_scale.cluster.nodes bad "$VAR_SCALE_LOGS" "${hosts[@]}")
     [ -z "$bad" ] || again "a node failed its check" "$bad"
-    on_node -m var_scale.cluster.job fail "$VS_RUN" "the nodes ${hosts[*]} failed their check, see $VAR_SCALE_LOGS/check-*"
+    on_node -m var_scale.cluster.job fail "$VS_RUN" "the nodes ${hosts[*]} failed their check, see $VAR_SCALE_LOGS/check.log"
     exit 1
   fi
 fi

@@ -89,6 +89,15 @@ def python(cluster: ClusterConfig) -> str:
     return cluster.python or ("python" if cluster.container else sys.executable)
 
 
+def seconds(limit: str) -> int:
+    """Of a time limit, [D-]HH:MM:SS or MM:SS."""
+    days, _, clock = limit.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = 60 * total + int(part)
+    return 86400 * int(days or 0) + total
+
+
 def launcher(config: Config) -> str:
     """What starts the ranks."""
     if config.cluster.launcher != "auto":
@@ -159,6 +168,9 @@ def check_cluster(study: Study) -> None:
                             "cluster.tasks_per_node=1")  # fmt: skip
         if launcher(config) in ("pdsh", "slurm", "deepspeed") and config.engine.name == "single":
             raise UserError(f"run {config.name}: engine single is not started by {launcher(config)}; set cluster.launcher=srun")
+        if seconds(c.time) <= 2 * (SIGNAL_EARLY + c.stop_seconds):
+            raise UserError(f"run {config.name}: cluster.time={c.time} leaves no time to train: SLURM's signal comes {SIGNAL_EARLY} + "
+                            f"{c.stop_seconds} (cluster.stop_seconds) seconds before the end; give more time")  # fmt: skip
         check_config(config, c.world)
 
 

@@ -1,0 +1,233 @@
+"""On a real SLURM (launch/dev-cluster): launchers, preemption, time limits, dying nodes, cancelled jobs, whole studies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import final, losses, run, small_config
+from var_scale.cluster.slurm import run_script
+from var_scale.config.load import config_root
+from var_scale.config.schema import Config
+from var_scale.run_folder import RunFolder
+from var_scale.train.checkpoint import checkpoints
+from var_scale.train.loop import create_run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+DEV = config_root().parent / "launch" / "dev-cluster"
+FSDP: dict[str, Any] = {"name": "fsdp", "processes": 2}
+ZERO: dict[str, Any] = {"name": "deepspeed", "processes": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
+TWO = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 1, "memory": "2G", "time": "00:30:00", "stop_seconds": 30, "check": False}
+
+
+class Cluster:
+    """The one-host cluster of this test session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def call(self, *argv: str) -> str:
+        """A command of dev-cluster."""
+        done = subprocess.run([str(DEV), "--dir", str(self.folder), *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def run(self, *argv: str) -> str:
+        """A command on its login host."""
+        return self.call("run", *argv)
+
+    def submit(self, run: RunFolder, *options: str) -> str:
+        """A run's own script."""
+        return self.run("sbatch", "--parsable", *options, str(run.path / "job.sh")).strip()
+
+    def state(self, job: str) -> str:
+        """PENDING, RUNNING, ...; as SLURM keeps it when the job has ended."""
+        return next(word for word in self.run("scontrol", "-o", "show", "job", job).split() if word.startswith("JobState=")).split("=")[1]
+
+    def wait(self, job: str, *states: str, seconds: float = 150) -> str:
+        """Until the job is in one of `states` (default: at its end)."""
+        deadline = time.monotonic() + seconds
+        while (state := self.state(job)) not in (states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")):
+            assert time.monotonic() < deadline, f"job {job} is {state}"
+            time.sleep(0.3)
+        return state
+
+    def start_now(self, job: str) -> None:
+        """A job that comes back need not wait the two minutes that SLURM gives it."""
+        self.wait(job, "PENDING")
+        time.sleep(1.5)
+        self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    found = Cluster(tmp_path_factory.mktemp("slurm"))
+    found.call("up")
+    yield found
+    found.call("down")
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def job(tmp_path: Path, name: str, **changes: Any) -> tuple[Config, RunFolder]:
+    """A run folder with its script, of the small model on two nodes."""
+    settings = {"engine": FSDP, **changes, "cluster": TWO | changes.get("cluster", {})}
+    config = small_config(tmp_path, **settings)
+    run = create_run(config, tmp_path / name)
+    run.log.mkdir(exist_ok=True)
+    (run.path / "job.sh").write_text(run_script(config, run, "test"))
+    return config, run
+
+
+def said(run: RunFolder) -> str:
+    return "\n".join(path.read_text() for path in sorted(run.path.rglob("*.out")) + sorted(run.path.rglob("*.log")))
+
+
+SLOWED = {"train": {"steps": 200}, "log": {"every": 1}}
+"""long enough to be met in the middle"""
+
+
+@pytest.mark.parametrize(("launcher", "engine"), [("deepspeed", ZERO), ("torchrun", FSDP), ("srun", FSDP), ("slurm", ZERO), ("pdsh", ZERO)])
+def test_launchers(launcher: str, engine: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    """Each starts two ranks on two nodes, with the losses of one process here; output by rank, rank 0's in the job's."""
+    code, here = run(small_config(tmp_path), tmp_path / "here")
+    assert code == 0
+    _, there = job(tmp_path, launcher, engine=engine, cluster={"launcher": launcher, "check": launcher == "srun"})
+    number = cluster.submit(there)
+    assert cluster.wait(number) == "COMPLETED", said(there)
+    assert losses(there) == pytest.approx(losses(here), rel=1e-5)
+    assert final(there)["loss_avg"] == pytest.approx(final(here)["loss_avg"], rel=1e-5)
+    logs = there.log / f"{number}.0"
+    assert (logs / "rank-1.log").exists() and "world=2" in (there.log / f"job-{number}.out").read_text()
+    status = there.status()
+    assert status["state"] == "complete" and status["job"] == number and status["job_seconds"] > 0
+    if launcher == "srun":
+        assert [(logs / f"check-{rank}").read_text() for rank in (0, 1)] == [
+            f"host node{rank + 1}\nok here\nok reached\nok exchanged\n" for rank in (0, 1)]  # fmt: skip
+
+
+def test_preempted_and_back(cluster: Cluster, tmp_path: Path) -> None:
+    """A job of higher priority takes the nodes: the run saves, comes back by itself, and ends with the bits of an undisturbed one. Then the
+    same by SLURM's signal before a time limit."""
+    _, alone = job(tmp_path, "alone", **SLOWED)
+    assert cluster.wait(cluster.submit(alone)) == "COMPLETED", said(alone)
+    _, disturbed = job(tmp_path, "disturbed", **SLOWED)
+    number = cluster.submit(disturbed)
+    until(lambda: disturbed.status().get("state") == "running" and len(losses(disturbed)) > 20)
+    other = cluster.run("sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3").strip()
+    cluster.start_now(number)
+    assert disturbed.status()["state"] == "preempted" and "saved" in disturbed.status()["reason"], said(disturbed)
+    cluster.wait(other)
+    before = disturbed.status()["step"]
+    until(lambda: len(losses(disturbed)) > before + 20)
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    cluster.start_now(number)
+    assert cluster.wait(number) == "COMPLETED", said(disturbed)
+    assert checkpoints(disturbed.checkpoints)[-1].state["files"] == checkpoints(alone.checkpoints)[-1].state["files"]
+    assert losses(disturbed) == losses(alone) and disturbed.status()["restarts"] == 2
+
+
+def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
+    """The job comes back and ends on the nodes that are left or return."""
+    _, there = job(tmp_path, "run", **SLOWED, cluster={"requeues": 5})
+    number = cluster.submit(there)
+    until(lambda: len(losses(there)) > 20)
+    cluster.call("kill", "node2")
+    cluster.wait(number, "PENDING", seconds=90)
+    cluster.call("start", "node2")
+    time.sleep(2)
+    cluster.start_now(number)
+    assert cluster.wait(number) == "COMPLETED", said(there)
+    assert len(losses(there)) == 200 and there.status()["restarts"] >= 1
+
+
+def test_what_is_not_as_asked_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """One node where two are needed; a launcher that starts too few ranks; a node that fails its check is named and left out."""
+    _, there = job(tmp_path, "nodes")
+    assert cluster.wait(cluster.submit(there, "--nodes=1")) == "FAILED"
+    assert "the job got 1 nodes, the run needs 2" in there.status()["reason"]
+    _, there = job(tmp_path, "ranks", engine=FSDP, cluster={"launcher": "srun"})
+    script = (there.path / "job.sh").read_text()
+    assert '--ntasks="$VAR_SCALE_WORLD"' in script
+    (there.path / "job.sh").write_text(script.replace('--ntasks="$VAR_SCALE_WORLD"', "--ntasks=2").replace("VS_NODES *", "2 * VS_NODES *"))
+    assert cluster.wait(cluster.submit(there)) == "FAILED"
+    assert "2 processes were started, the job asked for 4" in there.status()["reason"], said(there)
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/bash\n[ "$3 $(hostname)" != "check node1" ] || exit 1\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    _, there = job(tmp_path, "bad", engine=FSDP, cluster={"python": str(broken), "check": True, "env": {"VAR_SCALE_CHECK_SECONDS": "5"}})
+    number = cluster.submit(there)
+    cluster.wait(number, "PENDING", seconds=60)
+    until(lambda: "ExcNodeList=node1" in cluster.run("scontrol", "-o", "show", "job", number), 20)
+    text = (there.log / f"job-{number}.out").read_text()
+    assert "comes back without node1" in text and len(text.splitlines()) < 8, text
+    cluster.run("scancel", number)
+
+
+def test_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """scancel: the run saves, nothing comes back, nothing is left running; the same job submitted again ends it."""
+    _, there = job(tmp_path, "run", **SLOWED)
+    number = cluster.submit(there)
+    until(lambda: len(losses(there)) > 20)
+    cluster.run("scancel", number)
+    assert cluster.wait(number) == "CANCELLED"
+    until(lambda: there.status()["state"] == "preempted", 30)
+    assert str(there.path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert cluster.wait(cluster.submit(there)) == "COMPLETED", said(there)
+    assert len(losses(there)) == 200
+
+
+def test_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:
+    """The signal before the end comes by itself, the run saves and waits for its next life."""
+    _, there = job(tmp_path, "run", train={"steps": 100000, "checkpoint_seconds": 1000}, cluster={"time": "00:02:00", "stop_seconds": 15})
+    number = cluster.submit(there)
+    cluster.wait(number, "PENDING", seconds=30)
+    cluster.wait(number, "RUNNING", seconds=30)
+    cluster.wait(number, "PENDING", seconds=150)
+    status = there.status()
+    assert status["state"] == "preempted" and status["step"] == checkpoints(there.checkpoints)[-1].step > 0, said(there)
+    cluster.run("scancel", number)
+
+
+STUDY = [
+    "study/tiny", "name=sweep", "cluster=dev", "cluster.check=false", "engine=ddp", "data.leaves.train_images=256",
+    "data.leaves.val_images=64",
+    "tokenizer.train.steps=10", "tokenizer.train.batch_size=16", "tokenizer.vocab_size=32", "tokenizer.hidden=32",
+    "tokenizer.latent_channels=8", "train.epochs=null", "train.steps=40", "train.batch_size=16", "train.precision=fp32",
+    "log.every=2", "log.tensorboard=false", "study.depths=[1,2,3]", "study.samples_per_class=1", "study.sample_classes=2",
+]  # fmt: skip
+
+
+def test_a_study(cluster: Cluster, tmp_path: Path) -> None:
+    """From a YAML file to the report with nobody watching: data, three sizes as an array at once, report; a run that diverges does not hold
+    the others; run again, only what is missing is submitted; stop and retry."""
+    os.chdir(tmp_path)
+    wild = 'study.overrides={3: {train.base_lr: 1.0e+30, train.clip: 0}}'
+    command = [sys.executable, "-m", "var_scale.cli", "study"]
+    submitted = cluster.run(*command, "run", *STUDY, wild, "--on", "slurm")
+    assert "d03-s0: job" in submitted
+    jobs = json.loads((tmp_path / "runs/sweep/slurm/jobs.json").read_text())
+    again = cluster.run(*command, "run", *STUDY, wild, "--on", "slurm")
+    assert "nothing more was submitted" in again and jobs == json.loads((tmp_path / "runs/sweep/slurm/jobs.json").read_text())
+    cluster.wait(jobs["report"], seconds=240)
+    states = [RunFolder(tmp_path / f"runs/sweep/d0{d}-s0").status()["state"] for d in (1, 2, 3)]
+    assert states == ["complete", "complete", "diverged"], cluster.run("bash", "-c", "tail -n 50 runs/sweep/slurm/*.out")
+    assert (tmp_path / "runs/sweep/report/report.html").exists() and (tmp_path / "runs/sweep/report/complete.json").exists()
+    assert "is complete, nothing to do" in cluster.run(*command, "run", *STUDY, wild, "--on", "slurm")
+    table = cluster.run("env", "COLUMNS=200", *command, "status", *STUDY, wild)
+    assert "diverged" in table and f"{jobs['train']}_2" in table
+    assert "d03-s0: job" in cluster.run(*command, "retry", "runs/sweep/d03-s0")
+    assert "d03-s0" in cluster.run(*command, "stop", *STUDY, wild, "--only", "d03-s0")
