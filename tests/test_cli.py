@@ -70,7 +70,6 @@ def test_wrong_key_and_missing_config(capsys: pytest.CaptureFixture[str], tmp_pa
     twice.write_bytes(b"\xff\xfe\x00binary")
     assert "UTF-8" in fails(capsys, "study", "plan", str(twice))
     assert "patch_nums" in fails(capsys, "study", "plan", "study/tiny", "tokenizer.patch_nums=[]")
-    assert "names depth 9" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={9: {train.clip: 1.0}}")
     assert "unknown key train.clib" in fails(capsys, "study", "plan", "study/tiny", "study.overrides={2: {train.clib: 1.0}}")
     assert "does not exist" in fails(capsys, "study", "plan", "study/tiny", "tokenizer.weights=nothing.pth")
     assert "model.depth is set by study.depths" in fails(capsys, "study", "plan", "study/tiny", "model.depth=8")

@@ -31,8 +31,16 @@ def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=_folder, default=Path("runs"), metavar="DIR", help="folder of all studies")
 
 
+def _labels(parser: argparse.ArgumentParser) -> None:
+    text = "text file with the name of class N (from 0) in line N + 1"
+    parser.add_argument("--class-names", type=Path, default=None, metavar="FILE", help=text)
+    parser.add_argument("--label-key", default=None, metavar="FIELD", help="in tars without .cls, the field of each .json with the class")
+
+
 def _folder(text: str) -> Path:
     """A folder, there or not."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; name a folder on disk")
     if (path := Path(text)).exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
     return path
@@ -115,9 +123,15 @@ def data_shard(args: argparse.Namespace) -> None:
     from var_scale.data.convert import shard_images
     from var_scale.progress import say
 
-    done = shard_images(args.source, args.out, args.split, args.seed, args.samples_per_shard, args.max_broken, args.processes)
+    done = shard_images(args.source, args.out, args.split, args.seed, args.samples_per_shard, args.max_broken, args.processes,
+                        args.label_key, _lines(args.class_names))  # fmt: skip
     for split, manifest in done.items():
         say(f"{split}: {manifest.num_samples:,} images of {manifest.num_classes} classes in {len(manifest.shards)} shards ({args.out})")
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    """Of a text file; None without one."""
+    return path.read_text().splitlines() if path else None
 
 
 def data_index(args: argparse.Namespace) -> None:
@@ -126,14 +140,16 @@ def data_index(args: argparse.Namespace) -> None:
     from var_scale.data.shards import index_folder
     from var_scale.progress import say
 
-    names = args.class_names.read_text().splitlines() if args.class_names else None
+    names = _lines(args.class_names)
     if "://" in args.folder:
         if args.out is None:
             raise UserError("--out: name a folder for the index and manifest of tars at URLs")
-        folder, manifest = args.out, index_urls(args.folder, args.out, args.split, args.num_classes, names)
+        folder, manifest = args.out, index_urls(args.folder, args.out, args.split, args.num_classes, names, args.label_key)
+    elif args.out:
+        raise UserError("--out: is for tars at URLs; the index of a folder lies in the folder")
     else:
-        folder = _folder(args.folder)
-        manifest = index_folder(folder, kind="image", split=args.split, num_classes=args.num_classes, class_names=names)
+        manifest = index_folder(folder := Path(args.folder), kind="image", split=args.split, num_classes=args.num_classes,
+                                class_names=names, label_key=args.label_key)  # fmt: skip
     say(f"{folder}: {manifest.num_samples:,} samples in {len(manifest.shards)} shards indexed")
 
 
@@ -171,7 +187,19 @@ def data_tokenize(args: argparse.Namespace) -> None:
     from var_scale.cluster.pipeline import Study, tokenize_stage
 
     config = _load(args)
-    tokenize_stage(Study(config, args.runs).with_files() if config.study else config)
+    tokenize_stage(Study(config, args.runs).with_files() if config.study else _with_tokenizer(config, args.runs))
+
+
+def _with_tokenizer(config: Config, runs: Path) -> Config:
+    """Without tokenizer.weights: the tokenizer that `tokenizer train` made of this config, if it did."""
+    from var_scale.model.load import tokenizer_file
+    from var_scale.progress import say
+
+    found = tokenizer_file(runs / config.name / "tokenizer")
+    if config.tokenizer.weights or not found.exists():
+        return config
+    say(f"tokenizer: {found}")
+    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"weights": str(found)})})
 
 
 def tokenizer_train(args: argparse.Namespace) -> None:
@@ -179,6 +207,8 @@ def tokenizer_train(args: argparse.Namespace) -> None:
     from var_scale.cluster.pipeline import Study, make_leaves, train_tokenizer_stage
 
     config = _load(args)
+    if config.tokenizer.weights:
+        raise UserError(f"tokenizer.weights: {config.tokenizer.weights} is given, so there is nothing to train; set it to null")
     if config.study:
         config = Study(config, args.runs).with_files()
     if config.data.leaves and config.data.images_train:
@@ -201,7 +231,7 @@ def _one_run(args: argparse.Namespace) -> tuple[Config, Path]:
         folder = args.folder or study.folder / config.name
     else:
         name = config.name if config.name != "run" else Path(args.config).stem  # model/d16 is the run d16
-        folder = args.folder or args.runs / "single" / name
+        folder, config = args.folder or args.runs / "single" / name, _with_tokenizer(config, args.runs)
     require_inputs(config)
     check_config(config)
     return config, folder
@@ -430,14 +460,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples-per-shard", type=_number(int, 1), default=1024, help="images a shard")
     sub.add_argument("--max-broken", type=float, default=0.01, help="share of images that may be unreadable before the job stops")
     sub.add_argument("--processes", type=_number(int, 1), default=None, help="workers; default one a core")
+    _labels(sub)
     for name, function in (("index", data_index), ("verify", data_verify), ("info", data_info)):
         sub = command(data, name, function)
         if name == "index":
             sub.add_argument("folder", help="folder of the shards, or URLs such as https://host/set/{00000..00099}.tar, which stay there")
             sub.add_argument("--out", type=_folder, default=None, help="of URLs: folder for index and manifest, read like shards")
             sub.add_argument("--split", default="train", help="name of the split")
-            sub.add_argument("--num-classes", type=int, default=None, help="classes; default one more than the largest label")
-            sub.add_argument("--class-names", type=Path, default=None, metavar="FILE", help="text file with the name of class N in line N")
+            sub.add_argument("--num-classes", type=_number(int, 1), default=None, help="classes; default one more than the largest label")
+            _labels(sub)
         else:
             sub.add_argument("folder", type=_folder, help="folder of the shards")
         if name == "verify":

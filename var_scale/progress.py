@@ -28,13 +28,15 @@ def print_table(table: Table) -> None:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 05 min."""
+    """12 s, 3 min 20 s, 2 h 05 min, 3.5 days."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    if seconds < 72 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds / 86400:.1f} days"
 
 
 class Progress:
@@ -101,10 +103,17 @@ class _Bar(Progress):
             self.rich.stop()
 
 
+class _Hidden(Progress):
+    """The same, not shown: another rank shows it."""
+
+    def _show(self, final: bool) -> None:
+        """Nothing."""
+
+
 @contextmanager
-def progress(label: str, total: float, unit: str, initial: float = 0) -> Iterator[Progress]:
+def progress(label: str, total: float, unit: str, initial: float = 0, shown: bool = True) -> Iterator[Progress]:
     """`with progress("tokenise", 8192, "images") as bar: ... bar.update(done)`."""
-    bar = (_Bar if sys.stdout.isatty() else Progress)(label, total, unit, initial)
+    bar = (_Hidden if not shown else _Bar if sys.stdout.isatty() else Progress)(label, total, unit, initial)
     try:
         yield bar
     finally:

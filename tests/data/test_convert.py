@@ -15,6 +15,7 @@ import pytest
 from data_samples import hashes, image
 from PIL import Image
 
+from var_scale.cli import main
 from var_scale.data.convert import BROKEN_NAME, class_names, shard_images
 from var_scale.data.loader import ImageData
 from var_scale.data.manifest import load_manifest
@@ -112,7 +113,7 @@ def test_csv_and_tars(imagenet: Path, tmp_path: Path) -> None:
     (lambda root: (root / "a.csv").write_text("file,label\nx,1\n") and root / "a.csv", "needs the columns path and label, has file, label"),
     (lambda root: (root / "a.csv").write_text("path,label\nx,\n") and root / "a.csv", "line 2 lacks a path or a label"),
     (lambda root: root / "none", "no such folder"),
-    (lambda root: (root / "x.jpg").write_bytes(b"") == 0 and root, "images without a class; give a CSV"),
+    (lambda root: (root / "x.jpg").write_bytes(b"") == 0 and root, "images without a class; give"),
     (lambda root: (root / "a").mkdir() or root, "no image here"),
     (lambda root: [(root / "train" / "a").mkdir(parents=True), (root / "train" / "a" / "1.png").write_bytes(encoded(0)),
                    (root / "val" / "b").mkdir(parents=True)] and root, "class b is not in the training split"),
@@ -122,6 +123,68 @@ def test_what_is_refused(make, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=text):
         shard_images(make(tmp_path / "root"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_could_be_mistaken(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tars beside class folders are left aside, with a word; a place inside the source is refused; empty classes are named."""
+    shard_images(imagenet, tmp_path / "a", samples_per_shard=5)
+    (imagenet / "train" / "n01440764.tar").write_bytes(b"x")
+    (imagenet / "old.tar").write_bytes(b"x")
+    assert shard_images(imagenet, tmp_path / "b", samples_per_shard=5)["train"].digest == load_manifest(tmp_path / "a" / "train").digest
+    assert "1 tar beside the class folders, left aside" in capsys.readouterr().out
+    for out in (imagenet, imagenet / "train" / "shards"):
+        with pytest.raises(UserError, match="lies in the source"):
+            shard_images(imagenet, out)
+    (imagenet / "train" / "empty").mkdir()
+    shard_images(imagenet / "train", tmp_path / "c")
+    assert "1 class folders without an image, such as empty" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--split a/b"):
+        shard_images(imagenet / "train", tmp_path / "d", "a/b")
+
+
+def test_a_csv_of_ids_has_the_classes_of_training(imagenet: Path, tmp_path: Path) -> None:
+    """ImageNet's validation images by a CSV, beside the training shards: the same names and numbers, though a class is missing."""
+    shard_images(imagenet / "train", tmp_path / "a" / "train")
+    rows = [f"val/{wnid}/{wnid}_{number}.{form},{wnid}" for wnid in WNIDS[:1] for number, form in ((0, "PNG"), (1, "JPEG"))]
+    (imagenet / "val.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
+    val = shard_images(imagenet / "val.csv", tmp_path / "a" / "val", "val")["val"]
+    assert val.class_names == load_manifest(tmp_path / "a" / "train").class_names and val.num_classes == 3
+    assert ImageData(tmp_path / "a" / "val").labels.tolist() == [1, 1]
+    (imagenet / "val.csv").write_text("path,label\nval/x.png,n00000001\n")
+    with pytest.raises(UserError, match="class n00000001 is not in the training split"):
+        shard_images(imagenet / "val.csv", tmp_path / "a" / "val2", "val")
+
+
+def test_labels_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """img2dataset's tars: the class is a field of the .json; indexed and sharded, verified, read; the hint says how."""
+    import webdataset
+
+    (tmp_path / "t").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "t" / "0.tar"), mtime=0) as tar:
+        for number in range(6):
+            tar.write({"__key__": f"{number:03d}", "png": encoded(number), "json": {"class": number % 3, "url": "x"}})
+    with pytest.raises(UserError, match="name it with --label-key"):
+        index_folder(tmp_path / "t")
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    main(["data", "shard", str(tmp_path / "t"), str(tmp_path / "s"), "--label-key", "class", "--class-names", str(tmp_path / "names.txt")])
+    assert load_manifest(tmp_path / "s").class_names == ["a", "b", "c"]
+    assert sorted(ImageData(tmp_path / "s").labels) == [0, 0, 1, 1, 2, 2]
+    main(["data", "index", str(tmp_path / "t"), "--label-key", "class", "--class-names", str(tmp_path / "names.txt")])
+    main(["data", "verify", str(tmp_path / "t")])
+    assert ImageData(tmp_path / "t").labels.tolist() == [0, 1, 2, 0, 1, 2]
+    main(["data", "index", str(tmp_path / "t"), "--label-key", "class"])
+    assert load_manifest(tmp_path / "t").class_names == ["a", "b", "c"], "names are kept"
+    with pytest.raises(UserError, match="no class number in nothing"):
+        index_folder(tmp_path / "t", label_key="nothing")
+    capsys.readouterr()
+    (tmp_path / "s" / "manifest.json").unlink()
+    for command in (["verify", str(tmp_path / "s"), "--drop-bad"], ["index", str(tmp_path / "t"), "--out", str(tmp_path / "x")],
+                    ["verify", "http://host/x"], ["info", str(tmp_path)]):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main(["data", *command])
+        assert ended.value.code == 2, command
+    said = capsys.readouterr().err
+    assert "no manifest.json here" in said and "--out: is for tars" in said and "is a URL" in said and f"but in {tmp_path / 't'}" in said
 
 
 def test_all_of_imagenet_has_a_name() -> None:

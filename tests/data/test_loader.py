@@ -152,3 +152,19 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         data.images(np.array([1]))
     with pytest.raises(UserError, match="sample 2 is 5x5"):
         data.images(np.array([2]))
+
+
+def test_a_share_of_the_data(tmp_path: Path) -> None:
+    """Only the chosen samples, each once an epoch; a larger share holds the smaller; whole and share keep their own streams."""
+    from var_scale.train.inputs import chosen
+
+    tokens = write_tokens(tmp_path)
+    data = TokenData(tmp_path)
+    half, most = chosen(len(tokens), 0.5), chosen(len(tokens), 0.75)
+    assert half is not None and most is not None and set(half) < set(most) and len(half) == 10 and chosen(20, None) is None
+    loader = TokenLoader(data, 1, 5, subset=half)
+    seen = np.concatenate([loader.places(step, 0)[0] for step in range(4)])
+    assert sorted(seen) == sorted([*half, *half]) and sorted(seen[:10]) == sorted(half)
+    batch = loader.batch(0)
+    rows = {tuple(row) for row in batch.tokens_BL}
+    assert rows <= {tuple(view) for index in half for view in tokens[index]}

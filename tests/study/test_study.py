@@ -198,3 +198,13 @@ def test_rooms_start_without_torch_scipy_or_matplotlib() -> None:
     code = ("import sys, var_scale.cost, var_scale.study.report, var_scale.study.surface; "
             "print([m for m in ('torch', 'scipy', 'matplotlib', 'rich') if m in sys.modules])")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_points_of_a_grid_compete() -> None:
+    """Of several runs of a size and seed the best enters the laws, the others are named; the frontier takes all."""
+    runs = ladder()
+    worse = [replace(run, name=f"{run.name}-lr", loss_avg=run.loss_avg * 1.004, curve=run.curve) for run in runs]
+    alone, both = fit_study(runs), fit_study([*runs, *worse])
+    assert both.gate.kept == alone.gate.kept and both.fits["loss_avg", "power"].params == alone.fits["loss_avg", "power"].params
+    beaten = [item for item in both.gate.excluded if item.code == "beaten_variant"]
+    assert sorted(item.record.name for item in beaten) == sorted(run.name for run in worse) and runs[0].name in beaten[0].text

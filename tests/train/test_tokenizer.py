@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from var_scale.config.load import check, dump, merge, write_config
 from var_scale.config.schema import Config
 from var_scale.data.embedded import LeavesSettings, write_leaves
 from var_scale.data.loader import ImageData
-from var_scale.errors import UserError
+from var_scale.errors import Preempted, UserError
 from var_scale.files import read_json, sha256_file
 from var_scale.model.frechet import Moments, frechet
 from var_scale.model.load import load_tokenizer, tokenizer_file
@@ -80,6 +82,47 @@ def test_stopped_and_continued_to_the_same_bits(images: Path, tmp_path: Path, mo
     assert (tmp_path / "cut" / "reconstructions.png").exists() and not (tmp_path / "cut" / "training.pt").exists()
     other = config_of(images, tmp_path, adversarial=0.1, adversarial_start=0.3, flip=True)
     assert sha256_file(train(other, images, tmp_path / "last")) != sha256_file(tokenizer_file(tmp_path / "whole")), "averaged or not"
+
+
+def test_a_stop_saves(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the middle: saved at that step, Preempted, signals as before; then to the same bits. Shards that changed are refused."""
+    config = config_of(images, tmp_path)
+    train(config, images, tmp_path / "whole")
+    plain, before = TokenizerTrainer.train_step, signal.getsignal(signal.SIGTERM)
+
+    def cut(self: TokenizerTrainer) -> dict:
+        if self.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self)
+
+    monkeypatch.setattr(TokenizerTrainer, "train_step", cut)
+    with pytest.raises(Preempted):
+        train(config, images, tmp_path / "cut")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert torch.load(tmp_path / "cut" / "training.pt", weights_only=True)["step"] == 21
+    monkeypatch.setattr(TokenizerTrainer, "train_step", plain)
+    assert sha256_file(train(config, images, tmp_path / "cut")) == sha256_file(tokenizer_file(tmp_path / "whole"))
+    with pytest.raises(UserError, match="trained with other settings"):
+        train(config_of(images, tmp_path, lr=1e-3), images, tmp_path / "cut")
+    shutil.copytree(images, tmp_path / "images")
+    tar = next((tmp_path / "images" / "train").glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=f"{tar.name}: the sha256 differs"):
+        train(config, tmp_path / "images", tmp_path / "other")
+
+
+@pytest.mark.parametrize(("patch", "grids"), [(7, [1, [1, 2], [2, 4]]), (3, [1, 3]), (2, [1]), (10, [1, 2, 3])])
+def test_any_size_of_images(patch: int, grids: list, tmp_path: Path) -> None:
+    """Sides that are odd, or smaller than the pyramid of the loss."""
+    h, w = (patch * side for side in (grids[-1] if isinstance(grids[-1], list) else [grids[-1]] * 2))
+    settings = LeavesSettings(size=(h, w), num_classes=4, species=32, leaves=6)
+    for split in ("train", "val"):
+        write_leaves(tmp_path / "i" / split, split, 32, settings, 32, processes=1)
+    arch = {"arch": "patch", "patch": patch, "hidden": 32, "patch_nums": grids, "vocab_size": 16}
+    train(config_of(tmp_path / "i", tmp_path, arch=arch, steps=12, batch_size=8), tmp_path / "i", tmp_path / "out")
+    assert np.isfinite(read_json(tmp_path / "out" / "tokenizer.json")["psnr_db"])
 
 
 def test_it_learns_and_uses_its_codes(images: Path, tmp_path: Path) -> None:

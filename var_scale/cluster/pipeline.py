@@ -275,9 +275,9 @@ def train_tokenizer_stage(config: Config, folder: Path, processes: int = 1) -> N
         train_tokenizer(config, train, val, folder)
         return
     from var_scale.cluster.local import run_workers
-    from var_scale.data.order import rank_slice
 
-    rank_slice(config.tokenizer.train.batch_size, processes, 0, 1, 0)
+    if (batch := config.tokenizer.train.batch_size) % processes:
+        raise UserError(f"tokenizer.train.batch_size: {batch} does not divide into {processes} processes; change it or --processes")
     engine = EngineConfig(name="ddp", processes=processes, threads=config.engine.threads)
     config = config.model_copy(update={"engine": engine, "study": None})
     write_config(config, folder / "config.yaml")
@@ -288,7 +288,14 @@ def tokenize_stage(config: Config) -> None:
     """Image shards to token shards, both splits."""
     from var_scale.train.encode import tokenize
 
-    for split in ("train", "val"):
+    data = config.data
+    given = [split for split in ("train", "val") if getattr(data, f"images_{split}") or getattr(data, f"tokens_{split}")]
+    for split in given:
+        if not getattr(data, f"images_{split}") or not getattr(data, f"tokens_{split}"):
+            raise UserError(f"data.images_{split} and data.tokens_{split} are needed to tokenise; set both, or neither to leave it out")
+    if not given:
+        raise UserError("data.images_train and data.tokens_train are needed to tokenise; set both")
+    for split in given:
         manifest = tokenize(config, split)
         say(f"tokens {split}: {manifest.num_samples:,} x {length(config.tokenizer.patch_nums)} ({getattr(config.data, f'tokens_{split}')})")
 

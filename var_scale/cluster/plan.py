@@ -25,7 +25,7 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     steps = [Schedule.of(c.train, c.train_samples).total_steps for c in configs]
     on_this_machine = study.spec.device == "auto"
     world = process_count(configs[0].engine) if on_this_machine else 1
-    devices = [c.cluster.devices if "cluster" in c.model_fields_set else study.spec.devices for c in configs]
+    devices = [c.cluster.devices if c.cluster.gpus_per_node else study.spec.devices for c in configs]
     engine = configs[0].engine
     stage = 3 if engine.name == "fsdp" else engine.zero_stage if engine.name == "deepspeed" else 0
     rows = plan_rows(

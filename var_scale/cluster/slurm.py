@@ -47,7 +47,7 @@ def command(*argv: str) -> str:
 
 def active_jobs(ids: Iterable[str]) -> dict[str, tuple[str, str]]:
     """State and reason of those jobs and array tasks that SLURM still has, by name such as 12_3."""
-    wanted = sorted({job.partition("_")[0] for job in ids})
+    wanted = {job.partition("_")[0] for job in ids if job}
     if not wanted:
         return {}
     found = {}

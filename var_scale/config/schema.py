@@ -373,7 +373,7 @@ class StudySpec(Section):
         default_factory=list, description="training FLOPs of a run: every size with every one of them, its epochs follow (isoFLOP curves)"
     )
     budget_hours: PositiveFloat | None = Field(None, description="device-hours that the plan may need on a named device; more is refused")
-    overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth, dotted")
+    overrides: dict[int, dict[str, Any]] = Field(default_factory=dict, description="keys changed for one depth where it is run, dotted")
     common: dict[str, Any] = Field(
         default_factory=dict, description="keys changed for every size after its preset, dotted; the command line's key=value go here too"
     )
@@ -405,8 +405,6 @@ class StudySpec(Section):
                 raise ValueError(f"grid.{key}: cannot be swept; sizes are study.depths, seeds study.seeds, a tokenizer is a study's own")
         if self.flops and any(key in ("train.epochs", "train.steps") for key in self.grid):
             raise ValueError("flops sets the epochs; leave train.epochs and train.steps out of the grid")
-        if strangers := sorted(set(self.overrides) - set(self.depths)):
-            raise ValueError(f"overrides names depth {strangers[0]}, which is not one of depths {list(self.depths)}")
         return self
 
 

@@ -59,7 +59,7 @@ class Source:
 
 
 def shard_images(source: Path, out: Path, split: str | None = None, seed: int = 0, samples_per_shard: int = 1024, max_broken: float = 0.01,
-                 processes: int | None = None) -> dict[str, Manifest]:
+                 processes: int | None = None, label_key: str | None = None, class_list: list[str] | None = None) -> dict[str, Manifest]:
     """Write the images of `source` as shards: into OUT/train and OUT/val where it has folders train and val, else into OUT.
 
     `source`: a folder of class folders, or one that holds such folders train and val (ImageNet); a .csv with the columns path and label (a
@@ -69,32 +69,48 @@ def shard_images(source: Path, out: Path, split: str | None = None, seed: int = 
     """
     if not 0 <= max_broken <= 1:
         raise UserError(f"--max-broken {max_broken}: give a share from 0 to 1")
+    if split is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", split):
+        raise UserError(f"--split {split}: give a name of letters, digits, dots and dashes, such as train")
+    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"{out}: lies in the source {source}; give a folder outside of it")
     splits = {}
-    if source.is_dir() and not list(source.glob("*.tar")) and (source / "train").is_dir():
+    if source.is_dir() and (source / "train").is_dir():
         splits["train"] = train = read_source(source / "train", name=source.resolve().name)
         for name in ("val", "validation", "test"):
             if (source / name).is_dir():
                 splits["val" if name == "validation" else name] = read_source(source / name, train.classes, train.name)
         folders = {name: out / name for name in splits}
     else:
-        splits[split or "train"] = read_source(source)
+        known = load_manifest(out.parent / "train", check_files=False).class_names if _beside_train(out) else None
+        splits[split or "train"] = read_source(source, known, label_key=label_key, class_list=class_list)
         folders = {split or "train": out}
     return {name: _write(found, folders[name], name, seed, samples_per_shard, max_broken, processes) for name, found in splits.items()}
 
 
-def read_source(path: Path, classes: list[str] | None = None, name: str = "") -> Source:
+def _beside_train(out: Path) -> bool:
+    """Whether OUT lies beside the shards of a training split, whose classes are then its own."""
+    return out.name != "train" and (out.parent / "train" / MANIFEST_NAME).exists()
+
+
+def read_source(
+    path: Path, classes: list[str] | None = None, name: str = "", label_key: str | None = None, class_list: list[str] | None = None
+) -> Source:
     """What there is to read; `name` is that of the data set, by default the folder's or file's.
 
-    `classes`: the names of the training split, which the class folders of another one must be among.
+    `classes`: the names of the training split, which the classes of another one must be among. `label_key`: the field of tars' .json that
+    holds the class. `class_list`: names of numbered classes.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
-        items, names = _from_csv(path)
+        items, names = _from_csv(path, classes)
     elif not path.is_dir():
         raise UserError(f"{path}: no such folder or .csv file; give a folder of class folders, a CSV with path,label, or a folder of tars")
-    elif list(path.glob("*.tar")):
-        items, names = _from_tars(path)
     else:
-        items, names = _from_folders(path, classes)
+        tars, folders = list(path.glob("*.tar")), any(entry.is_dir() and entry.name[0] != "." for entry in os.scandir(path))
+        if tars and folders:
+            say(f"{path}: {len(tars)} tar{'s' * (len(tars) > 1)} beside the class folders, left aside")
+        items, names = _from_tars(path, label_key) if tars and not folders else _from_folders(path, classes)
+        if class_list:
+            names = class_list
     if not items:
         raise UserError(f"{path}: no image here ({', '.join(EXTENSIONS)})")
     identity = [[os.path.relpath(item.path, path if path.is_dir() else path.parent), item.offset, item.label] for item in items]
@@ -103,12 +119,12 @@ def read_source(path: Path, classes: list[str] | None = None, name: str = "") ->
 
 def _from_folders(path: Path, known: list[str] | None) -> tuple[list[Item], list[str]]:
     """Class folders in the order of their names, as torchvision's ImageFolder."""
-    found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
     if not found:
         loose = sum(1 for entry in islice(os.scandir(path), 100) if entry.name.lower().endswith(EXTENSIONS))
-        more = " but images without a class; give a CSV with the columns path and label" if loose else ""
-        raise UserError(f"{path}: has no class folders{more}")
-    names = class_names(found)
+        more = " but images without a class" if loose else ""
+        raise UserError(f"{path}: has no class folders{more}; give a folder of them, a CSV with path,label, or a folder of tars")
+    names = class_names(found, known)
     if known is not None and (strange := sorted(set(names) - set(known))):
         raise UserError(f"{path}: class {strange[0]} is not in the training split; the class folders of both must have the same names")
     numbers = {name: number for number, name in enumerate(known or names)}
@@ -117,11 +133,18 @@ def _from_folders(path: Path, known: list[str] | None) -> tuple[list[Item], list
         for root, below, files in os.walk(path / folder):
             below.sort()
             items += [Item(f"{root}/{file}", numbers[name]) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+    if empty := sorted(set(names) - _present(items, known or names)):
+        say(f"warning: {path}: {len(empty)} class folders without an image, such as {empty[0]}")
     return items, known or names
 
 
-def _from_csv(path: Path) -> tuple[list[Item], list[str] | None]:
-    """Rows path,label; the label a number, or a name whose number is its place among the sorted names."""
+def _present(items: list[Item], names: list[str]) -> set[str]:
+    """Names of the classes that have an image."""
+    return {names[label] for label in {item.label for item in items}}
+
+
+def _from_csv(path: Path, known: list[str] | None) -> tuple[list[Item], list[str] | None]:
+    """Rows path,label; the label a number, or a name (or id of ImageNet) whose number is its place among the sorted names, or `known`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -135,31 +158,41 @@ def _from_csv(path: Path) -> tuple[list[Item], list[str] | None]:
     labels = [row["label"].strip() for row in rows]
     names = None if all(label.isdecimal() for label in labels) else sorted(set(labels))
     if names and (odd := next((label for label in names if re.fullmatch(r"[-+]?\d+(\.\d*)?", label)), None)):
-        raise UserError(f"{path}: label {odd} is neither a class number from 0 up nor a name; mend the labels")
-    numbers = {name: number for number, name in enumerate(names or ())}
+        raise UserError(f"{path}: label {odd} among names is no name, and among numbers it must be whole and from 0 up; give all labels as "
+                        "class numbers, or all as names")  # fmt: skip
+    numbers = {label: number for number, label in enumerate(names or ())}
+    shown = class_names(names, known) if names else None
+    if shown and known:
+        if strange := sorted(set(shown) - set(known)):
+            raise UserError(f"{path}: class {strange[0]} is not in the training split; both must have the same names")
+        numbers = {label: known.index(name) for label, name in zip(names or (), shown, strict=True)}
+        shown = known
     return [Item(str(path.parent / row["path"]), numbers[label] if names else int(label))
-            for row, label in zip(rows, labels, strict=True)], names  # fmt: skip
+            for row, label in zip(rows, labels, strict=True)], shown  # fmt: skip
 
 
-def _from_tars(path: Path) -> tuple[list[Item], list[str] | None]:
+def _from_tars(path: Path, label_key: str | None) -> tuple[list[Item], list[str] | None]:
     """The samples of tars, each checked to be whole."""
     tars = sorted(path.glob("*.tar"))
     items = []
     with progress(f"read {path}", len(tars), "shards") as bar:
         for done, tar in enumerate(tars, 1):
-            items += [Item(str(tar), int(record["label"]), int(record["offset"]), int(record["size"])) for record in index_tar(tar)]
+            for record in index_tar(tar, label_key=label_key):
+                items.append(Item(str(tar), int(record["label"]), int(record["offset"]), int(record["size"])))
             bar.update(done)
     return items, load_manifest(path, check_files=False).class_names if (path / MANIFEST_NAME).exists() else None
 
 
-def class_names(folders: list[str]) -> list[str]:
-    """Names for class folders: WordNet's for ids of ImageNet (n01440764: tench, Tinca tinca), else the folders' own."""
+def class_names(folders: list[str], among: list[str] | None = None) -> list[str]:
+    """Names for class folders: WordNet's for ids of ImageNet (n01440764: tench, Tinca tinca), else the folders' own. `among`: the names of
+    the training split, which tell two classes of one name apart although this one may hold but one of them."""
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return folders
     lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text().splitlines()
     known = dict(line.split("\t") for line in lines)
     names = [known.get(folder, folder) for folder in folders]
     twice = {name for name in names if names.count(name) > 1}  # crane, the bird and the machine
+    twice |= {name for name, folder in zip(names, folders, strict=True) if f"{name} ({folder})" in (among or ())}
     return [f"{name} ({folder})" if name in twice else name for name, folder in zip(names, folders, strict=True)]
 
 
@@ -167,7 +200,12 @@ def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shar
            processes: int | None) -> Manifest:  # fmt: skip
     """One split, shard by shard over worker processes."""
     total = len(source.items)
-    classes = len(source.classes) if source.classes else 1 + max(item.label for item in source.items)
+    largest = max(item.label for item in source.items)
+    classes = len(source.classes) if source.classes else 1 + largest
+    if largest >= classes:
+        raise UserError(f"{source.name}: class {largest} has no name, there are {classes}; name all classes")
+    if classes > 2 * (present := len({item.label for item in source.items})) + 10:
+        say(f"warning: {present} of {classes} classes have an image; are the labels right?")
     about = {"name": source.name, "digest": source.digest, "shuffle_seed": seed, "class_names": source.classes}
     shards = ShardSet(folder, "image", split, classes, samples_per_shard, about)
     if shards.complete:

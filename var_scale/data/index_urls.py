@@ -8,14 +8,14 @@ from pathlib import Path
 
 from var_scale.data.manifest import Manifest, ShardInfo
 from var_scale.data.remote import fetch
-from var_scale.data.shards import PROGRESS_FOLDER, adopt_shard, classes_of, read_index
+from var_scale.data.shards import PROGRESS_FOLDER, about_labels, adopt_shard, classes_of, read_index
 from var_scale.errors import UserError
 from var_scale.files import read_json, remove_tree, write_json
 from var_scale.progress import progress
 
 
 def index_urls(pattern: str, out: Path, split: str = "train", num_classes: int | None = None,
-               class_names: Sequence[str] | None = None) -> Manifest:  # fmt: skip
+               class_names: Sequence[str] | None = None, label_key: str | None = None) -> Manifest:  # fmt: skip
     """Look at all tars of `pattern`, such as https://host/set/{00000..00099}.tar, and write their indices and a manifest into `out`, a
     folder that runs then read as any other. A killed run goes on after its last tar.
 
@@ -35,14 +35,14 @@ def index_urls(pattern: str, out: Path, split: str = "train", num_classes: int |
             if not record.exists():
                 fetch(url, out / name)
                 try:
-                    write_json(record, asdict(adopt_shard(out, name, "image")))
+                    write_json(record, asdict(adopt_shard(out, name, "image", label_key=label_key)))
                 finally:
                     (out / name).unlink()
             found = read_json(record, "record of an indexed shard")
             shards.append(ShardInfo(**{field.name: found[field.name] for field in fields(ShardInfo)}))
             largest = max(largest, int(read_index(out, shards[-1])["label"].max()))
             bar.update(done)
-    source = {"name": base.rpartition("/")[2], "url": base} | ({"class_names": list(class_names)} if class_names else {})
+    source = {"name": base.rpartition("/")[2], "url": base} | about_labels(class_names, label_key)
     manifest = Manifest("image", split, classes_of(out, largest, num_classes, class_names), source, None, tuple(shards))
     manifest.write(out)
     remove_tree(out / PROGRESS_FOLDER)

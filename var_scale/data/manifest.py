@@ -83,6 +83,8 @@ def load_manifest(folder: Path, check_files: bool = True) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.exists():
+        if below := sorted(str(found.parent) for found in folder.glob(f"*/{MANIFEST_NAME}")):
+            raise UserError(f"{folder}: no {MANIFEST_NAME} here, but in {', '.join(below)}; give one of these")
         raise UserError(f"{folder}: no {MANIFEST_NAME} here; finish writing the shards, or run `var-scale data index {folder}` on tars")
     raw = read_json(path, "manifest")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

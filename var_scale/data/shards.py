@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections import Counter
@@ -27,7 +28,7 @@ __all__ = ["INDEX_DTYPE", "Sample", "ShardSet", "ShardSetWriter", "describe_fold
            "read_index", "token_sample", "verify_folder"]  # fmt: skip
 
 PROGRESS_FOLDER = ".progress"
-CHANGED = "the sha256 differs from the manifest; restore the file or make the data again"
+CHANGED = "the sha256 differs from the manifest; restore the file, or delete it and make it again"
 SIDES = 2000  # images whose size `describe_folder` reads
 
 
@@ -211,10 +212,10 @@ class ShardSetWriter(ShardSet):
         self._buffer = []
 
 
-def _index_shard(folder: Path, name: str, kind: str) -> tuple[ShardInfo, np.ndarray]:
+def _index_shard(folder: Path, name: str, kind: str, label_key: str | None = None) -> tuple[ShardInfo, np.ndarray]:
     """Index the tar `name`, write NAME.idx beside it, hash both."""
     tar = folder / name
-    records = index_tar(tar, kind)
+    records = index_tar(tar, kind, label_key)
     index = folder / (tar.stem + ".idx")
     with atomic_file(index) as file:
         file.write(records.tobytes())
@@ -245,11 +246,12 @@ def _decode_all(tar: Path, records: np.ndarray) -> None:
 
 def index_folder(folder: Path, kind: str = "image", split: str = "train", num_classes: int | None = None,
                  source: dict[str, Any] | None = None, tokens: dict[str, Any] | None = None,
-                 class_names: Sequence[str] | None = None) -> Manifest:
+                 class_names: Sequence[str] | None = None, label_key: str | None = None) -> Manifest:
     """Adopt anybody's WebDataset tars: decode every image, write an index beside each `*.tar` of `folder` (sorted by name) and the
     manifest.
 
-    `num_classes` None: one more than the largest label, or as many as there are `class_names`. `tokens` is needed for kind "tokens".
+    `num_classes` None: one more than the largest label, or as many as there are `class_names` (None: those the folder had before).
+    `label_key`: the field of each sample's .json that holds its class. `tokens` is needed for kind "tokens".
     UserError as in `index_tar`.
     """
     folder = Path(folder)
@@ -262,11 +264,14 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
         raise UserError(f"{folder}: no *.tar file here; give the folder that holds the shards")
     if kind == "tokens" and sorted(tokens or ()) != sorted(TOKEN_FIELDS):
         raise UserError(f"{folder}: token shards need {', '.join(TOKEN_FIELDS)} to be indexed; give them")
-    source = (source or {"name": folder.name}) | ({"class_names": list(class_names)} if class_names else {})
+    if class_names is None and num_classes is None and (folder / MANIFEST_NAME).exists():
+        with contextlib.suppress(UserError):
+            class_names = load_manifest(folder, check_files=False).class_names
+    source = (source or {"name": folder.name}) | about_labels(class_names, label_key)
     shards, classes = [], 0
     with progress(f"index {folder}", len(names), "shards") as bar:
         for done, name in enumerate(names, 1):
-            shards.append(adopt_shard(folder, name, kind, tokens))
+            shards.append(adopt_shard(folder, name, kind, tokens, label_key))
             largest = int(read_index(folder, shards[-1])["label"].max())
             classes = max(classes, classes_of(folder / name, largest, num_classes, class_names))
             bar.update(done)
@@ -275,9 +280,14 @@ def index_folder(folder: Path, kind: str = "image", split: str = "train", num_cl
     return manifest
 
 
-def adopt_shard(folder: Path, name: str, kind: str, tokens: dict[str, Any] | None = None) -> ShardInfo:
+def about_labels(class_names: Sequence[str] | None, label_key: str | None) -> dict[str, Any]:
+    """What a manifest's `source` keeps of them."""
+    return ({"class_names": list(class_names)} if class_names else {}) | ({"label_key": label_key} if label_key else {})
+
+
+def adopt_shard(folder: Path, name: str, kind: str, tokens: dict[str, Any] | None = None, label_key: str | None = None) -> ShardInfo:
     """Check every member of a tar, decode every image, and write the index beside it. UserError as in `index_tar`."""
-    shard, records = _index_shard(folder, name, kind)
+    shard, records = _index_shard(folder, name, kind, label_key)
     if tokens is not None:
         _check_tokens(folder / name, records, tokens)
     if kind == "image":
@@ -308,6 +318,8 @@ def verify_folder(folder: Path, drop: bool = False) -> list[str]:
     try:
         manifest = load_manifest(folder, check_files=False)
     except UserError as error:
+        if drop:
+            raise
         return [str(error)]
     if manifest.url:
         raise UserError(f"{folder}: the tars are at {manifest.url}; a run compares each with its checksum as it comes")
@@ -327,11 +339,12 @@ def verify_folder(folder: Path, drop: bool = False) -> list[str]:
 
 
 def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[str]:
-    for name, expected in ((shard.name, shard.sha256), (shard.index, shard.index_sha256)):
-        if sha256_file(folder / name) != expected:
-            return [f"{folder / name}: {CHANGED}"]
+    if sha256_file(folder / shard.index) != shard.index_sha256:
+        return [f"{folder / shard.index}: {CHANGED}"]
+    if sha256_file(folder / shard.name) != shard.sha256:
+        return [f"{folder / shard.name}: {CHANGED}{_what_changed(folder, shard, manifest)}"]
     try:
-        records = index_tar(folder / shard.name, manifest.kind)
+        records = index_tar(folder / shard.name, manifest.kind, manifest.source.get("label_key"))
         if manifest.tokens is not None:
             _check_tokens(folder / shard.name, records, manifest.tokens)
         if manifest.kind == "image":
@@ -343,6 +356,23 @@ def _shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[
     if records["label"].max() >= manifest.num_classes:
         return [f"{folder / shard.name}: class {records['label'].max()} is outside 0..{manifest.num_classes - 1}"]
     return []
+
+
+def _what_changed(folder: Path, shard: ShardInfo, manifest: Manifest) -> str:
+    """The first sample of a changed shard that shows it, in parentheses; empty where all can still be read."""
+    tar = folder / shard.name
+    try:
+        records = index_tar(tar, manifest.kind, manifest.source.get("label_key"))
+        before = read_index(folder, shard)
+        if len(records) != len(before):
+            return f" (it holds {len(records)} samples, {len(before)} are in its index)"
+        if odd := np.flatnonzero(records != before).tolist():
+            return f" (sample {odd[0]}, byte {records['offset'][odd[0]]}, is not as in its index)"
+        if manifest.kind == "image":
+            _decode_all(tar, records)
+    except UserError as error:
+        return f" ({str(error).removeprefix(f'{tar}: ')})"
+    return ""
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the archive is walked header by header and anything but a whole archive of whole
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -35,12 +36,12 @@ class Member:
     size: int
 
 
-def index_tar(path: Path, kind: str = "image") -> np.ndarray:
+def index_tar(path: Path, kind: str = "image", label_key: str | None = None) -> np.ndarray:
     """Index of every sample of a WebDataset tar: array (N,) of INDEX_DTYPE.
 
-    A sample is a run of members with one key: one payload (PNG/JPEG/WebP for images, .tok.npy for tokens) and one .cls
-    holding an integer >= 0; other members are passed over. UserError, naming the shard and sample: cut short, bad checksum,
-    no end-of-archive mark, bytes after it, half a sample, a key twice, a bad label, no sample at all.
+    A sample is a run of members with one key: one payload (PNG/JPEG/WebP for images, .tok.npy for tokens) and one .cls holding an
+    integer >= 0, or with `label_key` a .json with that field; other members are passed over. UserError, naming the shard and sample: cut
+    short, bad checksum, no end-of-archive mark, bytes after it, half a sample, a key twice, a bad label, no sample at all.
     """
     path = Path(path)
     records: list[tuple[int, int, int]] = []
@@ -51,13 +52,14 @@ def index_tar(path: Path, kind: str = "image") -> np.ndarray:
                 if key in seen:
                     raise UserError(f"{path}: the members of sample {key} are not side by side or come twice; {MEND}")
                 seen.add(key)
-                record = _record(path, file, kind, key, parts)
+                record = _record(path, file, kind, key, parts, label_key)
                 if record is not None:
                     records.append(record)
     except FileNotFoundError:
         raise UserError(f"{path}: this shard does not exist") from None
     if not records:
-        raise UserError(f"{path}: no {kind} sample in this shard; it needs pairs of KEY.{PAYLOADS[kind][0]} and KEY.cls")
+        raise UserError(f"{path}: no {kind} sample in this shard; it needs members with one key, such as KEY.{PAYLOADS[kind][0]} and "
+                        "KEY.cls")
     return np.array(records, dtype=INDEX_DTYPE)
 
 
@@ -136,22 +138,27 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]
         yield current, parts
 
 
-def _record(path: Path, file: BinaryIO, kind: str, key: str, parts: dict[str, Member]) -> tuple[int, int, int] | None:
+def _record(
+    path: Path, file: BinaryIO, kind: str, key: str, parts: dict[str, Member], label_key: str | None
+) -> tuple[int, int, int] | None:
     """(offset, size, label) of one sample; None if it holds neither payload nor label."""
     payload = next((parts[extension] for extension in PAYLOADS[kind] if extension in parts), None)
-    if payload is None and "cls" not in parts:
+    holder = "json" if label_key else "cls"
+    if payload is None and holder not in parts:
         return None
-    if payload is None or "cls" not in parts:
-        there, lacking = ("cls", PAYLOADS[kind][0]) if payload is None else (payload.name.rpartition(".")[2], "cls")
-        raise UserError(f"{path}: half a sample: {key} has .{there} but no .{lacking}; {MEND}")
-    file.seek(parts["cls"].offset)
-    text = file.read(min(parts["cls"].size, 32))
+    if payload is None or holder not in parts:
+        there, lacking = (holder, PAYLOADS[kind][0]) if payload is None else (payload.name.rpartition(".")[2], holder)
+        mend = "; where its class is a field of a .json, name it with --label-key" if lacking == "cls" and "json" in parts else f"; {MEND}"
+        raise UserError(f"{path}: half a sample: {key} has .{there} but no .{lacking}{mend}")
+    file.seek(parts[holder].offset)
+    text = file.read(min(parts[holder].size, 1 << 20 if label_key else 32))
     try:
-        label = int(text)
-    except ValueError:
+        label = int(json.loads(text)[label_key] if label_key else text)
+    except (ValueError, KeyError, TypeError):
         label = -1
     if not 0 <= label < 2**31:
-        raise UserError(f"{path}: {key}.cls holds {text[:20]!r}, which is not a class number; write an integer from 0 up")
+        what = f"has no class number in {label_key}" if label_key else f"holds {text[:20]!r}, which is not a class number"
+        raise UserError(f"{path}: {key}.{holder} {what}; write an integer from 0 up")
     return payload.offset, payload.size, label
 
 

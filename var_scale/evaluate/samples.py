@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from var_scale.data.loader import ImageData
+from var_scale.data.remote import located
 from var_scale.files import atomic_file, read_json
 from var_scale.model.hub import weights_file
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
@@ -68,7 +69,7 @@ def write_grid(images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, name
 
 def contact_sheet(folder: Path, path: Path, rows: int = 10, columns: int = 10, size: int = 96) -> None:
     """The first images of evenly chosen classes of a folder of image shards, a row a class, as one PNG."""
-    data = ImageData(folder, (size, size))
+    data = ImageData(located(str(folder)), (size, size))
     present = np.unique(data.labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).astype(int)]
     grid = np.full((len(chosen), columns, size, size, 3), 255, np.uint8)

@@ -22,7 +22,7 @@ from var_scale.errors import UserError
 from var_scale.model.encode import encode
 from var_scale.model.load import load_tokenizer
 from var_scale.progress import progress, say
-from var_scale.train.inputs import open_images
+from var_scale.train.inputs import open_images, require_sound
 from var_scale.train.stopping import end_with_launcher
 
 COMPARED = 256  # images whose tokens are compared with float32's
@@ -35,8 +35,11 @@ def tokenize(config: Config, split: str, processes: int | None = None) -> Manife
         raise UserError(f"data.images_{split} and data.tokens_{split} are needed to tokenise; set both")
     processes = processes or max(1, torch.cuda.device_count())
     tokens, encoder = _open(config, split, 0, processes)
+    if (there := tokens.images.num_classes) != config.classes and config.data.num_classes:
+        raise UserError(f"{tokens.images.folder}: has {there} classes, the config says {config.classes}; set data.num_classes={there}")
     if tokens.shards.complete:
         return tokens.shards.finish()
+    require_sound(config, tokens.images)
     if config.tokenizer.encode_precision != "fp32":
         _compare(config, tokens, encoder)
     if processes == 1:

@@ -113,6 +113,16 @@ def open_images(config: Config, folder: str | None, processes: int = 1) -> Image
     return ImageData(located(folder, data.cache, data.cache_gb), size, data.resize, threads)
 
 
+def require_sound(config: Config, images: ImageData, world: World | None = None) -> None:
+    """UserError for image shards whose bytes are not those of the manifest, unless `data.check` leaves that to their sizes. With `world`
+    every rank calls it, and they share the work."""
+    if config.data.check == "sha256":
+        damaged = images.damaged(*((world.rank, world.size) if world else (0, 1)))
+        worst = 1 + damaged[0] if damaged else 0
+        if worst := world.largest(worst) if world else worst:
+            raise UserError(f"{images.folder / images.manifest.shards[worst - 1].name}: {CHANGED}")
+
+
 def open_data(
     config: Config, vae: VQVAE, tokenizer_hash: str, world: World, beat: Callable[[], None] = lambda: None
 ) -> tuple[Tokens, Tokens]:

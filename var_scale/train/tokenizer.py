@@ -24,17 +24,18 @@ from var_scale.config.load import load
 from var_scale.config.schema import Config, TokenizerTrainConfig
 from var_scale.data.loader import Ahead, ImageBatch, ImageData, ImageLoader
 from var_scale.data.transforms import to_minus1_1
-from var_scale.errors import UserError
+from var_scale.errors import Preempted, UserError
 from var_scale.files import atomic_file, canonical_hash, disk_errors, read_json, write_json
 from var_scale.machine import cores
 from var_scale.model.load import new_tokenizer, save_tokenizer, tokenizer_file
 from var_scale.model.perceptual import LPIPS, SMALLEST_JUDGED, VGG16, PatchDiscriminator, hinge
 from var_scale.model.vqvae import VQVAE
 from var_scale.progress import progress, say
-from var_scale.run_folder import RunFolder, take_lock
+from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
 from var_scale.scales import grid
 from var_scale.train.engine.base import guard
-from var_scale.train.stopping import end_with_launcher
+from var_scale.train.inputs import require_sound
+from var_scale.train.stopping import end_with_launcher, signals_noted
 from var_scale.train.tokenizer_report import assess, perplexity, picture
 from var_scale.train.world import World, fast_bf16, leave, start_world
 
@@ -85,8 +86,10 @@ def pixel_loss(out_BCHW: Tensor, img_BCHW: Tensor, recipe: TokenizerTrainConfig)
     difference = out_BCHW - img_BCHW  # the pyramid is linear, so the pyramid of the difference is the difference of pyramids
     loss = recipe.l2 * difference.square().mean() + recipe.l1 * difference.abs().mean()
     for _ in range(3 if recipe.pyramid else 0):
-        low = F.avg_pool2d(difference, 2)
-        band = difference - F.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
+        if min(difference.shape[-2:]) < 2:
+            break
+        low = F.avg_pool2d(difference, 2, ceil_mode=True, count_include_pad=False)
+        band = difference - F.interpolate(low, size=difference.shape[-2:], mode="bilinear", align_corners=False)
         loss = loss + recipe.pyramid / 3 * band.abs().mean()
         difference = low
     return loss
@@ -108,6 +111,7 @@ class TokenizerTrainer:
         self.trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.optimizer = self._adamw(self.trained, recipe.weight_decay)
         self.average = [p.detach().clone() for p in self.trained] if recipe.ema else []
+        self.vgg = VGG16(Path(recipe.vgg_weights)).to(world.device) if recipe.vgg_weights else None
         self.lpips = LPIPS(*_weights(recipe)).to(world.device) if recipe.perceptual else None
         if recipe.adversarial and min(config.tokenizer.image_size) < SMALLEST_JUDGED:
             raise UserError(f"tokenizer.train.adversarial: the discriminator needs sides of {SMALLEST_JUDGED} pixels and more; set it to 0")
@@ -291,6 +295,10 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
     if target.exists() and done.exists() and read_json(done).get("identity") == trainer.identity:
         say(f"tokenizer: already trained ({target})")
         return target
+    if target.exists() and done.exists():
+        raise UserError(f"{folder}: holds a tokenizer that was trained with other settings or on other images; choose another folder, or "
+                        "remove it: tokens and runs made with it then need it no more")  # fmt: skip
+    require_sound(config, train, trainer.world)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder / ".lock", wait_seconds=5) if world.main else None
@@ -313,9 +321,14 @@ def _train(config: Config, trainer: TokenizerTrainer, val: ImageData) -> None:
     pace, log = Pace(), RunFolder(folder)
     if world.main and log.metrics.exists():
         log.append_metrics({"kind": "restart", "step": trainer.step})
-    with progress("tokenizer", trainer.recipe.steps, "steps", trainer.step) as bar:
-        while trainer.step < trainer.recipe.steps:
+    steps = trainer.recipe.steps
+    with progress("tokenizer", steps, "steps", trainer.step, shown=world.main) as bar, signals_noted() as noted:
+        while trainer.step < steps:
             row = trainer.train_step()
+            if world.largest(bool(noted)) if world.size > 1 else noted:
+                trainer.save()
+                say(f"tokenizer: stopped at step {trainer.step} of {steps}, saved")
+                raise Preempted
             if trainer.step % ROW_STEPS == 0 or world.device.type == "cpu":
                 loss = float(row["loss"])
                 if not math.isfinite(loss):
@@ -330,12 +343,11 @@ def _train(config: Config, trainer: TokenizerTrainer, val: ImageData) -> None:
     vae = trainer.finish()
     if world.main:
         save_tokenizer(vae, target)
-        weights = config.tokenizer.train.vgg_weights
-        report = assess(vae, val, world.device, VGG16(Path(weights)).to(world.device) if weights else None)
+        report = assess(vae, val, world.device, trainer.vgg)
         picture(vae, val, folder / "reconstructions.png", world.device)
         write_json(folder / "tokenizer.json", {"identity": trainer.identity, "steps": trainer.recipe.steps, **report})
         (folder / "training.pt").unlink(missing_ok=True)
-        distance = f"; Frechet distance by VGG-16 {report['rfd_vgg16']:.2f}" if weights else ""
+        distance = f"; Frechet distance by VGG-16 {report['rfd_vgg16']:.2f}" if trainer.vgg else ""
         of_scales = " ".join(f"{p:.0f}" for p in report["perplexity_per_scale"])
         say(f"tokenizer: validation PSNR {report['psnr_db']:.2f} dB, MAE {report['mae']:.4f}; codebook perplexity per scale {of_scales}"
             f" of {config.tokenizer.vocab_size}{distance}; picture {folder / 'reconstructions.png'}")  # fmt: skip
@@ -383,6 +395,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", flush=True)
         code = error.code
+    except Preempted:
+        code = EXIT_REQUEUE
     leave(world, code)
 
 
