@@ -69,11 +69,18 @@ def launch_environment(config: Config) -> dict[str, str]:
 
 
 def run_workers(config: Config, folder: Path, worker: str) -> None:
-    """Run a module that is no training run on every rank, its output to the terminal. UserError if it fails."""
+    """Run a module that is no training run on every rank, its output to the terminal. UserError if it fails. Ctrl-C or SIGTERM: the ranks
+    are asked by FOLDER/STOP to save, then Preempted."""
+    (folder / "STOP").unlink(missing_ok=True)
     child = subprocess.Popen(launch_command(config, folder, worker), env=launch_environment(config), start_new_session=True)
     try:
         if code := child.wait():
             raise UserError(f"{folder}: the processes ended with code {code}, see above; the same command continues")
+    except KeyboardInterrupt:
+        (folder / "STOP").touch()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(LAUNCHER_SECONDS)
+        raise Preempted from None
     finally:
         if child.poll() is None:
             child.terminate()  # torchrun ends its ranks, which have sessions of their own

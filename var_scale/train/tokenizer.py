@@ -31,7 +31,7 @@ from var_scale.model.load import new_tokenizer, save_tokenizer, tokenizer_file
 from var_scale.model.perceptual import LPIPS, SMALLEST_JUDGED, VGG16, PatchDiscriminator, hinge
 from var_scale.model.vqvae import VQVAE
 from var_scale.progress import progress, say
-from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
+from var_scale.run_folder import RunFolder, take_lock
 from var_scale.scales import grid
 from var_scale.train.engine.base import guard
 from var_scale.train.inputs import require_sound
@@ -293,7 +293,8 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
     trainer = TokenizerTrainer(config, train, folder, world)
     done = folder / "tokenizer.json"
     if target.exists() and done.exists() and read_json(done).get("identity") == trainer.identity:
-        say(f"tokenizer: already trained ({target})")
+        if trainer.world.main:
+            say(f"tokenizer: already trained ({target})")
         return target
     if target.exists() and done.exists():
         raise UserError(f"{folder}: holds a tokenizer that was trained with other settings or on other images; choose another folder, or "
@@ -302,7 +303,7 @@ def train_tokenizer(config: Config, train: ImageData, val: ImageData, folder: Pa
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder / ".lock", wait_seconds=5) if world.main else None
-    if world.main and lock is None:
+    if world.largest(int(world.main and lock is None)):
         raise UserError(f"{folder}: another process trains this tokenizer; wait for it or stop it")
     try:
         _train(config, trainer, val)
@@ -321,13 +322,15 @@ def _train(config: Config, trainer: TokenizerTrainer, val: ImageData) -> None:
     pace, log = Pace(), RunFolder(folder)
     if world.main and log.metrics.exists():
         log.append_metrics({"kind": "restart", "step": trainer.step})
-    steps = trainer.recipe.steps
+    steps, stop_file = trainer.recipe.steps, folder / "STOP"
     with progress("tokenizer", steps, "steps", trainer.step, shown=world.main) as bar, signals_noted() as noted:
         while trainer.step < steps:
             row = trainer.train_step()
-            if world.largest(bool(noted)) if world.size > 1 else noted:
+            asked = bool(noted) or (world.main and stop_file.exists())
+            if world.largest(asked) if world.size > 1 else asked:
                 trainer.save()
-                say(f"tokenizer: stopped at step {trainer.step} of {steps}, saved")
+                if world.main:
+                    say(f"tokenizer: stopped at step {trainer.step} of {steps}, saved")
                 raise Preempted
             if trainer.step % ROW_STEPS == 0 or world.device.type == "cpu":
                 loss = float(row["loss"])
@@ -393,10 +396,10 @@ def main() -> None:
         train, val = (open_images(config, where, world.size) for where in (config.data.images_train, config.data.images_val))
         train_tokenizer(config, train, val, folder, world)
     except UserError as error:
-        print(f"error: {error}", flush=True)
+        print(f"error: {f'rank {world.rank}: ' * (not world.main)}{error}", flush=True)
         code = error.code
     except Preempted:
-        code = EXIT_REQUEUE
+        pass  # saved; launchers take another code than 0 for a failure
     leave(world, code)
 
 
