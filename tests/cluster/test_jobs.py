@@ -138,3 +138,10 @@ def test_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "on 8," in (out := capsys.readouterr().out) and "on 256 NVIDIA H100" in out
     with pytest.raises(UserError, match=r"study.budget_hours: the plan needs [\d,]+ device-hours, 100 are allowed"):
         plan_table(Study(load("study/var_paper", [*paper, "study.budget_hours=100"]), tmp_path))
+
+
+def test_the_page_of_plans_is_current() -> None:
+    """docs/plans.md is what the presets say."""
+    from var_scale.cluster.plan import page
+
+    assert (launch_root().parent / "docs" / "plans.md").read_text() == page()

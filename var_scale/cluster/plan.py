@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from var_scale.cluster.local import process_count
 from var_scale.cluster.pipeline import Study, check_machine
+from var_scale.config.load import find_config, load
 from var_scale.config.schema import Config
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import find_device
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, write_json
 from var_scale.progress import duration, progress, say
-from var_scale.study.plan import PlanRow, plan_rows, print_plan
+from var_scale.study.plan import COLUMNS, PlanRow, cells_of, plan_rows, print_plan
 from var_scale.train.schedule import Schedule
 
 START_SECONDS = 14.0  # launcher, imports, process group and end of a run, seen on two CPU cores
 EXCHANGE_SECONDS = 0.012  # a step's exchange between ranks, seen there too
 
 
-def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
-    """Print the plan; with `save` keep it, and the measured step times, as plan.json in the study's folder."""
+def plan_table(study: Study, save: bool = False, quiet: bool = False) -> list[PlanRow]:
+    """Print the plan, or if `quiet` only make it; with `save` keep it, and the measured step times, as plan.json in the study's folder."""
     configs = [config for config, _ in study.runs()]
     if study.spec.device == "auto":
         check_machine(study)
@@ -36,7 +40,7 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         devices=world if on_this_machine else devices,
         mfu=None if on_this_machine else study.spec.mfu,
         run_seconds=_measured_seconds(study, configs, steps, world) if on_this_machine else None,
-        batch=configs[0].train.batch_size // configs[0].train.accumulate,
+        batch=[c.train.batch_size // c.train.accumulate for c in configs],
         precision="bf16" if configs[0].train.precision in ("bf16", "auto") else "fp32",
         world=world if on_this_machine else devices,
         stage=stage,
@@ -49,6 +53,8 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         peak = f"{device.peak / 1e12:g} TFLOP/s each, at an ASSUMED {spec.mfu:.0%} of it (study.mfu)"
         each = f"{devices[0]} x" if len(set(devices)) == 1 else f"{min(devices)} to {max(devices)} x"
         rests_on = f"{each} {device.name} a run, {peak}"
+    if quiet:
+        return rows
     print_plan(rows, rests_on)
     if not on_this_machine:
         _budget(study, sum(row.seconds * row.devices for row in rows) / 3600)
@@ -57,11 +63,16 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     return rows
 
 
-def _budget(study: Study, hours: float) -> None:
-    """How long the whole study takes on so many devices, and whether it may."""
-    limit, name = study.spec.budget_hours, find_device(study.spec.device).name
+def _on_all(study: Study, hours: float) -> str:
+    """How long the whole study takes on so many devices."""
     days = ", ".join(f"{duration(hours * 3600 / n)} on {n}" for n in (8, 64, 256))
-    say(f"all runs, {hours:,.0f} device-hours, if they fill the devices: {days} {name}")
+    return f"all runs, {hours:,.0f} device-hours, if they fill the devices: {days} {find_device(study.spec.device).name}"
+
+
+def _budget(study: Study, hours: float) -> None:
+    """Say how long the study takes, and refuse what is over its budget."""
+    limit = study.spec.budget_hours
+    say(_on_all(study, hours))
     if limit and hours > limit:
         raise UserError(f"study.budget_hours: the plan needs {hours:,.0f} device-hours, {limit:,.0f} are allowed; leave out sizes, "
                         "seeds or epochs, or raise it")  # fmt: skip
@@ -94,3 +105,35 @@ def _measured_seconds(study: Study, configs: list[Config], steps: list[int], wor
     return [
         START_SECONDS + (n + extra) * times[key] + n * exchange for n, extra, key in zip(steps, evaluation, keys, strict=True)
     ]
+
+
+PAGE = """# Plans
+
+What the studies of the paper's kind cost, as `var-scale study plan STUDY` prints it: exact FLOPs, memory with activations estimated, and
+times for NVIDIA's data-sheet peak at an ASSUMED share of 40 % (`study.mfu`); nothing here was measured. A size's nodes are in the study's
+`overrides`, its recipe in `configs/model/`. This page is written by `python -m var_scale.cluster.plan > docs/plans.md`.
+"""
+
+
+def page() -> str:
+    """docs/plans.md."""
+    parts = [PAGE]
+    for name in ("study/var_paper", "study/var_512", "study/isoflop"):
+        study = Study(load(name), Path("runs"))
+        comment = " ".join(line.lstrip("# ") for line in find_config(name).read_text().splitlines() if line.startswith("# "))
+        rows = plan_table(study, quiet=True)
+        hours = sum(row.seconds * row.devices for row in rows) / 3600
+        lines = [f"## {name}", "", comment, "", f"| {' | '.join(COLUMNS)} | recipe |", f"|{'---|' * len(COLUMNS)}---|"]
+        lines += [f"| {' | '.join([*cells_of(row), _recipe(study, row.depth)])} |" for row in rows]
+        parts.append("\n".join([*lines, "", f"A{_on_all(study, hours)[1:]}.", ""]))
+    return "\n".join(parts)
+
+
+def _recipe(study: Study, depth: int) -> str:
+    """Where a size's recipe is from, as its preset says in its first line."""
+    text = find_config(str(study.spec.preset).format(depth=depth)).read_text()
+    return re.search(r"Recipe: (\w+)", text).group(1)  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    print(page(), end="")

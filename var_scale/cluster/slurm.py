@@ -61,11 +61,11 @@ def active_jobs(ids: Iterable[str]) -> dict[str, tuple[str, str]]:
 # ---------------------------------------------------------------- scripts
 
 
-def header(cluster: ClusterConfig, name: str, output: Path, *, nodes: int | None = None, array: str = "") -> list[str]:
-    """The #SBATCH lines of a run's job, or with `nodes` 1 of a job by the side."""
+def header(cluster: ClusterConfig, name: str, output: Path, *, array: str = "") -> list[str]:
+    """The #SBATCH lines of a job."""
     given = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint}
     gpus = ":".join(filter(None, ("gpu", cluster.gpu_type, str(cluster.gpus_per_node)))) if cluster.gpus_per_node else None
-    lines = [f"--job-name={name}", f"--nodes={nodes or cluster.nodes}", f"--ntasks-per-node={cluster.tasks}",
+    lines = [f"--job-name={name}", f"--nodes={cluster.nodes}", f"--ntasks-per-node={cluster.tasks}",
              f"--cpus-per-task={cluster.cpus_per_task}", f"--mem={cluster.memory}", f"--time={cluster.time}"]  # fmt: skip
     lines += [f"--gres={gpus}"] if gpus else []
     lines += [f"--{key}={value}" for key, value in given.items() if value]
@@ -118,12 +118,27 @@ def run_script(config: Config, run: RunFolder, study: str) -> str:
 
 
 def side_script(study: Study, what: str, output: Path) -> str:
-    """A job of one node that runs a command of the study: `prepare` or `report`."""
-    config = study.config
+    """A job that runs a command of the study: `prepare` on a whole node, `report` on one GPU. Stopped by a time limit it comes back."""
+    config, one = study.config, {"nodes": 1, "launcher": "srun"}
+    if what.startswith("report") and config.cluster.gpus_per_node:
+        one |= {"gpus_per_node": 1, "tasks_per_node": 1, "memory": config.cluster.memory if config.cluster.memory != "0" else "32G"}
+    cluster = config.cluster.model_copy(update=one)
     spec, runs = str(study.folder / "study.yaml"), str(study.folder.parent)
     call = [python(config.cluster), "-m", "var_scale.cli", "study", *what.split(), spec, "--runs", runs]
-    lines = [*header(config.cluster, f"{study.config.name}-{what.split(maxsplit=1)[0]}", output, nodes=1), "", *variables(config)]
-    return "\n".join([*lines, f"exec {config.cluster.container or ''} {shlex.join(call)}", ""])
+    lines = [*header(cluster, f"{study.config.name}-{what.split(maxsplit=1)[0]}", output), "", *variables(config), ""]
+    return "\n".join([*lines, SIDE.format(call=f"{config.cluster.container or ''} {shlex.join(call)}".strip())])
+
+
+SIDE = """\
+trap 'kill -TERM $child' USR1 TERM  # it finishes or removes its files
+{call} &
+child=$!
+while kill -0 $child 2> /dev/null; do wait $child; done
+wait $child
+code=$?
+if [ $code = 85 ] || [ $code = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
+"""
 
 
 def array_script(head: Sequence[str], listed: Path) -> str:

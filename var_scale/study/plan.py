@@ -48,12 +48,12 @@ def plan_rows(
     shapes: Sequence[ModelShape], images: int | Sequence[int], *, names: Sequence[str] | None = None, device: str = "h100",
     devices: int | Sequence[int] = 1, mfu: float | None = None,
     run_seconds: Sequence[float] | None = None, micro_batch: int = 1, precision: Precision = "bf16",
-    world: int | Sequence[int] = 1, stage: int = 0, batch: int | None = None,
+    world: int | Sequence[int] = 1, stage: int = 0, batch: Sequence[int] | None = None,
 ) -> list[PlanRow]:  # fmt: skip
     """One row a shape, in the order given. `images` a run (repeats counted); `run_seconds` replaces the expected times by measured ones.
 
     The largest size is held out when at least two sizes are planned. `stage` is ZeRO's (3 for FSDP), `world` the ranks of a run; with
-    `batch` (samples of a micro-step over all ranks) each takes its share, else `micro_batch`.
+    `batch` (samples of a micro-step over all ranks, of each run) each takes its share, else `micro_batch`.
     """
     if not shapes:
         raise UserError("plan: no sizes; give study.depths")
@@ -72,7 +72,7 @@ def plan_rows(
                 name=names[i] if names else f"d{shape.depth}", depth=shape.depth, width=shape.width,
                 params_total=count_params(shape).total, params_paper=sizes[i], images=counts[i], tokens=flops.tokens * counts[i],
                 flops=work, flops_6nd=flops.training_6nd * counts[i],
-                memory=count_memory(shape, max(1, batch // ranks[i]) if batch else micro_batch, precision, ranks[i], stage).total,
+                memory=count_memory(shape, max(1, batch[i] // ranks[i]) if batch else micro_batch, precision, ranks[i], stage).total,
                 seconds=run_seconds[i] if run_seconds else device_seconds(work, device, taken[i], mfu),
                 measured=run_seconds is not None, devices=taken[i], held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
             )
@@ -88,21 +88,29 @@ def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
     hours = not all(row.measured for row in rows)
     table = Table(title=f"plan: {len(rows)} runs, one after the other")
     table.add_column("run")
-    for column in ("depth", "parameters", "N", "images", "tokens", "train FLOP", "memory/rank", "time", *(["device-hours"] * hours)):
+    for column in COLUMNS[1:] if hours else [column for column in COLUMNS[1:] if column not in ("devices", "device-hours")]:
         table.add_column(column, justify="right")
     table.add_column("held out", justify="center")
     for row in rows:
-        table.add_row(row.name, str(row.depth), short(row.params_total), short(row.params_paper), short(row.images), short(row.tokens),
-                      f"{row.flops:.2e}", _bytes(row.memory), duration(row.seconds), *([_hours([row])] * hours),
+        table.add_row(*(cell for column, cell in zip(COLUMNS, cells_of(row), strict=True) if hours or "device" not in column),
                       "yes" if row.held_out else "")  # fmt: skip
     total, flops = sum(row.seconds for row in rows), sum(row.flops for row in rows)
     table.add_section()
-    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", duration(total), *([_hours(rows)] * hours), "")
+    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", *[""] * hours, duration(total), *([hours_of(rows)] * hours), "")
     print_table(table)
     say(f"N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations estimated\ntimes: {rests_on}")
 
 
-def _hours(rows: Sequence[PlanRow]) -> str:
+COLUMNS = ("run", "depth", "parameters", "N", "images", "tokens", "train FLOP", "memory/rank", "devices", "time", "device-hours")
+
+
+def cells_of(row: PlanRow) -> list[str]:
+    """A row as text, a cell for each of COLUMNS."""
+    return [row.name, str(row.depth), short(row.params_total), short(row.params_paper), short(row.images), short(row.tokens),
+            f"{row.flops:.2e}", _bytes(row.memory), str(row.devices), duration(row.seconds), hours_of([row])]  # fmt: skip
+
+
+def hours_of(rows: Sequence[PlanRow]) -> str:
     hours = sum(row.seconds * row.devices for row in rows) / 3600
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
