@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -143,8 +144,12 @@ def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     table.write_text("n,loss\n1,a\n")
     assert "line 2" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     table.write_text("n,loss\n1,2\n")
-    assert "law" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
-    for line, words in (("1,2,3", "more cells than the header"), ("1,nan", "not both positive"), ("-1,2", "not both positive")):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", str(table), "--x", "n", "--y", "loss", "--json", str(tmp_path / "none.json")])
+    assert stop.value.code == 1 and "1 size for 2 parameters" in capsys.readouterr().err
+    none = json.loads((tmp_path / "none.json").read_text())
+    assert none["status"] == "not-converged" and none["params"] == {} and "1 size" in none["reason"]
+    for line, words in (("1,2,3", "more cells than the header"), ("1,x", "is not a number"), ("-1,2", "not a positive number")):
         table.write_text(f"n,loss\n1,2\n{line}\n")
         assert "line 3" in (text := fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")) and words in text
     table.write_text("\ufeffn, loss\n" + "".join(f"{n},{2 + 3.0 * n**-0.3}\n" for n in (1e1, 1e2, 1e3, 1e4, 1e5)))
@@ -157,6 +162,9 @@ def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     table.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in fails(capsys, "fit", str(table), "--x", "n", "--y", "loss")
     assert "no report/runs.csv" in fails(capsys, "fit", str(tmp_path))
+    assert "has two variables" in fails(capsys, "fit", str(table), "--form", "chinchilla", "--x", "n", "--y", "loss")
+    assert "has one variable" in fails(capsys, "fit", str(table), "--x", "n,d", "--y", "loss")
+    assert "fits the floor itself" in fails(capsys, "fit", str(table), "--form", "power_floor", "--floor", "1")
     assert "nan is not a number" in fails(capsys, "fit", str(table), "--floor", "nan")
 
 

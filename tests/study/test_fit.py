@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from var_scale.errors import UserError
-from var_scale.study.fit import fit_law, floor_strip
+from var_scale.study import fit
+from var_scale.study.api import to_json
+from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.surface import evaluate, fit_chinchilla, huber_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "laws"
@@ -35,7 +37,7 @@ def test_chinchilla_reaches_the_optimum() -> None:
     low, high = fit.intervals["split"]
     assert low == pytest.approx(0.477, abs=0.025)
     assert high == pytest.approx(0.557, abs=0.025)
-    assert fit.audit["agree"] > 10
+    assert fit.audit["agree"] == fit.audit["descents"] >= 4 and fit.audit["starts"] >= 4500
     assert np.log(loss / evaluate(fit, n, d)) == pytest.approx(np.array(fit.residuals))
 
 
@@ -116,9 +118,11 @@ def test_floor_that_is_not_identified_is_no_result() -> None:
 def test_an_exponent_that_the_points_do_not_bound_has_an_open_interval() -> None:
     """Five points of a nearly flat law: with the floor free any steep decay fits too. JSON has no infinity."""
     n = np.array([2.6e3, 2.1e4, 7e4, 1.66e5, 3.24e5])
-    fit = fit_law("power_floor", n, [5.2620, 5.1682, 5.0050, 4.9272, 4.8905])
+    five = fit_law("power_floor", n, [5.2620, 5.1682, 5.0050, 4.9272, 4.8905])
+    assert five.converged and five.intervals["alpha"][1] > 1 and five.intervals["E"][1] > 4.8
+    fit = fit_law("power_floor", n[:4], [5.2620, 5.1682, 5.0050, 4.9272])
     assert fit.converged and fit.intervals["alpha"][1] == fit.intervals["a"][1] == math.inf
-    assert 0.003 < fit.intervals["alpha"][0] < 0.0161
+    assert fit.intervals["alpha"][0] == 0.0
     assert fit.to_json()["intervals"]["alpha"][1] is None
 
 
@@ -199,3 +203,51 @@ def test_json_has_no_nan_and_seed_repeats() -> None:
     assert one.intervals == two.intervals
     json.dumps(one.to_json(), allow_nan=False)
     json.dumps(fit_law("power", [1.0], [1.0]).to_json(), allow_nan=False)
+
+
+def test_the_api_recovers_laws_from_tables_with_bad_rows() -> None:
+    """Noise, runs that diverged (nan, inf, a loss that exploded) and a run that went wrong by a third: named, and the law is found."""
+    rng = np.random.default_rng(11)
+    x = 2.0 ** np.arange(12) * 1e6
+    for form, floor in (("power", 0.0), ("power_floor", 1.5)):
+        y = (floor + 3 * (x / 1e6) ** -0.2) * np.exp(2e-3 * rng.standard_normal(12))
+        y[2], y[5], y[7], y[9] = math.nan, math.inf, 1.3 * y[7], 11.0
+        law = fit(x, y, form, names=[f"r{k}" for k in range(12)])  # type: ignore[arg-type]
+        assert law.converged and law.params["alpha"] == pytest.approx(0.2, abs=0.02 if floor else 0.002)
+        assert [(row, code) for row, code, _ in law.excluded] == [
+            ("r2", "non_finite"), ("r5", "non_finite"), ("r7", "outlier"), ("r9", "outlier")]  # fmt: skip
+        assert law.rows == tuple(f"r{k}" for k in (0, 1, 3, 4, 6, 8, 10, 11))
+    assert len(fit(x, y, "power_floor", outliers=False).x) == 10
+    value = to_json(law)
+    json.dumps(value, allow_nan=False)
+    assert {"form", "params", "intervals", "objective", "status", "n_rows", "excluded"} <= value.keys() and value["n_rows"] == 8
+    n, d = (10 ** rng.uniform(low, low + 3, 40) for low in (6, 8))
+    loss = (1.7 + 400 * n**-0.34 + 2000 * d**-0.37) * np.exp(3e-3 * rng.standard_normal(40))
+    loss[3], loss[9] = math.nan, 12.0
+    law = fit(n, loss, "chinchilla", d=d)
+    assert law.converged and law.params["alpha"] == pytest.approx(0.34, abs=0.03) and law.params["E"] == pytest.approx(1.7, abs=0.05)
+    with pytest.raises(UserError, match="two variables"):
+        fit(n, loss, "chinchilla")
+    with pytest.raises(UserError, match="positive finite"):
+        fit([1.0, -2.0], [1.0, 2.0])
+
+
+def test_no_outlier_is_made_by_a_bend_or_by_noise() -> None:
+    """A law with a floor fitted without it loses no point; of 300 clean tables at most a few lose one."""
+    assert fit(X, 1.5 + 3 * (X / 1e6) ** -0.25).excluded == ()
+    rng, lost = np.random.default_rng(2), 0
+    for _ in range(300):
+        lost += bool(fit(X, 3 * (X / 1e6) ** -0.1 * np.exp(5e-3 * rng.standard_normal(len(X)))).excluded)
+    assert lost <= 3
+
+
+def test_profile_intervals_cover() -> None:
+    """Of E and alpha on the paper's ladder: 95 % of 95 % intervals hold the truth (docs/laws.md has more trials)."""
+    n = 73728.0 * np.array([6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30]) ** 3
+    rng, held = np.random.default_rng(0), {"E": 0, "alpha": 0}
+    for _ in range(200):
+        y = (4.5 + (2.0 * n / 1e9) ** -0.23) * np.exp(2e-3 * rng.standard_normal(len(n)))
+        law = fit_law("power_floor", n, y, noise_floor=0)
+        for name, truth in (("E", 4.5), ("alpha", 0.23)):
+            held[name] += law.intervals[name][0] <= truth <= law.intervals[name][1]
+    assert all(182 <= count <= 199 for count in held.values()), held

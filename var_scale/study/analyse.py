@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_scale.study.fit import fit_law, floor_strip
 from var_scale.study.frontier import Frontier, fit_frontier
 from var_scale.study.gate import GateResult, best_of_variants, gate
 from var_scale.study.holdout import HoldOut, hold_out, noise_floor
 from var_scale.study.laws import Form, LawFit
+from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
 
 FORMS: tuple[Form, ...] = ("power", "power_floor")

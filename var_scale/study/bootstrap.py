@@ -21,7 +21,7 @@ def floor_draws(x: Array, fitted: Array, sd: float, seed: int = 0, draws: int = 
     Each draw first takes its own sd, sd sqrt(df / chi2_df) with df = n - 3, so that few points give wide tails as Student's t does,
     then y = fitted exp(sd z). All draws are refitted together by the profile over a coarse and a fine grid of alpha.
     """
-    from var_scale.study.fit import ALPHA_BOUNDS, profile
+    from var_scale.study.power import ALPHA_BOUNDS, profile
 
     rng = np.random.default_rng(seed)
     n = len(x)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_scale.study.bootstrap import Indices, bootstrap_interval
-from var_scale.study.fit import NOISE_FLOOR, fit_law
 from var_scale.study.laws import LawFit, plain
+from var_scale.study.power import NOISE_FLOOR, fit_law
 from var_scale.study.record import RunRecord
 
 RULE = (

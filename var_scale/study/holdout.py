@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_scale.study.fit import NOISE_FLOOR, fit_law
 from var_scale.study.laws import Form, LawFit, Prediction, plain
+from var_scale.study.power import NOISE_FLOOR, fit_law
 from var_scale.study.record import RunRecord, seed_noise, size_means
 
 

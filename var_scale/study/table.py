@@ -9,17 +9,22 @@ from dataclasses import fields
 from pathlib import Path
 
 from var_scale.errors import UserError
+from var_scale.files import write_json
 from var_scale.progress import say
-from var_scale.study.fit import fit_law
+from var_scale.study.api import fit, to_json
 from var_scale.study.gate import gate
-from var_scale.study.laws import Form
+from var_scale.study.laws import Form, LawFit
+from var_scale.study.power import NOISE_FLOOR
 from var_scale.study.record import RunRecord, read_runs_csv, read_table, size_means
 
 VARIABLES = {"params_paper": "N", "params_total": "N", "params_per_token": "N", "flops_exact": "C", "flops_6nd": "C", "flops_paper": "C"}
 
 
-def study_columns(study: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two columns of a study's runs.csv, of the runs that pass the gate, one point each size."""
+EXIT_NO_LAW = 1
+
+
+def study_columns(study: Path, x: list[str], y: str) -> tuple[list[list[float]], list[float], list[str]]:
+    """Columns of a study's runs.csv, of the runs that pass the gate: one point each size, or with two variables each run."""
     table = study / "report" / "runs.csv"
     if not table.exists():
         raise UserError(f"{study}: no report/runs.csv here; give a CSV file, or the folder of a study with a report, such as runs/tiny")
@@ -27,52 +32,92 @@ def study_columns(study: Path, x: str, y: str) -> tuple[list[float], list[float]
     for item in result.excluded:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     numbers = [field.name for field in fields(RunRecord) if field.type in ("int", "float")]
-    for name in (x, y):
+    for name in (*x, y):
         if name not in numbers:
             raise UserError(f"{study}: has no column {name} of numbers; columns: {', '.join(numbers)}")
-    return size_means(result.kept, y, x)[1:]
+    if len(x) == 1:
+        names, ns, values = size_means(result.kept, y, x[0])
+        return [ns], values, names
+    return [[float(getattr(run, name)) for run in result.kept] for name in x], [run.metric(y) for run in result.kept], [
+        run.name for run in result.kept]  # fmt: skip
 
 
-def read_columns(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two columns of a CSV."""
+def read_columns(path: Path, names: list[str], y: str) -> tuple[list[list[float]], list[float], list[str]]:
+    """The columns `names`, the column `y` and the line of each row of a CSV. An empty y, nan or inf is a run without a result and comes as
+    NaN; anything else that is no number is an error."""
     reader = csv.DictReader(io.StringIO(read_table(path)))
-    reader.fieldnames = names = [name.strip() for name in reader.fieldnames or []]
-    for name in (x, y):
-        if names.count(name) != 1:
-            text = "has no column" if name not in names else "has more than one column"
-            raise UserError(f"{path}: {text} {name}; columns: {', '.join(names)}")
-    xs, ys = [], []
+    reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+    for name in (*names, y):
+        if columns.count(name) != 1:
+            text = "has no column" if name not in columns else "has more than one column"
+            raise UserError(f"{path}: {text} {name}; columns: {', '.join(columns)}")
+    xs: list[list[float]] = [[] for _ in names]
+    ys, lines = [], []
     for line, row in enumerate(reader, 2):
-        try:
-            pair = float(row[x]), float(row[y])
-        except (TypeError, ValueError):
-            pair = math.nan, math.nan
-        if None in row or not all(0 < value < math.inf for value in pair):  # type: ignore[comparison-overlap]
-            what = "has more cells than the header" if None in row else f"{x}={row[x]!r}, {y}={row[y]!r} are not both positive numbers"  # type: ignore[comparison-overlap]
-            raise UserError(f"{path}: line {line}: {what}; correct the line")
-        xs.append(pair[0])
-        ys.append(pair[1])
-    return xs, ys
+        if None in row:  # type: ignore[comparison-overlap]
+            raise UserError(f"{path}: line {line}: has more cells than the header; correct the line")
+        for values, name in zip(xs, names, strict=True):
+            values.append(_number(path, line, name, row[name]))
+            if not 0 < values[-1] < math.inf:
+                raise UserError(f"{path}: line {line}: {name}={row[name]!r} is not a positive number; correct the line")
+        ys.append(_number(path, line, y, row[y] if (row[y] or "").strip() else "nan"))
+        lines.append(f"line {line}")
+    return xs, ys, lines
 
 
-def fit_table(table: Path, x: str, y: str, form: Form, floor: float) -> None:
-    """Print the law with intervals; a fit that did not converge is an error."""
-    if floor and form == "power_floor":
-        raise UserError("--floor: the form power_floor fits the floor itself; leave --floor out, or use --form power")
-    xs, ys = (study_columns if table.is_dir() else read_columns)(table, x, y)
-    fit = fit_law(form, xs, ys, metric=y, floor=floor, variable=VARIABLES.get(x, x))
-    if not fit.converged:
-        raise UserError(f"{table}: no {form} law of {y} against {x}: {fit.reason}")
-    say(f"{fit.equation}   ({len(xs)} points, r = {fit.r:.4f}, descriptive; residual sd {fit.residual_sd:.2g} with {fit.freedom} degrees "
-        "of freedom)")  # fmt: skip
-    for name, (low, high) in fit.intervals.items():
+def _number(path: Path, line: int, name: str, text: str | None) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise UserError(f"{path}: line {line}: {name}={text!r} is not a number; correct the line") from None
+
+
+def fit_table(
+    table: Path, x: str, y: str, form: Form, floor: float, out: Path | None = None, outliers: bool = True, seed: int = 0
+) -> LawFit:
+    """Print the law with intervals and what was left out, write it to `out`; a fit that did not converge is an error with code 1."""
+    if floor and form != "power":
+        raise UserError(f"--floor: the form {form} fits the floor itself; leave --floor out, or use --form power")
+    names = [name.strip() for name in x.split(",")]
+    if len(names) != (2 if form == "chinchilla" else 1):
+        raise UserError(f"--x {x}: the form {form} has " + ("two variables, such as --x N,D" if form == "chinchilla" else "one variable"))
+    if table.is_dir():
+        if form == "chinchilla":
+            names = ["params_paper" if names[0] == "N" else names[0], "tokens" if names[1] == "D" else names[1]]
+        columns, ys, lines = study_columns(table, names, y)
+    else:
+        columns, ys, lines = read_columns(table, names, y)
+    law = fit(columns[0], ys, form, d=columns[1] if len(columns) > 1 else None, floor=floor, names=lines, metric=y,
+              variable=VARIABLES.get(x, x), outliers=outliers, seed=seed, noise_floor=NOISE_FLOOR)  # fmt: skip
+    if out:
+        write_json(out, to_json(law))
+    for row, code, text in law.excluded:
+        say(f"left out: {row}, {code}: {text}")
+    if not law.converged:
+        error = UserError(f"{table}: no {form} law of {y} against {x}: {law.reason}")
+        error.code = EXIT_NO_LAW
+        raise error
+    show(law, form, floor)
+    return law
+
+
+def show(law: LawFit, form: Form, floor: float) -> None:
+    """Equation, intervals, and what to know about them."""
+    r = f", r = {law.r:.4f}, descriptive" if math.isfinite(law.r) else ""
+    say(f"{law.equation}   ({len(law.x)} points{r}; residual sd {law.residual_sd:.2g} with {law.freedom} degrees of freedom)")
+    for name, (low, high) in law.intervals.items():
         end = f"to {high:.6g}" if math.isfinite(high) else "or more: the points do not bound it"
-        say(f"  {name:6} {fit.params[name]:.6g}   95 % interval {low:.6g} {end}")
-    if fit.residual_sd < fit.noise_floor:
-        say(f"  intervals assume a noise of {fit.noise_floor:.2g} a run; the scatter here is smaller")
-    bend, p = fit.curvature()
+        value = f"{law.params[name]:.6g}" if name in law.params else ""
+        say(f"  {name:6} {value}   95 % interval {low:.6g} {end}")
+    if law.residual_sd < law.noise_floor:
+        say(f"  intervals assume a noise of {law.noise_floor:.2g} a run; the scatter here is smaller")
+    if form == "chinchilla":
+        audit = law.audit
+        say(f"  {audit['starts']} starts, {audit['descents']} descents, {audit['agree']} of them to this optimum; split: the exponent of N "
+            "in compute-optimal training, N ~ C^split")  # fmt: skip
+    bend, p = law.curvature()
     if p < 0.05:
         hint = "a floor? try --form power_floor" if bend > 0 else "no power law over this range"
-        say(f"  the points bend (quadratic term in ln {x}: p = {p:.2g}), so the interval is too narrow: {hint}")
+        say(f"  the points bend (quadratic term in ln {law.variable}: p = {p:.2g}), so the interval is too narrow: {hint}")
     elif form == "power" and not floor:
         say("  with E = 0: an irreducible part changes the exponent; --form power_floor fits it, --floor assumes one")

@@ -1,4 +1,5 @@
-"""Fits of one metric against one variable: `power` by least squares on logs, `power_floor` by variable projection.
+"""Fits of one metric against one variable: `power` by least squares on logs, `power_floor` by variable projection, with intervals of its
+floor and exponent by profile likelihood.
 
 Every function returns a LawFit; too few points, a floor above the data or an exponent at its bound give status not-converged.
 """
@@ -103,6 +104,62 @@ def profile(alphas: Array, x: Array, y: Array) -> tuple[Array, Array, Array]:
     return floor, b, ((floor[..., None] * p + b[..., None] * q - 1) ** 2).sum(-1)
 
 
+def ridge(x: Array, y: Array, floors: Array, alphas: Array) -> Array:
+    """The objective of `profile` on a grid of floors (F,) and exponents (P,), the best b >= 0 at each: (F, P)."""
+    q = np.exp(-alphas[:, None] * (np.log(x) - np.log(x).mean())) / y
+    left = 1 - floors[:, None] / y
+    b = np.maximum(left @ q.T / (q * q).sum(1), 0)
+    return np.asarray((left**2).sum(1)[:, None] - 2 * b * (left @ q.T) + b**2 * (q * q).sum(1))
+
+
+def profile_intervals(x: Array, y: Array, best: float, floor: float, log_alpha: float, sd: float) -> dict[str, tuple[float, float]]:
+    """Of E and alpha: where the objective, the others at their best, is no further above its minimum than (t sd)^2, t Student's with n - 3
+    degrees of freedom (profile likelihood with unknown noise). An end that the data do not bound is 0 or infinite."""
+    from scipy.stats import t
+
+    limit = best + float(t.ppf(0.5 + LEVEL / 2, len(x) - 3)) ** 2 * sd**2
+    low, high = map(math.log, ALPHA_BOUNDS)
+    logs = np.unique(np.concatenate([np.linspace(low, high, 1200), np.clip(log_alpha + np.linspace(-0.3, 0.3, 601), low, high)]))
+    alpha = tuple(math.exp(end) for end in _inside(logs, profile(np.exp(logs), x, y)[2], log_alpha, limit))
+    top = float(y.min())
+    near = floor + (top - floor) * np.linspace(-0.3, 0.999, 400)
+    floors = np.unique(np.concatenate([top * (1 - np.geomspace(1, 1e-5, 400)), near[(near >= 0) & (near < top)]]))
+    coarse = ridge(x, y, floors, np.exp(np.linspace(low, high, 600))).min(1)
+    refined = [float(_best_at(x, y, e)) for e in floors[coarse <= 4 * limit]]
+    coarse[coarse <= 4 * limit] = np.minimum(refined, coarse[coarse <= 4 * limit])
+    return {
+        "E": _inside(floors, coarse, floor, limit),
+        "alpha": (0.0 if alpha[0] <= ALPHA_BOUNDS[0] * 1.001 else alpha[0], math.inf if alpha[1] >= ALPHA_BOUNDS[1] / 1.001 else alpha[1]),
+    }
+
+
+def _best_at(x: Array, y: Array, floor: float) -> float:
+    """The objective with this floor, exponent and b at their best: by a grid that is made finer twice."""
+    low, high = map(math.log, ALPHA_BOUNDS)
+    for _ in range(3):
+        logs = np.linspace(low, high, 60)
+        values = ridge(x, y, np.array([floor]), np.exp(logs))[0]
+        place = int(values.argmin())
+        low, high = logs[max(place - 1, 0)], logs[min(place + 1, 59)]
+    return float(values.min())
+
+
+def _inside(places: Array, values: Array, best: float, limit: float) -> tuple[float, float]:
+    """The ends of the range around `best` in which `values` stay below `limit`, interpolated between places."""
+    start = int(np.abs(places - best).argmin())
+    ends = []
+    for step in (-1, 1):
+        k = start
+        while 0 <= k + step < len(places) and values[k + step] <= limit:
+            k += step
+        if not 0 <= k + step < len(places):
+            ends.append(float(places[k]))
+            continue
+        share = (limit - values[k]) / (values[k + step] - values[k])
+        ends.append(float(places[k] + np.clip(share, 0, 1) * (places[k + step] - places[k])))
+    return ends[0], ends[1]
+
+
 def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFit:
     """Minimise the profile over alpha from every local minimum of a grid, then audit."""
     from scipy.optimize import minimize_scalar
@@ -147,14 +204,12 @@ def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFi
         reason = f"the gradient at the end is {abs(gradient):.2g} of objective {best:.2g}"
         return LawFit(form="power_floor", status="not-converged", reason=reason, **result, **common)
     draws = floor_draws(x, fitted, max(sd, common["noise_floor"]), seed)
-    low, high = np.percentile(draws[:, :3], [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0)
-    names = ("E", "a", "alpha")
     params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS.get(common["variable"], 1.0))}
-    intervals = {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
-    if high[2] >= ALPHA_BOUNDS[1] / 1.02:  # draws ran into the bound of the search: the data do not bound the exponent
-        intervals |= {name: (intervals[name][0], math.inf) for name in ("a", "alpha")}
-    if low[2] <= ALPHA_BOUNDS[0] * 1.02:
-        intervals |= {name: (0.0, intervals[name][1]) for name in ("a", "alpha")}
+    intervals = profile_intervals(x, y, best, floor, log_alpha, max(sd, common["noise_floor"]))
+    ends = np.array([end if 0 < end < math.inf else alpha for end in intervals["alpha"]])
+    scaled = profile(ends, x, y)[1] * np.exp(ends * float(np.log(x).mean()))  # along the ridge: a and alpha go together
+    intervals["a"] = (float(scaled[0]) if intervals["alpha"][0] > 0 else 0.0,
+                      float(scaled[1]) if intervals["alpha"][1] < math.inf else math.inf)  # fmt: skip
     r = pearson(np.log(x), np.log(y - floor)) if floor < y.min() else math.nan
     return LawFit(form="power_floor", status="converged", params=params, intervals=intervals, r=r,
                   draws=tuple(map(tuple, draws.tolist())), **result, **common)  # fmt: skip

@@ -1,0 +1,120 @@
+"""A law for any table: which rows enter, the fit, its result as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_scale.errors import UserError
+from var_scale.study.laws import Array, Form, LawFit
+from var_scale.study.power import NOISE_FLOOR, fit_law
+
+OUTLIER_P = 1e-3
+"""a point is left out when, beside a law of the others, it would be this unlikely among as many points"""
+SUSPECT = 6.0
+"""robust standard deviations from a robust line beyond which a point is looked at"""
+LEAST = 5e-3
+"""relative deviation below which no point is looked at"""
+DRAWS = 200
+Left = list[tuple[str, str, str]]
+
+
+def fit(
+    x: Sequence[float] | Array, y: Sequence[float] | Array, form: Form = "power", *, d: Sequence[float] | Array | None = None,
+    floor: float = 0.0, names: Sequence[str] = (), metric: str = "y", variable: str = "x", outliers: bool = True, seed: int = 0,
+    noise_floor: float = 0.0,
+) -> LawFit:  # fmt: skip
+    """Fit a law to points (x, y): sizes, compute or data, and losses or error rates.
+
+    `form`: power, y = floor + a x^-alpha with the floor given; power_floor, the same with E >= 0 fitted; chinchilla, y = E + A x^-alpha +
+    B d^-beta with `d` for the tokens. `names` of the points are for what was left out. Rows whose y is not a positive finite number (runs
+    that diverged) are left out, and unless `outliers` is false also those that a law of the others makes impossible (p < 0.001 among all
+    points, Student's t); `excluded` of the result says which and why. `seed` is the bootstrap's. `noise_floor`: smallest relative noise of
+    a run that intervals assume.
+
+    Returns a LawFit; look at `converged` (and `reason`) before using its `params`, `intervals` (95 %) and `predict`. UserError: x and y of
+    different lengths, a form that is not known, an x that is not a positive number.
+    """
+    if form not in ("power", "power_floor", "chinchilla"):
+        raise UserError(f"law form {form!r} is not known; use power, power_floor or chinchilla")
+    if (form == "chinchilla") != (d is not None):
+        raise UserError("the form chinchilla needs two variables, and only it: give parameters as x and tokens as d")
+    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    ds = np.asarray(d, dtype=float) if d is not None else np.ones_like(xs)
+    if not len(xs) == len(ys) == len(ds):
+        raise UserError(f"{metric}: {len(xs)} sizes and {len(ys)} values; give as many of each")
+    if not (np.isfinite(xs).all() and (xs > 0).all() and np.isfinite(ds).all() and (ds > 0).all()):
+        raise UserError(f"{variable}: sizes must be positive finite numbers")
+    labels = list(names) or [str(row) for row in range(len(xs))]
+    left: Left = []
+    kept: NDArray[np.bool_] = np.isfinite(ys) & (ys > 0)
+    for row in np.flatnonzero(~kept).tolist():
+        left.append((labels[row], "non_finite", f"{metric} is {ys[row]:g}, no positive finite number"))
+    if outliers:
+        for row, text in _outliers(form, xs, ys, kept, floor):
+            kept[row] = False
+            left.append((labels[row], "outlier", text))
+    rows = [labels[row] for row in np.flatnonzero(kept).tolist()]
+    if form == "chinchilla":
+        from var_scale.study.surface import fit_chinchilla
+
+        return fit_chinchilla(xs[kept], ds[kept], ys[kept], rows=rows, excluded=left, draws=DRAWS, seed=seed, metric=metric)
+    return fit_law(form, xs[kept].tolist(), ys[kept].tolist(), metric=metric, variable=variable, floor=floor, rows=rows, excluded=left,
+                   noise_floor=noise_floor, seed=seed)  # fmt: skip
+
+
+def _outliers(form: Form, x: Array, y: Array, kept: NDArray[np.bool_], floor: float) -> list[tuple[int, str]]:
+    """Rows that a law of the others makes impossible. Suspects lie far from a robust line; a suspect is out only if the form's own
+    prediction from the rest excludes it, so that a bend of the law makes no outlier."""
+    from scipy.stats import t
+
+    index = np.flatnonzero(kept & (y > floor))
+    if form == "chinchilla" or len(index) < 6:  # its objective is robust; too few points tell nothing apart
+        return []
+    if form == "power":
+        misses = _from_line(np.log(x[index]), np.log(y[index] - floor))
+    else:  # a line in x^-alpha: the exponent at which most points lie on one
+        u = np.log(x[index]) - np.log(x[index]).mean()
+        lines = [_from_line(np.exp(-alpha * u), y[index]) / y[index] for alpha in np.geomspace(0.01, 3, 60)]
+        misses = min(lines, key=lambda line: float(np.median(np.abs(line))))
+    scale = max(1.4826 * float(np.median(np.abs(misses))), LEAST / SUSPECT)
+    suspects = [int(row) for row, miss in zip(index, misses, strict=True) if abs(miss) > SUSPECT * scale]
+    if not suspects or len(suspects) > len(index) // 4:
+        return []
+    sound = np.array([row for row in index if row not in suspects])
+    law = fit_law(form, x[sound].tolist(), y[sound].tolist(), floor=floor, noise_floor=NOISE_FLOOR)
+    if not law.converged:
+        return []
+    found = []
+    for row in suspects:
+        level = 1 - OUTLIER_P / len(index)
+        if form == "power":
+            low, high = (float(end[0]) for end in law.interval(x[row], level))
+        else:  # draws do not reach so far out: Student's t about the fitted law
+            half = float(t.ppf(0.5 + level / 2, law.freedom)) * law.sd * math.sqrt(1 + 3 / len(sound))
+            middle = float(law.predict(x[row]))
+            low, high = middle * math.exp(-half), middle * math.exp(half)
+        if not low <= y[row] <= high:
+            miss = y[row] / float(law.predict(x[row])) - 1
+            found.append((row, f"{100 * miss:+.1f} % from the law of the others, which allows {low:.4g} to {high:.4g}"))
+    return found
+
+
+def _from_line(u: Array, v: Array) -> Array:
+    """Distances from a line that a quarter of the points cannot move: median of all slopes, then of all heights (Theil, Sen)."""
+    i, j = np.triu_indices(len(u), 1)
+    apart = u[i] != u[j]
+    slope = np.median((v[j] - v[i])[apart] / (u[j] - u[i])[apart]) if apart.any() else 0.0
+    rest = v - slope * u
+    return np.asarray(rest - np.median(rest))
+
+
+def to_json(law: LawFit) -> dict[str, Any]:
+    """The result as plain values: form, params, intervals, objective, status, n_rows, excluded, and what else a LawFit holds."""
+    value = law.to_json()
+    excluded = [{"row": row, "code": code, "reason": text} for row, code, text in law.excluded]
+    return value | {"n_rows": len(law.x), "excluded": excluded, "equation": law.equation}
