@@ -206,8 +206,8 @@ def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFi
     draws = floor_draws(x, fitted, max(sd, common["noise_floor"]), seed)
     params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS.get(common["variable"], 1.0))}
     intervals = profile_intervals(x, y, best, floor, log_alpha, max(sd, common["noise_floor"]))
-    ends = np.array([end if 0 < end < math.inf else alpha for end in intervals["alpha"]])
-    scaled = profile(ends, x, y)[1] * np.exp(ends * float(np.log(x).mean()))  # along the ridge: a and alpha go together
+    sides = np.array([end if 0 < end < math.inf else alpha for end in intervals["alpha"]])
+    scaled = profile(sides, x, y)[1] * np.exp(sides * float(np.log(x).mean()))  # along the ridge: a and alpha go together
     intervals["a"] = (float(scaled[0]) if intervals["alpha"][0] > 0 else 0.0,
                       float(scaled[1]) if intervals["alpha"][1] < math.inf else math.inf)  # fmt: skip
     r = pearson(np.log(x), np.log(y - floor)) if floor < y.min() else math.nan
