@@ -425,7 +425,13 @@ def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run. Exit code 1 where there is no law, with the reason."""
     from var_scale.study.table import fit_table
 
-    fit_table(args.table, args.x, args.y, args.form, args.floor, args.json, not args.keep_outliers, args.seed)
+    law = fit_table(args.table, args.x, args.y, args.form, args.floor, args.json, not args.keep_outliers, args.seed)
+    if args.compare:
+        from var_scale.progress import say
+        from var_scale.study.compare import compare
+
+        other = fit_table(args.compare, args.x, args.y, args.form, args.floor, None, not args.keep_outliers, args.seed)
+        say(compare(law, other).sentence(str(args.table), str(args.compare)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -571,6 +577,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--form", choices=("power", "power_floor", "chinchilla"), default="power",
                      help="power: floor + a x^-alpha; power_floor: the floor fitted; chinchilla: E + A N^-alpha + B D^-beta")  # fmt: skip
     sub.add_argument("--json", type=Path, default=None, metavar="FILE", help="write form, params, intervals, status, ...")
+    sub.add_argument("--compare", type=Path, default=None, metavar="TABLE", help="a second table: test whether both follow one power law")
     sub.add_argument("--keep-outliers", action="store_true", help="leave no point out that a law of the others makes impossible")
     sub.add_argument("--seed", type=_number(int, 0), default=0, help="of the bootstrap")
     sub.add_argument("--floor", type=_number(float, 0), default=0.0, help="assumed irreducible part E of form power")

@@ -11,6 +11,8 @@ import pytest
 from var_scale.errors import UserError
 from var_scale.study import fit
 from var_scale.study.api import to_json
+from var_scale.study.compare import compare
+from var_scale.study.laws import LawFit
 from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.surface import evaluate, fit_chinchilla, huber_objective
 
@@ -251,3 +253,21 @@ def test_profile_intervals_cover() -> None:
         for name, truth in (("E", 4.5), ("alpha", 0.23)):
             held[name] += law.intervals[name][0] <= truth <= law.intervals[name][1]
     assert all(182 <= count <= 199 for count in held.values()), held
+
+
+def test_comparing_two_laws() -> None:
+    """Equal laws: p uniform, the interval of the ratio holds 1 in 95 %; a shift of 2 % and another exponent are found."""
+    rng = np.random.default_rng(4)
+
+    def one(shift: float = 0.0, alpha: float = 0.1) -> LawFit:
+        noise = 2e-3 * rng.standard_normal(len(X))
+        return fit_law("power", X.tolist(), (3 * (X / 1e6) ** -alpha * np.exp(shift + noise)).tolist(), noise_floor=0)
+
+    same = [compare(one(), one()) for _ in range(400)]
+    assert 0.02 < np.mean([found.p_same < 0.05 for found in same]) < 0.09
+    assert 0.92 < np.mean([found.low <= 1 <= found.high for found in same]) < 0.98
+    shifted, bent = compare(one(), one(0.02)), compare(one(), one(alpha=0.11))
+    assert shifted.p_same < 1e-3 < shifted.p_exponent and shifted.ratio == pytest.approx(1.02, abs=0.004) and "+2." in shifted.sentence()
+    assert bent.p_exponent < 1e-3
+    with pytest.raises(UserError, match="form power"):
+        compare(one(), fit_law("power", [1.0], [1.0]))

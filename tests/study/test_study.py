@@ -208,3 +208,15 @@ def test_points_of_a_grid_compete() -> None:
     assert both.gate.kept == alone.gate.kept and both.fits["loss_avg", "power"].params == alone.fits["loss_avg", "power"].params
     beaten = [item for item in both.gate.excluded if item.code == "beaten_variant"]
     assert sorted(item.record.name for item in beaten) == sorted(run.name for run in worse) and runs[0].name in beaten[0].text
+
+
+def test_a_persons_word_is_stronger_than_the_gate() -> None:
+    """Excluded with the reason; kept though not annealed; not kept where there is no value."""
+    runs = ladder()
+    runs[1] = replace(runs[1], final_lr_fraction=0.5)
+    runs[2] = replace(runs[2], loss_avg=math.nan, loss_last=math.nan, err_avg=math.nan, err_last=math.nan)
+    word = {"exclude": {runs[0].name: "another tokenizer"}, "keep": {runs[1].name: "constant on purpose", runs[2].name: "?"}}
+    result = fit_study(runs, **word)
+    codes = [(item.record.name, item.code) for item in result.gate.excluded]
+    assert codes == [(runs[0].name, "by_hand"), (runs[2].name, "missing_evaluation")]
+    assert runs[1] in result.gate.kept and result.gate.excluded[0].text == "another tokenizer"

@@ -27,7 +27,8 @@ def build_report(study: Study) -> StudyResult:
     records = [read_run(run.path) for _, run in study.runs() if (run.path / "run.json").exists()]
     if not records:
         raise UserError(f"{study.folder}: no run has started, so there is nothing to report; run the study first")
-    result = fit_study(records, floors={str(metric): floor for metric, floor in study.spec.floors.items()})
+    result = fit_study(records, floors={str(metric): floor for metric, floor in study.spec.floors.items()},
+                       exclude=study.spec.exclude, keep=study.spec.keep)  # fmt: skip
     for item in result.gate.excluded:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     for metric in METRICS:

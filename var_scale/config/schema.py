@@ -380,6 +380,8 @@ class StudySpec(Section):
     floors: dict[Literal["loss_last", "loss_avg", "err_last", "err_avg"], float] = Field(
         default_factory=dict, description="irreducible part assumed for a metric in the power law; 0 where none is given"
     )
+    exclude: dict[str, str] = Field(default_factory=dict, description="runs that a person leaves out of the laws, each with the reason")
+    keep: dict[str, str] = Field(default_factory=dict, description="runs that a person keeps though the gate would not, with the reason")
     device: str = Field("auto", description="device for the expected time: auto (measured here) or a name of the peak table")
     devices: Positive = Field(1, description="devices a run, for the expected time on a named device")
     mfu: float = Field(0.4, gt=0, le=1, description="assumed share of the device's peak")

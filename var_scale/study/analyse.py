@@ -53,14 +53,16 @@ class StudyResult:
 
 
 def fit_study(
-    records: Sequence[RunRecord], *, size: str = "params_paper", floors: dict[str, float] | None = None, seed: int = 0
-) -> StudyResult:
+    records: Sequence[RunRecord], *, size: str = "params_paper", floors: dict[str, float] | None = None, seed: int = 0,
+    exclude: dict[str, str] | None = None, keep: dict[str, str] | None = None,
+) -> StudyResult:  # fmt: skip
     """Gate the runs, then for each metric and form: hold out the largest size, predict it, and fit again on all sizes.
 
     `floors` assumes an irreducible part for a metric (the paper's authors used 4.5 for loss_last and 5.0 for loss_avg on ImageNet-256).
-    With too few healthy runs the fits carry their reason; nothing raises.
+    `exclude` and `keep`: runs by name, with a person's reason, that the gate is told about. With too few healthy runs the fits carry
+    their reason; nothing raises.
     """
-    result = gate(records)
+    result = gate(records, exclude=exclude, keep=keep)
     healthy = result.kept
     kept, beaten = best_of_variants(healthy)
     result = GateResult(kept, (*result.excluded, *beaten))

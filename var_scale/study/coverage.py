@@ -19,8 +19,8 @@ START, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 
 
 def coverage(noise: float, trials: int, depths: Sequence[int] = DEPTHS, seed: int = 0) -> dict[str, float]:
-    """Shares of `trials` made-up ladders, relative noise `noise`, in which the interval of E and alpha (E fitted), of alpha (E known), and of a
-    new run at twice the largest size (E fitted) held the truth, and the share of fits that converged."""
+    """Shares of `trials` made-up ladders, relative noise `noise`, in which the interval of E and alpha (E fitted), of alpha (E known), and
+    of a new run at twice the largest size (E fitted) held the truth, and the share of fits that converged."""
     n = 73728.0 * np.asarray(depths, dtype=float) ** 3
     law = FLOOR + (BETA * n / 1e9) ** -ALPHA
     ahead = 2 * float(n.max())

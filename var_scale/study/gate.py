@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +12,12 @@ from var_scale.study.record import METRICS, RunRecord
 
 Code = Literal[
     "incomplete", "diverged", "failed", "non_finite", "not_annealed", "missing_evaluation", "worse_than_smaller", "data_differs",
-    "beaten_variant",
+    "beaten_variant", "by_hand",
 ]  # fmt: skip
 MAX_FINAL_LR = 0.1
 WORSE_TOLERANCE = 0.01
 CODES: dict[Code, str] = {
+    "by_hand": "left out by a person (study.exclude)",
     "incomplete": "the run has not reached its last step",
     "diverged": "the loss became non-finite or exploded and the run was stopped",
     "failed": "the run ended with an error",
@@ -74,25 +75,38 @@ def _brief(data_hash: str) -> str:
     return ":".join(part[:8] for part in data_hash.split(":"))
 
 
-def gate(records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE) -> GateResult:
-    """Keep healthy, comparable runs. Order of checks: each run by itself, the data of the majority, worse than a smaller one."""
+NEEDED = ("missing_evaluation", "non_finite")
+"""codes that nobody can overrule: there is no value to fit"""
+
+
+def gate(
+    records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE, exclude: Mapping[str, str] | None = None,
+    keep: Mapping[str, str] | None = None,
+) -> GateResult:  # fmt: skip
+    """Keep healthy, comparable runs. Order of checks: each run by itself, the data of the majority, worse than a smaller one. A person's
+    word is stronger: runs named in `exclude` go, those in `keep` stay unless they have no value to fit."""
+    exclude, keep = exclude or {}, keep or {}
     excluded: list[Exclusion] = []
     healthy: list[RunRecord] = []
     for record in sorted(records, key=lambda run: (run.params_paper, run.seed, run.name)):
-        if problem := check_run(record):
+        if record.name in exclude:
+            excluded.append(Exclusion(record, "by_hand", exclude[record.name]))
+        elif record.name in keep and (check_run(record) or ("", ""))[0] not in NEEDED and math.isfinite(record.loss_avg):
+            healthy.append(record)
+        elif problem := check_run(record):
             excluded.append(Exclusion(record, *problem))
         else:
             healthy.append(record)
     if healthy:
         common = Counter(record.data_hash for record in healthy).most_common(1)[0][0]
-        for record in [run for run in healthy if run.data_hash != common]:
+        for record in [run for run in healthy if run.data_hash != common and run.name not in keep]:
             excluded.append(Exclusion(record, "data_differs", f"data {_brief(record.data_hash)}, most runs have {_brief(common)}"))
-        healthy = [run for run in healthy if run.data_hash == common]
+        healthy = [run for run in healthy if run.data_hash == common or run.name in keep]
     kept: list[RunRecord] = []
     for record in healthy:
         smaller = [run for run in kept if run.params_paper < record.params_paper]
         best = min(smaller, key=lambda run: run.loss_avg, default=None)
-        if best and record.loss_avg > best.loss_avg * (1 + worse_tolerance):
+        if best and record.name not in keep and record.loss_avg > best.loss_avg * (1 + worse_tolerance):
             text = f"loss_avg {record.loss_avg:.4f} is above {best.loss_avg:.4f} of the smaller {best.name}"
             excluded.append(Exclusion(record, "worse_than_smaller", text))
         else:
