@@ -14,9 +14,11 @@ job=${job:-$SLURM_JOB_ID}  # a task of an array by this name: its own number may
 life=${SLURM_RESTART_COUNT:-0}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 6000)))  # below the ports that systems give out
+while (exec 3<> "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT=$((MASTER_PORT + 2)); done  # another job's
 export VAR_SCALE_WORLD=$((VS_NODES * VS_TASKS)) VAR_SCALE_LOGS=$VS_RUN/log/$job.$life
 mkdir -p "$VAR_SCALE_LOGS"
-rm -f "$VS_RUN/STOP"
+rm -f "$VS_RUN/STOP"  # of an earlier life
+if [ -e "$VS_RUN/HOLD" ]; then say "stopped by study stop before it began"; exit 85; fi
 printf "%s slots=$VS_TASKS\n" "${hosts[@]}" > "$VAR_SCALE_LOGS/hosts"
 trap 'say "asked to stop: the run saves"; touch "$VS_RUN/STOP"' USR1 TERM
 steps=(srun --nodes="$VS_NODES" --kill-on-bad-exit=1 --wait=60 --cpu-bind=none --export=ALL)

@@ -16,7 +16,8 @@ case $VS_LAUNCHER in
     exec $VS_CONTAINER "$VS_PYTHON" -m var_scale.train.worker "$VS_RUN" ;;
   pdsh)  # over ssh only these variables travel
     export DS_ENV_FILE=$VAR_SCALE_LOGS/environment
-    env | grep -E '^(PATH|LD_LIBRARY_PATH|PYTHONPATH|OMP_NUM_THREADS|DS_ACCELERATOR|VAR_SCALE_[A-Z_]*|NCCL_[A-Z_]*)=' > "$DS_ENV_FILE"
+    env | grep -E "^(PATH|LD_LIBRARY_PATH|PYTHONPATH|OMP_NUM_THREADS|DS_ACCELERATOR|VAR_SCALE_[A-Z_]*|NCCL_[A-Z_]*|${VS_ENV// /|})=" \
+      > "$DS_ENV_FILE"
     exec $VS_CONTAINER "$VS_PYTHON" "${deepspeed[@]}" --launcher pdsh --no_ssh_check --force_multi "${worker[@]}" ;;
   slurm)  # it starts a file, not a module
     file=$("$VS_PYTHON" -c 'import importlib.util as u; print(u.find_spec("var_scale.train.worker").origin)')

@@ -39,23 +39,29 @@ def test_scripts(tmp_path: Path) -> None:
     assert "--nodes=4" in second and "--time=12:00:00" in second and "--array=0-1%2" in second
     config, run = made.runs()[4]
     script = run_script(config, run, "mini")
-    for line in ("module load cuda", "export NCCL_SOCKET_IFNAME=ib0", "export VS_NODES=4", "export VS_TASKS=8", "export VS_PYTHON=python",
+    for line in ("module load cuda || setup_failed 'module load cuda'", "export NCCL_SOCKET_IFNAME=ib0",
+                 "export VS_NODES=4", "export VS_TASKS=8", "export VS_PYTHON=python",
                  "export VS_CONTAINER='apptainer exec --nv image.sif'", "export VS_LAUNCHER=srun"):  # fmt: skip
         assert f"\n{line}\n" in script
-    for text in (script, array_script(found[0].head, tmp_path / "a b.txt"), (launch_root() / "node.sh").read_text()):
+    for text in (script, array_script(found[0].head, found[0].runs), (launch_root() / "node.sh").read_text()):
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False).stderr == ""
     assert config_hash(config) == config_hash(study(tmp_path, rules.replace("4, c", "7, c"), "train.batch_size=64").runs()[4][0])
-    assert not any("--gres" in line for line in header(load("model/d16", ["cluster=dev"]).cluster, "x", tmp_path))
+    assert not any("--gres" in line for line in header(load("model/d16", ["cluster=dev"]).cluster, "x", "y"))
     assert [seconds(text) for text in ("1-02:00:00", "00:30:00", "05:30")] == [93600, 1800, 330]
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    (["cluster.tasks_per_node=3"], "does not divide into 6 processes"),
+    (["cluster.tasks_per_node=3"], "batch_size 16 does not divide into 6 processes"),
     (["engine=single"], "engine single on 2 processes"),
     (["engine=single", "cluster.nodes=1", "cluster.launcher=pdsh"], "set cluster.launcher=srun"),
     (["cluster.time=120"], "leaves no time to train"),
     (["cluster.time=tomorrow"], "cluster.time"),
     (["cluster.launcher=mpirun"], "cluster.launcher"),
+    (["engine=zero1", "cluster.launcher=slurm", "cluster.container=env"], "outside of cluster.container"),
+    (["cluster.env={1A: b}"], "cluster.env"),
+    (["study.budget_hours=1"], "needs a device"),
+    (["study.grid={cluster.time: ['01:00:00']}"], "no key of cluster changes a result"),
+    (["study.flops=[10]", "train.epochs=1", "train.steps=null", "train.warmup_epochs=0.5"], "warmup_epochs"),
 ])  # fmt: skip
 def test_what_cannot_run_there_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):

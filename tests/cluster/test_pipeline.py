@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.runs import hear_sigint
 from var_scale.cluster.pipeline import Study, prepare_data, run_study
 from var_scale.config.load import load
 from var_scale.data.embedded import png_bytes
@@ -37,11 +38,6 @@ def study(runs: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "var_scale.cli", "study", "run", *MINI, "--runs", str(runs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             preexec_fn=hear_sigint)  # noqa: PLW1509
-
-
-def hear_sigint() -> None:
-    """Tests that were started in the background of a shell inherit a SIGINT that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

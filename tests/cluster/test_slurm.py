@@ -211,6 +211,36 @@ STUDY = [
 ]  # fmt: skip
 
 
+def test_submitting_again_does_not_touch_what_is_queued(cluster: Cluster, tmp_path: Path) -> None:
+    """A run that is stopped and submitted again leaves the tasks of the first array their own runs; a stop while a job still sets up its
+    environment is heard; a failing line of the setup is the run's reason; what sbatch refuses leaves nothing queued."""
+    os.chdir(tmp_path)
+    command = [sys.executable, "-m", "var_scale.cli", "study"]
+    data = [*STUDY, "name=again", "cluster.at_once=1", "cluster.setup=[sleep 8]", "train.steps=300"]
+    cluster.run(*command, "prepare", *data)
+    cluster.run(*command, "run", *data, "--on", "slurm")
+    jobs = json.loads((tmp_path / "runs/again/slurm/jobs.json").read_text())
+    runs = {d: RunFolder(tmp_path / f"runs/again/d0{d}-s0") for d in (1, 2, 3)}
+    cluster.wait(f"{jobs['train']}_0", "RUNNING")
+    cluster.run(*command, "stop", *data, "--only", "d01-s0,d02-s0")
+    assert cluster.wait(f"{jobs['train']}_0") == "FAILED" and runs[1].status()["state"] in ("queued", "preempted")
+    assert "stopped by study stop before it began" in "".join(p.read_text() for p in (tmp_path / "runs/again/slurm").glob("train-*_0.out"))
+    cluster.run(*command, "run", *data, "--on", "slurm")
+    assert cluster.wait(f"{jobs['train']}_2", seconds=200) == "COMPLETED" and runs[3].status()["state"] == "complete"
+    cluster.run(*command, "stop", *data)
+    failing = [*data, "name=failing", "data.leaves=null", "data.num_classes=10", "cluster.setup=[nosuchmodule load cuda]"]
+    failing += [f"data.tokens_{s}={tmp_path}/runs/again/tokens/{s}" for s in ("train", "val")]
+    failing += [f"tokenizer.weights={tmp_path}/runs/again/tokenizer/tokenizer.safetensors", "study.depths=[1]"]
+    cluster.run(*command, "run", *failing, "--on", "slurm")
+    reason = RunFolder(tmp_path / "runs/failing/d01-s0")
+    until(lambda: reason.status()["state"] == "failed", 60)
+    assert "cluster.setup failed on node" in reason.status()["reason"] and "nosuchmodule load cuda" in reason.status()["reason"]
+    refused = [*failing, "name=refused", "study.depths=[1,2]", "study.overrides={2: {cluster.partition: nosuch}}"]
+    with pytest.raises(AssertionError, match=r"train-1.sh: sbatch: .*nosuch|train-1.sh: sbatch: .*[Ii]nvalid partition"):
+        cluster.run(*command, "run", *refused, "--on", "slurm")
+    assert "refused" not in cluster.run("squeue", "-h", "-o", "%j")
+
+
 def test_a_study(cluster: Cluster, tmp_path: Path) -> None:
     """From a YAML file to the report with nobody watching: data, three sizes as an array at once, report; a run that diverges does not hold
     the others; run again, only what is missing is submitted; stop and retry."""

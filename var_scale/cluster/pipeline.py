@@ -3,6 +3,7 @@ anywhere and run again: it continues, and when nothing is left it says so."""
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,6 +124,7 @@ def run_study(config: Config, runs: Path) -> Path:
     lock = take_lock(study.folder / ".lock")
     if lock is None:
         raise UserError(f"{study.folder}: another process is running this study; wait for it or stop it")
+    refuse_queued(study)
     check_machine(study)
     write_config(config, study.folder / "study.yaml")
     if not study.ended():
@@ -135,6 +137,18 @@ def run_study(config: Config, runs: Path) -> Path:
     study.mark_complete()
     say(f"done. Report: {study.report / 'report.html'}")
     return study.report
+
+
+def refuse_queued(study: Study) -> None:
+    """Refuse a study that SLURM still has jobs of."""
+    path = study.folder / "slurm" / "jobs.json"
+    if path.exists() and shutil.which("squeue"):
+        from var_scale.cluster.slurm import active_jobs
+
+        jobs = [*read_json(path, "list of jobs").values(), *(run.status().get("job", "") for _, run in study.runs())]
+        if there := active_jobs(jobs):
+            raise UserError(f"{study.folder}: SLURM has jobs of this study ({', '.join(sorted(there)[:3])}); wait for them, or take them "
+                            "back with `var-scale study stop`")  # fmt: skip
 
 
 def check_machine(study: Study) -> None:

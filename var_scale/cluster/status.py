@@ -9,9 +9,10 @@ import time
 from rich.table import Table
 
 from var_scale.cluster.pipeline import Study, check_runs
-from var_scale.cluster.slurm import active_jobs
+from var_scale.cluster.slurm import active_jobs, needs_data
 from var_scale.errors import UserError
-from var_scale.progress import duration, print_table
+from var_scale.files import read_json
+from var_scale.progress import duration, print_table, say
 from var_scale.run_folder import RunFolder, take_lock
 
 
@@ -23,6 +24,15 @@ def _alive(run: RunFolder) -> bool:
             return True
         os.close(handle)
     return False
+
+
+def _prepare_lost(study: Study) -> str:
+    """A word on a prepare job that ended without the data that the runs wait for."""
+    path = study.folder / "slurm" / "jobs.json"
+    job = read_json(path, "list of jobs").get("prepare") if path.exists() else None
+    if not job or not shutil.which("squeue") or job in active_jobs([job]) or not needs_data(study):
+        return ""
+    return f"prepare: job {job} ended without the data; {study.folder / 'slurm' / f'prepare-{job}.out'} says why; then run the study again"
 
 
 def watch(study: Study, seconds: float = 5.0) -> None:
@@ -56,6 +66,10 @@ def status_table(study: Study) -> set[str]:
             status["state"] = "not started"
         rows = [row for row in run.read_metrics() if row["kind"] == "train"]
         last = rows[-1] if rows else None
+        if job in there and status["state"] == "failed":
+            states.add("running")  # its job has the last word, and may bring it back
+        if status["state"] == "running" and last:
+            status["step"] = max(status.get("step", 0), last["step"])
         left = (status.get("total_steps", 0) - last["step"]) * last["step_seconds"] if last and status["state"] != "complete" else None
         states.add(status["state"])
         since = duration(time.time() - status["time"]) if "time" in status else ""
@@ -66,4 +80,6 @@ def status_table(study: Study) -> set[str]:
             str(status.get("restarts", 0)), since, job, status.get("reason", ""),
         )  # fmt: skip
     print_table(table)
+    if lost := _prepare_lost(study):
+        say(lost)
     return states

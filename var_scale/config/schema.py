@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,10 @@ def _switch(value: Any) -> Any:
 
 def _time(value: Any) -> Any:
     """YAML reads 24:00:00 as a number of seconds."""
-    return f"{value // 3600:02d}:{value // 60 % 60:02d}:{value % 60:02d}" if isinstance(value, int) else value
+    text = f"{value // 3600:02d}:{value // 60 % 60:02d}:{value % 60:02d}" if isinstance(value, int) else str(value)
+    if not re.fullmatch(r"(\d+-)?\d{1,4}(:\d{2}){1,2}", text):
+        raise ValueError("give a time limit as HH:MM:SS or D-HH:MM:SS")
+    return text
 
 
 def _grid(value: Any) -> Any:
@@ -313,7 +317,7 @@ class ClusterConfig(Section):
     cpus_per_task: Positive = Field(8, description="cores of a process")
     memory: str = Field("0", description="memory of a node, such as 200G; 0: all of it")
     time: Annotated[str, BeforeValidator(_time)] = Field(
-        "24:00:00", pattern=r"^(\d+-)?\d{1,4}(:\d{2}){1,2}$", description="time limit of one life of a run, [D-]HH:MM:SS; it comes back"
+        "24:00:00", description="time limit of one life of a run, [D-]HH:MM:SS; it comes back"
     )
     partition: str | None = Field(None, description="partition")
     account: str | None = Field(None, description="account")
@@ -327,7 +331,9 @@ class ClusterConfig(Section):
     setup: list[str] = Field(default_factory=list, description="shell lines before all else, such as module load cuda")
     container: str | None = Field(None, description="what commands on the nodes are run with, such as apptainer exec --nv IMAGE")
     python: str | None = Field(None, description="Python on the nodes; default the one that submits, in a container python")
-    env: dict[str, str] = Field(default_factory=dict, description="environment of the job, such as NCCL_SOCKET_IFNAME or VAR_SCALE_CACHE")
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Annotated[str, BeforeValidator(str)]] = Field(
+        default_factory=dict, description="environment of the job, such as NCCL_SOCKET_IFNAME or VAR_SCALE_CACHE"
+    )
     check: bool = Field(True, description="look at nodes, GPUs and connections before each life, and leave bad nodes out")
     stop_seconds: Positive = Field(120, description="what a run may need to save; SLURM's signal comes a minute earlier still")
     requeues: int = Field(50, ge=0, description="times that a run comes back after a time limit, preemption or lost node")
@@ -404,7 +410,10 @@ class StudySpec(Section):
             if not points or len({str(point) for point in points}) < len(points):
                 raise ValueError(f"grid.{key} {points} is empty or lists a value twice")
             if key in ("model.depth", "train.seed") or key.partition(".")[0] in ("study", "name", "cluster", "tokenizer"):
-                raise ValueError(f"grid.{key}: cannot be swept; sizes are study.depths, seeds study.seeds, a tokenizer is a study's own")
+                raise ValueError(f"grid.{key}: cannot be swept; sizes are study.depths, seeds study.seeds, a tokenizer is a study's own, "
+                                 "and no key of cluster changes a result (study.overrides sets them for a size)")  # fmt: skip
+        if self.budget_hours and self.device == "auto":
+            raise ValueError("budget_hours needs a device to count hours of; set study.device, such as h100")
         if self.flops and any(key in ("train.epochs", "train.steps") for key in self.grid):
             raise ValueError("flops sets the epochs; leave train.epochs and train.steps out of the grid")
         return self

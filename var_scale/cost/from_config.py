@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from var_scale.config.load import check, dump
 from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.shape import ModelShape
@@ -20,4 +21,6 @@ def shape_of(config: Config) -> ModelShape:
 def with_flops(config: Config, flops: float) -> Config:
     """The run with as many epochs as `flops` training FLOPs allow."""
     epochs = flops / (count_flops(shape_of(config)).training * config.train_samples)
-    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs, "steps": None})})
+    tree = dump(config)
+    tree["train"] = {key: value for key, value in tree["train"].items() if key != "steps"} | {"epochs": epochs}
+    return check(tree, f"{config.name}, {flops:g} FLOPs")

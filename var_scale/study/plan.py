@@ -86,7 +86,7 @@ def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
     from rich.table import Table
 
     hours = not all(row.measured for row in rows)
-    table = Table(title=f"plan: {len(rows)} runs, one after the other")
+    table = Table(title=f"plan: {len(rows)} runs" + ("" if hours else ", one after the other"))
     table.add_column("run")
     for column in COLUMNS[1:] if hours else [column for column in COLUMNS[1:] if column not in ("devices", "device-hours")]:
         table.add_column(column, justify="right")
@@ -96,7 +96,8 @@ def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
                       "yes" if row.held_out else "")  # fmt: skip
     total, flops = sum(row.seconds for row in rows), sum(row.flops for row in rows)
     table.add_section()
-    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", *[""] * hours, duration(total), *([hours_of(rows)] * hours), "")
+    last = ["", "", hours_of(rows)] if hours else [duration(total)]
+    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", *last, "")
     print_table(table)
     say(f"N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations estimated\ntimes: {rests_on}")
 

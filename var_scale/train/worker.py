@@ -29,7 +29,12 @@ def main() -> None:
     run = RunFolder(folder)
     if logs := os.environ.get("VAR_SCALE_LOGS"):
         _log_to(Path(logs))
-    config = load(str(run.config))
+    try:
+        config = load(str(run.config))
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        run.set_status("failed", str(error))
+        sys.exit(error.code)
     timeout = 2 * config.train.hang_seconds + 300  # the watchdog is to speak first
     try:
         world = start_world(config.engine.name != "single", config.engine.threads, timeout)
