@@ -77,6 +77,13 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,3,7") from None
 
 
+def _mapping(text: str) -> str:
+    """FIELD=COLUMN with commas between."""
+    if not all(part.count("=") == 1 and all(part.split("=")) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as depth=layers,loss_avg=val_loss")
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong argument is one line, like every other mistake."""
 
@@ -421,6 +428,25 @@ def bench_train(args: argparse.Namespace) -> None:
         bench_train(config, args.steps, args.warmup, args.out, args.trace)
 
 
+def records(args: argparse.Namespace) -> None:
+    """One table of runs: from run and study folders, wandb (files, or wandb:ENTITY/PROJECT), the official trainer's folders, any CSV."""
+    from var_scale.progress import say
+    from var_scale.study.gate import gate
+    from var_scale.study.ingest import read_all
+    from var_scale.study.record import METRICS, write_runs_csv
+
+    mapping = dict(pair.split("=", 1) for pair in args.map.split(",")) if args.map else None
+    found = read_all(args.sources, mapping, args.train_samples)
+    write_runs_csv(found, args.out)
+    measured = [name for name in METRICS if any(math.isfinite(record.metric(name)) for record in found)] or METRICS
+    excluded = {id(item.record): item for item in gate(found, metrics=measured).excluded}
+    for record in found:
+        item = excluded.get(id(record))
+        say(f"{record.name}: d{record.depth}, {record.images:,} images, loss_avg {record.loss_avg:.4f}, loss_last {record.loss_last:.4f}"
+            + (f"  [{item.code}: {item.text}]" if item else ""))  # fmt: skip
+    say(f"{args.out}: {len(found)} runs; `var-scale fit {args.out} --x params_paper --y loss_avg` fits those that pass the gate")
+
+
 def fit(args: argparse.Namespace) -> None:
     """Fit a law to a table: columns by name, one row a run. Exit code 1 where there is no law, with the reason."""
     from var_scale.study.table import fit_table
@@ -567,6 +593,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--trace", type=Path, default=None, metavar="FILE.json", help="write a profiler trace of one step (chrome://tracing)")
     sub.add_argument("--dry-run", action="store_true", help="no step: build the config for --world ranks and print what each would hold")
     sub.add_argument("--world", type=_number(int, 1), default=None, help="ranks of the dry run; default 1")
+
+    sub = command(commands, "records", records)
+    sub.add_argument("sources", nargs="+", help="run, study, wandb or official output folders, CSVs, wandb:ENTITY/PROJECT")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="table to write")
+    sub.add_argument("--map", type=_mapping, default=None, metavar="FIELD=COLUMN,...",
+                     help="of CSVs of others, such as depth=layers,loss_avg=val")  # fmt: skip
+    sub.add_argument("--train-samples", type=_number(int, 1), default=1281167, help="training images of official runs")
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")

@@ -47,8 +47,8 @@ class GateResult:
     excluded: tuple[Exclusion, ...]
 
 
-def check_run(record: RunRecord) -> tuple[Code, str] | None:
-    """The first thing wrong with a run by itself; None for a healthy run."""
+def check_run(record: RunRecord, metrics: Sequence[str] = METRICS) -> tuple[Code, str] | None:
+    """The first thing wrong with a run by itself, of its values those of `metrics`; None for a healthy run."""
     because = f": {record.reason}" if record.reason else ""
     if record.state == "diverged":
         return "diverged", f"diverged{because}"
@@ -56,10 +56,10 @@ def check_run(record: RunRecord) -> tuple[Code, str] | None:
         return "failed", f"failed{because}"
     if record.state != "complete":
         return "incomplete", f"state is {record.state}{because}"
-    values = [record.metric(name) for name in METRICS]
+    values = [record.metric(name) for name in metrics]
     if record.eval_samples <= 0 or all(math.isnan(value) for value in values):
         return "missing_evaluation", "there is no evaluation at the last step"
-    for name, value in zip(METRICS, values, strict=True):
+    for name, value in zip(metrics, values, strict=True):
         if not math.isfinite(value) or value <= 0:
             return "non_finite", f"{name} is {value:g}"
     if not record.final_lr_fraction <= MAX_FINAL_LR:
@@ -81,19 +81,20 @@ NEEDED = ("missing_evaluation", "non_finite")
 
 def gate(
     records: Sequence[RunRecord], worse_tolerance: float = WORSE_TOLERANCE, exclude: Mapping[str, str] | None = None,
-    keep: Mapping[str, str] | None = None,
+    keep: Mapping[str, str] | None = None, metrics: Sequence[str] = METRICS,
 ) -> GateResult:  # fmt: skip
     """Keep healthy, comparable runs. Order of checks: each run by itself, the data of the majority, worse than a smaller one. A person's
-    word is stronger: runs named in `exclude` go, those in `keep` stay unless they have no value to fit."""
+    word is stronger: runs named in `exclude` go, those in `keep` stay unless they have no value to fit. `metrics`: those that a run
+    must have."""
     exclude, keep = exclude or {}, keep or {}
     excluded: list[Exclusion] = []
     healthy: list[RunRecord] = []
     for record in sorted(records, key=lambda run: (run.params_paper, run.seed, run.name)):
         if record.name in exclude:
             excluded.append(Exclusion(record, "by_hand", exclude[record.name]))
-        elif record.name in keep and (check_run(record) or ("", ""))[0] not in NEEDED and math.isfinite(record.loss_avg):
+        elif record.name in keep and (check_run(record, metrics) or ("", ""))[0] not in NEEDED and math.isfinite(record.loss_avg):
             healthy.append(record)
-        elif problem := check_run(record):
+        elif problem := check_run(record, metrics):
             excluded.append(Exclusion(record, *problem))
         else:
             healthy.append(record)

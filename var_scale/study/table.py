@@ -15,7 +15,7 @@ from var_scale.study.api import fit, to_json
 from var_scale.study.gate import gate
 from var_scale.study.laws import Form, LawFit
 from var_scale.study.power import NOISE_FLOOR
-from var_scale.study.record import RunRecord, read_runs_csv, read_table, size_means
+from var_scale.study.record import METRICS, RunRecord, read_runs_csv, read_table, size_means
 
 VARIABLES = {"params_paper": "N", "params_total": "N", "params_per_token": "N", "flops_exact": "C", "flops_6nd": "C", "flops_paper": "C"}
 
@@ -24,11 +24,12 @@ EXIT_NO_LAW = 1
 
 
 def study_columns(study: Path, x: list[str], y: str) -> tuple[list[list[float]], list[float], list[str]]:
-    """Columns of a study's runs.csv, of the runs that pass the gate: one point each size, or with two variables each run."""
-    table = study / "report" / "runs.csv"
+    """Columns of a study's runs.csv, or of a table that `var-scale records` wrote, of the runs that pass the gate: one point each size, or
+    with two variables each run."""
+    table = study / "report" / "runs.csv" if study.is_dir() else study
     if not table.exists():
         raise UserError(f"{study}: no report/runs.csv here; give a CSV file, or the folder of a study with a report, such as runs/tiny")
-    result = gate(read_runs_csv(table))
+    result = gate(read_runs_csv(table), metrics=(y,) if y in METRICS else METRICS)
     for item in result.excluded:
         say(f"gate: {item.record.name} excluded, {item.code}: {item.text}")
     numbers = [field.name for field in fields(RunRecord) if field.type in ("int", "float")]
@@ -65,6 +66,12 @@ def read_columns(path: Path, names: list[str], y: str) -> tuple[list[list[float]
     return xs, ys, lines
 
 
+def _records(table: Path) -> bool:
+    """Whether a CSV is a table of records."""
+    head = read_table(table).partition("\n")[0].split(",")
+    return {field.name for field in fields(RunRecord)} <= {name.strip() for name in head}
+
+
 def _number(path: Path, line: int, name: str, text: str | None) -> float:
     try:
         return float(text or "")
@@ -81,7 +88,7 @@ def fit_table(
     names = [name.strip() for name in x.split(",")]
     if len(names) != (2 if form == "chinchilla" else 1):
         raise UserError(f"--x {x}: the form {form} has " + ("two variables, such as --x N,D" if form == "chinchilla" else "one variable"))
-    if table.is_dir():
+    if table.is_dir() or _records(table):
         if form == "chinchilla":
             names = ["params_paper" if names[0] == "N" else names[0], "tokens" if names[1] == "D" else names[1]]
         columns, ys, lines = study_columns(table, names, y)
