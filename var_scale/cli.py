@@ -302,6 +302,14 @@ def study_status(args: argparse.Namespace) -> None:
     (watch if args.watch else status_table)(Study(_load(args), args.runs))
 
 
+def study_next(args: argparse.Namespace) -> None:
+    """Say which runs to make next within a budget: the narrowest exponent for the cost, or the best model."""
+    from var_scale.cluster.next import next_runs
+    from var_scale.cluster.pipeline import Study
+
+    next_runs(Study(_load(args), args.runs), args.hours, args.metric, args.depths or ())
+
+
 def study_stop(args: argparse.Namespace) -> None:
     """Stop runs of a study: those that train save first, queued jobs are taken back. Running the study again goes on."""
     from var_scale.cluster.pipeline import Study
@@ -520,9 +528,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--folder", type=Path, default=None, help="run folder; default RUNS/STUDY/RUN")
     sub.add_argument("--depth", type=int, default=None, help="size of a study to train")
 
-    study = family("study", "a ladder of models and its laws: plan, run, status, stop, retry, report")
+    study = family("study", "a ladder of models and its laws: plan, run, status, stop, retry, report, next")
     for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("stop", study_stop),
-                           ("report", study_report), ("prepare", study_prepare)):  # fmt: skip
+                           ("next", study_next), ("report", study_report), ("prepare", study_prepare)):  # fmt: skip
         sub = command(study, name, function)
         _config(sub)
         _runs(sub)
@@ -533,6 +541,10 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--watch", action="store_true", help="show it again every five seconds until all runs have ended")
         elif name == "stop":
             sub.add_argument("--only", type=lambda text: text.split(","), metavar="RUN,...", help="these runs, such as d02-s0; default all")
+        elif name == "next":
+            sub.add_argument("--hours", type=_number(float, 1e-9), required=True, help="budget in device-hours; on CPUs the machine's hours")
+            sub.add_argument("--metric", choices=("loss_last", "loss_avg", "err_last", "err_avg"), default="loss_avg", help="law to narrow")
+            sub.add_argument("--depths", type=_numbers, default=None, help="sizes to choose from, such as 6,8; default its own and larger")
         elif name == "report":
             sub.add_argument("--whole", action="store_true", help="fail where a run has not ended")
     sub = command(study, "retry", study_retry)

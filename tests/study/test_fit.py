@@ -13,6 +13,7 @@ from var_scale.study import fit
 from var_scale.study.api import to_json
 from var_scale.study.compare import compare
 from var_scale.study.laws import LawFit
+from var_scale.study.next_runs import Candidate, advise
 from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.surface import evaluate, fit_chinchilla, huber_objective
 
@@ -271,3 +272,34 @@ def test_comparing_two_laws() -> None:
     assert bent.p_exponent < 1e-3
     with pytest.raises(UserError, match="form power"):
         compare(one(), fit_law("power", [1.0], [1.0]))
+
+
+def test_the_expected_interval_is_what_comes_of_it() -> None:
+    """The width that the information predicts is the spread of exponents over simulated studies; advice keeps the budget, is no worse than
+    any single run, and asks for range where E is fitted."""
+    rng, x = np.random.default_rng(9), 2.0 ** np.arange(0, 10) * 1e6
+
+    def study(sizes: np.ndarray, form: str) -> LawFit:
+        floor = 1.5 if form == "power_floor" else 0.0
+        noise = np.exp(2e-3 * rng.standard_normal(len(sizes)))
+        losses = (floor + 3 * (sizes / 1e6) ** -0.2) * noise
+        return fit_law(form, sizes.tolist(), losses.tolist(), noise_floor=2e-3)  # type: ignore[arg-type]
+
+    for form in ("power", "power_floor"):
+        law = study(x, form)
+        candidates = [Candidate(f"s{k}", float(size), 2.0**k) for k, size in enumerate(2.0 ** np.arange(0, 12) * 1e6)]
+        advice = advise(law, candidates, 1500)
+        assert advice.cost <= 1500 and advice.half_after < 0.8 * advice.half_before
+        singles = [advise(law, [c], 1500, at_most=1).half_after for c in candidates if c.cost <= 1500]
+        assert advice.half_after <= min(singles)
+        more = np.concatenate([x, *(np.full(count, c.x) for c, count in advice.runs)])
+        spread = np.std([study(more, form).params["alpha"] for _ in range(60)])
+        t = 1.96 + 2.5 / len(more)
+        assert advice.half_after == pytest.approx(t * spread, rel=0.35)
+        if form == "power_floor":
+            assert max(c.x for c, _ in advice.runs) >= x[-1]
+    assert advise(law, candidates, 0.5).runs == () and "nothing that fits" in advise(law, candidates, 0.5).lines()[0]
+    with pytest.raises(UserError, match="cost above 0"):
+        advise(law, [Candidate("a", 1.0, 0.0)], 1)
+    with pytest.raises(UserError, match="one variable is needed"):
+        advise(fit_law("power", [1.0], [1.0]), candidates, 1)
