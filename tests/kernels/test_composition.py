@@ -41,8 +41,8 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 OPS: dict[str, Callable[[], tuple[torch.library.CustomOpDef, tuple]]] = {
     "adaln": lambda: (adaln_op, (randn(2, 5, 24), None, None, None, *rows(), 1e-6, torch.float32)),
     "gate_adaln": lambda: (adaln_op, (randn(2, 5, 24), randn(2, 5, 24), randn(2, 24), randn(2, grad=False), *rows(), 1e-6, torch.float32)),
-    "attention": lambda: (attention_op, (randn(2, 14, 3, 2, 16), randn(2), [1, 2, 3], "full", 1.0)),
-    "attention, no norm": lambda: (attention_op, (randn(2, 14, 3, 2, 16), None, [1, 2, 3], "2", 0.25)),
+    "attention": lambda: (attention_op, (randn(2, 14, 3, 2, 16), randn(2), [1, 4, 9], "full", 1.0)),
+    "attention, no norm": lambda: (attention_op, (randn(2, 14, 3, 2, 16), None, [1, 4, 9], "2", 0.25)),
     "mlp": lambda: (mlp_op, (randn(2, 5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16), "preact")),
     "mlp, input": lambda: (mlp_op, (randn(2, 5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16), "input")),
     "cross_entropy": lambda: (linear_ce_op, (randn(9, 16), randn(40, 16), randn(40), torch.arange(9, device=DEVICE), 0.1, 1e-3, True)),

@@ -188,7 +188,7 @@ _eager = eager(_forward, _save, _eager_backward)
 def attention_op(
     qkv: Tensor, log_scale: Tensor | None, schedule: list[int], pattern: str, sm_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`block_attention` as torch.compile sees it."""
+    """`block_attention` as torch.compile sees it; `schedule`: tokens of each scale."""
     return _forward(qkv, log_scale, schedule, pattern, sm_scale)  # type: ignore[return-value]
 
 
