@@ -542,7 +542,7 @@ def build_parser() -> argparse.ArgumentParser:
         elif name == "stop":
             sub.add_argument("--only", type=lambda text: text.split(","), metavar="RUN,...", help="these runs, such as d02-s0; default all")
         elif name == "next":
-            sub.add_argument("--hours", type=_number(float, 1e-9), required=True, help="budget in device-hours (CPUs: hours of the machine)")
+            sub.add_argument("--hours", type=_number(float, 1e-9), required=True, help="device-hours to spend (CPUs: hours of the machine)")
             sub.add_argument("--metric", choices=("loss_last", "loss_avg", "err_last", "err_avg"), default="loss_avg", help="law to narrow")
             sub.add_argument("--depths", type=_numbers, default=None, help="sizes to choose from, such as 6,8; default its own and larger")
         elif name == "report":
