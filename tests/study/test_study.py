@@ -16,8 +16,9 @@ from var_scale.study.analyse import fit_study, seed_noise
 from var_scale.study.frontier import FrontierPoint, fit_frontier, pareto
 from var_scale.study.gate import gate
 from var_scale.study.holdout import hold_out
+from var_scale.study.isoflop import fit_isoflop, sentences
 from var_scale.study.plan import plan_rows, print_plan, short
-from var_scale.study.record import METRICS, read_run, read_runs_csv, read_study, write_runs_csv
+from var_scale.study.record import METRICS, RunRecord, read_run, read_runs_csv, read_study, write_runs_csv
 from var_scale.study.report import write_report
 
 
@@ -220,3 +221,39 @@ def test_a_persons_word_is_stronger_than_the_gate() -> None:
     codes = [(item.record.name, item.code) for item in result.gate.excluded]
     assert codes == [(runs[0].name, "by_hand"), (runs[2].name, "missing_evaluation")]
     assert runs[1] in result.gate.kept and result.gate.excluded[0].text == "another tokenizer"
+
+
+def isoflop_runs(budgets: tuple[float, ...], sizes: int = 7) -> list[RunRecord]:
+    """Runs of L = 1.7 + 400 N^-0.34 + 400 D^-0.34 with C = 6 N D, sizes about the optimum of each budget."""
+    runs = []
+    for budget in budgets:
+        for k in range(sizes):
+            n = (budget / 6) ** 0.5 * 2.0 ** (k - sizes // 2)
+            d = budget / (6 * n)
+            loss = 1.7 + 400 * n**-0.34 + 400 * d**-0.34
+            runs.append(replace(record(4), name=f"c{budget:g}-{k}", params_paper=round(n), tokens=round(d), images=round(d) // 680,
+                                flops_exact=round(budget), loss_avg=loss, curve=()))  # fmt: skip
+    return runs
+
+
+def test_isoflop_curves(tmp_path: Path) -> None:
+    """Minima where the law has them, the exponent one half, from parabolas and surface; a minimum at the edge is no result; shown in the
+    report with picture and data."""
+    runs = isoflop_runs((1e17, 1e18, 1e19))
+    found = fit_isoflop(runs)
+    assert found is not None and [round(c.best_n / (c.flops / 6) ** 0.5, 2) for c in found.curves] == [1.0, 1.0, 1.0]
+    assert found.exponent == pytest.approx(0.5, abs=0.01) and found.interval[0] <= found.exponent <= found.interval[1]
+    assert found.split == pytest.approx(0.5, abs=0.02)
+    assert "differ by" in " ".join(sentences(found))
+    edge = [run for run in runs if not run.name.startswith("c1e+18") or int(run.name[-1]) < 3]
+    again = fit_isoflop(edge)
+    assert again is not None and "edge" in again.curves[1].reason and again.exponent == pytest.approx(0.5, abs=0.01)
+    assert fit_isoflop(ladder()) is None
+    result = fit_study(runs)
+    write_report(tmp_path, result)
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "IsoFLOP curves" in report and "optimal size from the parabolas" in report
+    rows = (tmp_path / "report" / "isoflop.csv").read_text().splitlines()
+    assert rows[0] == "panel,series,x,y" and sum("minimum" in row for row in rows) == 3
+    assert (tmp_path / "report" / "laws.csv").exists()
+    assert json.loads((tmp_path / "report" / "fit.json").read_text())["isoflop"]["exponent"] == pytest.approx(0.5, abs=0.01)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from var_scale.study.frontier import Frontier, fit_frontier
 from var_scale.study.gate import GateResult, best_of_variants, gate
 from var_scale.study.holdout import HoldOut, hold_out, noise_floor
+from var_scale.study.isoflop import IsoFlop, fit_isoflop
 from var_scale.study.laws import Form, LawFit
 from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
@@ -35,8 +36,17 @@ class StudyResult:
     """metric -> exponent and correlation at assumed floors"""
     alpha_by_size: dict[str, dict[str, float]]
     """metric -> exponent of the power law by each way of counting N"""
+    isoflop: IsoFlop | None
+    """curves of equal compute of the average loss, where the runs have them"""
     seed_sd: dict[str, float]
     """metric -> pooled relative standard deviation between seeds of a size; NaN without repeated sizes"""
+
+    def _isoflop(self) -> dict[str, Any] | None:
+        if self.isoflop is None:
+            return None
+        iso = self.isoflop
+        return {"curves": [asdict(curve) for curve in iso.curves], "exponent": iso.exponent, "interval": iso.interval,
+                "surface": iso.surface.to_json(), "split": iso.split}  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Content of fit.json."""
@@ -49,6 +59,7 @@ class StudyResult:
             "fits": [fit.to_json() for fit in self.fits.values()], "holdouts": [held.to_json() for held in self.holdouts.values()],
             "frontiers": [front.to_json() for front in self.frontiers.values()], "floor_strips": plain(self.strips),
             "alpha_by_size": plain(self.alpha_by_size), "seed_sd": plain(self.seed_sd),
+            "isoflop": plain(self._isoflop()),
         }  # fmt: skip
 
 
@@ -85,4 +96,4 @@ def fit_study(
             fit = fit_law("power", *size_means(kept, metric, way)[1:], metric=metric, floor=assumed[metric])
             by_size[metric][way] = fit.params.get("alpha", math.nan)
     frontiers = {metric: fit_frontier(healthy, metric, assumed[metric], seed) for metric in METRICS}
-    return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, noise)
+    return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, fit_isoflop(healthy), noise)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE_STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; }
 body { font: 15px/1.55 system-ui, sans-serif; color: #1b2733; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #dde3e8; padding-bottom: .3rem; }
@@ -26,6 +26,14 @@ img { max-width: 100%; height: auto; }
 figure { margin: 1.2rem 0; }
 figcaption { font-size: .86rem; color: #51606e; }
 code { background: #f1f4f6; padding: 0 .25rem; }
+@media (prefers-color-scheme: dark) {
+  body { background: #14181c; color: #dbe2e8; }
+  h2, th, td { border-color: #333c45; }
+  th, code { background: #222931; }
+  figcaption { color: #9aa7b2; }
+  img { background: #fff; }
+  a { color: #8fbcff; }
+}
 """
 
 

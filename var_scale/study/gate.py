@@ -25,7 +25,8 @@ CODES: dict[Code, str] = {
     "non_finite": "a measured value is not a positive finite number",
     "not_annealed": f"the last learning rate is above {MAX_FINAL_LR:g} of the peak",
     "data_differs": "trained on other data than the majority of the runs",
-    "worse_than_smaller": f"average loss more than {100 * WORSE_TOLERANCE:g} % above a smaller model's: a sign of a bad recipe",
+    "worse_than_smaller": f"average loss more than {100 * WORSE_TOLERANCE:g} % above a smaller model's that saw no more images: a bad "
+    "recipe",
     "beaten_variant": "another point of the study's grid is better at this size and seed; it is in the frontier, not in the laws of N",
 }
 
@@ -105,7 +106,7 @@ def gate(
         healthy = [run for run in healthy if run.data_hash == common or run.name in keep]
     kept: list[RunRecord] = []
     for record in healthy:
-        smaller = [run for run in kept if run.params_paper < record.params_paper]
+        smaller = [run for run in kept if run.params_paper < record.params_paper and run.images <= record.images]
         best = min(smaller, key=lambda run: run.loss_avg, default=None)
         if best and record.name not in keep and record.loss_avg > best.loss_avg * (1 + worse_tolerance):
             text = f"loss_avg {record.loss_avg:.4f} is above {best.loss_avg:.4f} of the smaller {best.name}"

@@ -1,12 +1,16 @@
-"""The four pictures of a study, each as PNG and SVG: laws, compute, residuals, per_scale. matplotlib without a display."""
+"""The pictures of a study, each as PNG and SVG with its data as CSV: laws, compute, isoflop, residuals, per_scale. matplotlib without a
+display."""
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from var_scale.files import write_text
 from var_scale.study.analyse import StudyResult
 from var_scale.study.frontier import evaluations
 from var_scale.study.laws import LawFit
@@ -20,13 +24,29 @@ def write_plots(result: StudyResult, folder: Path) -> dict[str, Path]:
     """Write NAME.png and NAME.svg into `folder`; returns the PNG of each picture that has something to show."""
     if not result.gate.kept:
         return {}
-    makers = {"laws": laws_figure, "compute": compute_figure, "residuals": residuals_figure, "per_scale": per_scale_figure}
+    makers = {"laws": laws_figure, "compute": compute_figure, "isoflop": isoflop_figure, "residuals": residuals_figure,
+              "per_scale": per_scale_figure}  # fmt: skip
     written: dict[str, Path] = {}
     with look():
         for name, maker in makers.items():
             if (drawn := maker(result)) is not None:
                 written[name] = save(drawn, Path(folder), name)
+                write_text(Path(folder) / f"{name}.csv", figure_data(drawn))
     return written
+
+
+def figure_data(drawn: Any) -> str:
+    """What a figure shows, as CSV: panel, series, x, y of every line and set of points."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["panel", "series", "x", "y"])
+    for axis in drawn.axes:
+        for number, line in enumerate(axis.lines):
+            label = str(line.get_label()).replace("\n", "; ")
+            name = f"line {number}" if label.startswith("_") else label
+            for x, y in zip(np.asarray(line.get_xdata(), float).tolist(), np.asarray(line.get_ydata(), float).tolist(), strict=True):
+                writer.writerow([axis.get_title(), name, f"{x:.8g}", f"{y:.8g}"])
+    return out.getvalue()
 
 
 def laws_figure(result: StudyResult) -> Any:
@@ -124,6 +144,30 @@ def compute_figure(result: StudyResult) -> Any:
         axis.set_xlabel("training FLOPs (exact)")
         axis.set_title(LABELS[metric])
         axis.legend(loc="upper right", ncols=2)
+    return fig
+
+
+def isoflop_figure(result: StudyResult) -> Any:
+    """Loss against N at each compute budget, with parabolas and their minima."""
+    if result.isoflop is None:
+        return None
+    fig, axes = figure(1, 1, (6.4, 4.6))
+    axis = np.atleast_1d(np.asarray(axes)).flat[0]
+    colours = size_colours(list(range(len(result.isoflop.curves))))
+    for number, curve in enumerate(result.isoflop.curves):
+        colour, n = colours[number], np.array(curve.sizes)
+        axis.plot(n, curve.losses, "o", ms=5, color=colour, label=f"{curve.flops:.2g} FLOP")
+        at = np.geomspace(n.min(), n.max(), 100)
+        u = np.log(at) - float(np.log(n).mean())
+        axis.plot(at, np.polyval(curve.coefficients[::-1], u), "-", lw=1.3, color=colour, label=f"parabola at {curve.flops:.2g} FLOP")
+        if not curve.reason:
+            axis.plot([curve.best_n], [curve.best_loss], "o", ms=10, mfc="none", mec=INK, label=f"minimum at {curve.flops:.2g} FLOP")
+    axis.set_xscale("log")
+    axis.set_xlabel(SIZE_LABEL["params_paper"])
+    axis.set_title(LABELS["loss_avg"])
+    handles, labels = axis.get_legend_handles_labels()
+    own = [k for k, text in enumerate(labels) if text.endswith("FLOP") and " at " not in text]
+    axis.legend([handles[k] for k in own], [labels[k] for k in own], loc="best")
     return fig
 
 

@@ -13,6 +13,7 @@ from var_scale.study.document import Document
 from var_scale.study.frontier import RULE
 from var_scale.study.gate import CODES
 from var_scale.study.holdout import HoldOut
+from var_scale.study.isoflop import sentences
 from var_scale.study.laws import LawFit
 from var_scale.study.plan import short
 from var_scale.study.plots import write_plots
@@ -25,6 +26,7 @@ CAPTIONS = {
             "95 % interval of that.",
     "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law. Points before the end of a run "
                "were taken before the learning rate was annealed and lie too high.",
+    "isoflop": "Average loss against model size at equal compute, and the parabolas; a ring at each minimum.",
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
     "samples": "Samples of the largest healthy model, a row a class.",
@@ -60,6 +62,7 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
     _test(doc, result)
     _floors(doc, result)
     _compute(doc, result, pictures)
+    _isoflop(doc, result, pictures)
     titles = {"residuals": "Residuals", "per_scale": "Scales", "samples": "Samples", "reconstructions": "Tokenizer"}
     for picture, title in titles.items():
         if picture in pictures:
@@ -298,6 +301,16 @@ def _compute(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -
     doc.table(["metric", "law (C in training FLOPs)", "α", "α, 95 % bootstrap by run", "r", "points"], rows)
     if "compute" in pictures:
         doc.picture(pictures["compute"], CAPTIONS["compute"])
+
+
+def _isoflop(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
+    if result.isoflop is None:
+        return
+    doc.heading("IsoFLOP curves")
+    doc.paragraph("Runs of equal compute, average loss: a parabola over ln N for each budget, and how its minimum moves with compute.")
+    doc.bullets(sentences(result.isoflop))
+    if "isoflop" in pictures:
+        doc.picture(pictures["isoflop"], CAPTIONS["isoflop"])
 
 
 def _caveats(doc: Document, result: StudyResult) -> None:
