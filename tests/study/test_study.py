@@ -18,6 +18,7 @@ from var_scale.study.gate import gate
 from var_scale.study.holdout import hold_out
 from var_scale.study.isoflop import fit_isoflop, sentences
 from var_scale.study.plan import plan_rows, print_plan, short
+from var_scale.study.power import fit_law
 from var_scale.study.record import METRICS, RunRecord, read_run, read_runs_csv, read_study, write_runs_csv
 from var_scale.study.report import write_report
 
@@ -257,3 +258,39 @@ def test_isoflop_curves(tmp_path: Path) -> None:
     assert rows[0] == "panel,series,x,y" and sum("minimum" in row for row in rows) == 3
     assert (tmp_path / "report" / "laws.csv").exists()
     assert json.loads((tmp_path / "report" / "fit.json").read_text())["isoflop"]["exponent"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_each_step_up_the_ladder_was_worth_and_each_scale() -> None:
+    """Predictions of the largest from 3, 4, ... sizes, the last of them the hold-out test itself; a law of every scale."""
+    runs = ladder()
+    result = fit_study(runs)
+    curve = result.budget_curves["loss_avg"]
+    assert [len(held.fit.x) for held in curve if held.fit] == [3, 4, 5] and all(held.held == (runs[-1].name,) for held in curve)
+    assert curve[-1].prediction == result.holdouts["loss_avg", "power"].prediction
+    assert len(result.by_scale["loss"]) == len(runs[0].loss_per_scale)
+    for scale, fit in enumerate(result.by_scale["loss"]):
+        expected = fit_law("power", [run.params_paper for run in runs], [run.loss_per_scale[scale] for run in runs])
+        assert fit.converged == expected.converged and fit.params == expected.params
+
+
+def test_the_summary_on_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real offline run: pictures, table, charts and numbers; a wandb that fails is a warning."""
+    from types import SimpleNamespace
+
+    import wandb
+    from var_scale.cluster.summary import log_summary, numbers
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    result = fit_study(ladder())
+    write_report(tmp_path / "s", result)
+    log = SimpleNamespace(wandb="offline", wandb_project="p")
+    study = SimpleNamespace(config=SimpleNamespace(name="s", log=log), report=tmp_path / "s" / "report")
+    log_summary(study, result)  # type: ignore[arg-type]
+    assert "run s-summary" in capsys.readouterr().out
+    (folder,) = (tmp_path / "s" / "report" / "wandb").glob("offline-run-*s-summary")
+    media = [path.name for path in folder.glob("files/media/**/*") if path.is_file()]
+    assert sum("laws" in name for name in media) >= 1 and sum(name.endswith(".table.json") for name in media) >= 2
+    assert numbers(result)["loss_avg/alpha"] == result.fits["loss_avg", "power"].params["alpha"]
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    log_summary(study, result)  # type: ignore[arg-type]
+    assert "warning: wandb is not available" in capsys.readouterr().out

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from var_scale.study.frontier import Frontier, fit_frontier
 from var_scale.study.gate import GateResult, best_of_variants, gate
-from var_scale.study.holdout import HoldOut, hold_out, noise_floor
+from var_scale.study.holdout import HoldOut, budget_curve, hold_out, noise_floor
 from var_scale.study.isoflop import IsoFlop, fit_isoflop
 from var_scale.study.laws import Form, LawFit
 from var_scale.study.power import fit_law, floor_strip
@@ -36,6 +36,10 @@ class StudyResult:
     """metric -> exponent and correlation at assumed floors"""
     alpha_by_size: dict[str, dict[str, float]]
     """metric -> exponent of the power law by each way of counting N"""
+    by_scale: dict[str, tuple[LawFit, ...]]
+    """loss and err -> the power law of each scale, E = 0"""
+    budget_curves: dict[str, tuple[HoldOut, ...]]
+    """metric -> the largest size predicted from the 3, 4, ... smallest sizes, power law"""
     isoflop: IsoFlop | None
     """curves of equal compute of the average loss, where the runs have them"""
     seed_sd: dict[str, float]
@@ -60,6 +64,8 @@ class StudyResult:
             "frontiers": [front.to_json() for front in self.frontiers.values()], "floor_strips": plain(self.strips),
             "alpha_by_size": plain(self.alpha_by_size), "seed_sd": plain(self.seed_sd),
             "isoflop": plain(self._isoflop()),
+            "by_scale": {name: [fit.to_json() for fit in fits] for name, fits in self.by_scale.items()},
+            "budget_curves": {metric: [held.to_json() for held in curve] for metric, curve in self.budget_curves.items()},
         }  # fmt: skip
 
 
@@ -95,5 +101,22 @@ def fit_study(
         for way in SIZES:
             fit = fit_law("power", *size_means(kept, metric, way)[1:], metric=metric, floor=assumed[metric])
             by_size[metric][way] = fit.params.get("alpha", math.nan)
+    curves = {metric: budget_curve(kept, metric, assumed[metric], size) for metric in METRICS}
     frontiers = {metric: fit_frontier(healthy, metric, assumed[metric], seed) for metric in METRICS}
-    return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, fit_isoflop(healthy), noise)
+    return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, by_scale(kept, size), curves,
+                       fit_isoflop(healthy), noise)  # fmt: skip
+
+
+def by_scale(kept: Sequence[RunRecord], size: str) -> dict[str, tuple[LawFit, ...]]:
+    """The power law of every scale of the token pyramid, its loss and its error rate, E = 0."""
+    found: dict[str, tuple[LawFit, ...]] = {}
+    for name in ("loss", "err"):
+        runs = [run for run in kept if getattr(run, f"{name}_per_scale")]
+        scales = min((len(getattr(run, f"{name}_per_scale")) for run in runs), default=0)
+        fits = []
+        for scale in range(scales):
+            one = [replace(run, loss_avg=getattr(run, f"{name}_per_scale")[scale]) for run in runs]
+            names, ns, values = size_means(one, "loss_avg", size)
+            fits.append(fit_law("power", ns, values, metric=f"{name}_scale_{scale + 1}", rows=names))
+        found[name] = tuple(fits)
+    return found

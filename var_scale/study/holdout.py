@@ -92,3 +92,13 @@ def hold_out(
     prediction = fit.at(sizes[-1]) if fit.converged else None
     names = tuple(record.name for record in held)
     return HoldOut(metric, form, names, float(sizes[-1]), measured, prediction, values[-1], fit, fit.reason)
+
+
+def budget_curve(records: Sequence[RunRecord], metric: str, floor: float = 0.0, size: str = "params_paper") -> tuple[HoldOut, ...]:
+    """The largest size predicted by the power law of the 3, 4, ... smallest sizes: what each step up the ladder was worth."""
+    sizes = sorted({record.size(size) for record in records})
+    largest = [record for record in records if record.size(size) == sizes[-1]] if sizes else []
+    return tuple(
+        hold_out([record for record in records if record.size(size) <= sizes[count - 1]] + largest, metric, "power", floor=floor, size=size)
+        for count in range(3, len(sizes))
+    )

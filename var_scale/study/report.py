@@ -60,6 +60,7 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
     _gate(doc, result)
     _laws(doc, result, pictures)
     _test(doc, result)
+    _budget_curve(doc, result)
     _floors(doc, result)
     _compute(doc, result, pictures)
     _isoflop(doc, result, pictures)
@@ -68,6 +69,8 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
         if picture in pictures:
             doc.heading(title)
             doc.picture(pictures[picture], CAPTIONS[picture] + (_first_scale(result) if picture == "per_scale" else ""))
+            if picture == "per_scale":
+                _by_scale(doc, result)
     _caveats(doc, result)
     return doc
 
@@ -269,6 +272,35 @@ def _test(doc: Document, result: StudyResult) -> None:
         "`of the step`: the miss as a share of the gain from the next smaller size to the largest; below 100 % the law beats no law. "
         "`freedom`: points less parameters; with one degree of freedom the interval rests on a single number and cannot fail a law."
     )
+
+
+def _budget_curve(doc: Document, result: StudyResult) -> None:
+    curves = {metric: [held for held in curve if held.prediction] for metric, curve in result.budget_curves.items()}
+    if not any(len(curve) > 1 for curve in curves.values()):
+        return
+    doc.heading("How early the largest size could be foreseen")
+    doc.paragraph("The largest size predicted by the power law of the smallest sizes alone, with the training FLOP of those.")
+    rows = []
+    for metric, curve in curves.items():
+        for held in curve:
+            assert held.prediction and held.fit
+            largest = max(held.fit.x)
+            spent = sum(run.flops_exact for run in result.gate.kept if run.size(result.size) <= largest)
+            p = held.prediction
+            rows.append([metric, len(held.fit.x), f"{spent:.3g}", number(p.value), span((p.low, p.high)),
+                         number(held.measured), f"{100 * held.relative_error:+.2f} %", verdict(held)])  # fmt: skip
+    doc.table(["metric", "sizes", "train FLOP", "predicted", "95 % prediction", "measured", "error", "verdict"], rows)
+
+
+def _by_scale(doc: Document, result: StudyResult) -> None:
+    if not any(fit.converged for fits in result.by_scale.values() for fit in fits):
+        return
+    doc.paragraph("The exponent of each scale by itself (power law, E = 0):")
+    count = max(len(fits) for fits in result.by_scale.values())
+    rows = [[f"{name} {what}", *((number(fit.params["alpha"]) if what == "α" else span(fit.intervals["alpha"])) if fit.converged else "none"
+                                 for fit in fits)]
+            for name, fits in result.by_scale.items() for what in ("α", "95 %")]  # fmt: skip
+    doc.table(["", *(f"scale {k + 1}" for k in range(count))], rows)
 
 
 def _floors(doc: Document, result: StudyResult) -> None:
