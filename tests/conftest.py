@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so in children, when started in the background of a shell
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,6 @@ def run(config: Config, folder: Path) -> tuple[int, RunFolder]:
     created = create_run(config, folder)
     code = run_local(config, created, "test")
     return code, created
-
-
-def hear_sigint() -> None:
-    """Of a child: tests that were started in the background of a shell inherit a SIGINT that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def losses(folder: RunFolder) -> list[float]:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import hear_sigint
 from var_scale.cluster.pipeline import Study, prepare_data, run_study
 from var_scale.config.load import load
 from var_scale.data.embedded import png_bytes
@@ -36,8 +35,7 @@ MINI = [
 def study(runs: Path) -> subprocess.Popen[str]:
     """Start the study in a process group of its own."""
     command = [sys.executable, "-m", "var_scale.cli", "study", "run", *MINI, "--runs", str(runs)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            preexec_fn=hear_sigint)  # noqa: PLW1509
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

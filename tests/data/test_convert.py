@@ -15,7 +15,6 @@ import pytest
 from data_samples import hashes, image
 from PIL import Image
 
-from tests.runs import hear_sigint
 from var_scale.cli import main
 from var_scale.data.convert import BROKEN_NAME, class_names, shard_images
 from var_scale.data.loader import ImageData
@@ -208,8 +207,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     shard_images(root, tmp_path / "whole", samples_per_shard=4)
     command = [sys.executable, "-m", "var_scale.cli", "data", "shard", str(root), str(tmp_path / "out"), "--samples-per-shard", "4"]
     for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                   preexec_fn=hear_sigint)  # noqa: PLW1509
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         before, deadline = len(list(tmp_path.glob("out/*.tar"))), time.monotonic() + 60
         while len(list(tmp_path.glob("out/*.tar"))) < before + 5 and time.monotonic() < deadline:
             time.sleep(0.005)
