@@ -329,11 +329,12 @@ def _submit(study: Study) -> None:
             (run.path / HOLD).unlink(missing_ok=True)
             write_text(run.path / "job.sh", run_script(config, run, study.config.name))
             run.log.mkdir(exist_ok=True)
-        jobs[array.name] = _sbatch(study, array.name, array_script(array.head, array.runs), *waits)
+        jobs[array.name] = _sbatch(study, array.name, array_script(array.head, array.runs), "--hold", *waits)
         write_json(folder / "jobs.json", jobs)
         for number, (config, run) in enumerate(array.runs):
             run.set_status("queued", job=f"{jobs[array.name]}_{number}", idle_lives=0)
             say(f"{config.name}: job {jobs[array.name]}_{number}, {config.cluster.nodes} x {config.cluster.tasks} processes")
+        command("scontrol", "release", jobs[array.name])  # only now: a job that began at once would be called queued by this process
     active = active_jobs([*jobs.values(), *(r.status().get("job", "") for _, r in study.runs())])
     trained = sorted({job.partition("_")[0] for job in active if job.partition("_")[0] not in (jobs.get("prepare"), jobs.get("report"))})
     if pending and jobs.get("report") in active:
