@@ -56,6 +56,8 @@ def plan_table(study: Study, save: bool = False, quiet: bool = False) -> list[Pl
     if quiet:
         return rows
     print_plan(rows, rests_on)
+    if unused := sorted(set(study.spec.overrides) - set(study.spec.depths)):
+        say(f"study.overrides also names depth {', '.join(map(str, unused))}, not among study.depths")
     if not on_this_machine:
         _budget(study, sum(row.seconds * row.devices for row in rows) / 3600)
     if save:
