@@ -77,11 +77,12 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,3,7") from None
 
 
-def _mapping(text: str) -> str:
+def _mapping(text: str) -> dict[str, str]:
     """FIELD=COLUMN with commas between."""
-    if not all(part.count("=") == 1 and all(part.split("=")) for part in text.split(",")):
+    pairs = [part.split("=") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list such as depth=layers,loss_avg=val_loss")
-    return text
+    return dict(pairs)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -443,8 +444,7 @@ def records(args: argparse.Namespace) -> None:
     from var_scale.study.ingest import read_all
     from var_scale.study.record import METRICS, write_runs_csv
 
-    mapping = dict(pair.split("=", 1) for pair in args.map.split(",")) if args.map else None
-    found = read_all(args.sources, mapping, args.train_samples)
+    found = read_all(args.sources, args.map, args.train_samples)
     write_runs_csv(found, args.out)
     measured = [name for name in METRICS if any(math.isfinite(record.metric(name)) for record in found)] or METRICS
     excluded = {id(item.record): item for item in gate(found, metrics=measured).excluded}
@@ -615,7 +615,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")
-    sub.add_argument("--x", default="params_paper", 
+    sub.add_argument("--x", default="params_paper",
                      help="column of the size, for chinchilla two with a comma (N,D); of a study: params_paper (the paper's N), "
                      "params_total, flops_exact, ...")  # fmt: skip
     sub.add_argument("--y", default="loss_avg", help="column of the loss; of a study: loss_last, loss_avg, err_last, err_avg")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from var_scale.data.manifest import Manifest, ShardInfo
@@ -39,7 +39,7 @@ def index_urls(pattern: str, out: Path, split: str = "train", num_classes: int |
                 finally:
                     (out / name).unlink()
             found = read_json(record, "record of an indexed shard")
-            shards.append(ShardInfo(**{field.name: found[field.name] for field in fields(ShardInfo)}))
+            shards.append(ShardInfo.of(found))
             largest = max(largest, int(read_index(out, shards[-1])["label"].max()))
             bar.update(done)
     source = {"name": base.rpartition("/")[2], "url": base} | about_labels(class_names, label_key)

@@ -27,6 +27,11 @@ class ShardInfo:
     index: str
     index_sha256: str
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> ShardInfo:
+        """Of a progress record, which may say more than a manifest keeps."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
 
 @dataclass(frozen=True)
 class Manifest:

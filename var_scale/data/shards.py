@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -148,7 +148,7 @@ class ShardSet:
             shards, number = [], 0
             while (record := self.record(number)) is not None:
                 if record["samples"]:
-                    shards.append(ShardInfo(**{field.name: record[field.name] for field in fields(ShardInfo)}))
+                    shards.append(ShardInfo.of(record))
                 number += 1
             if count is not None and number < count:
                 raise UserError(f"{self.folder}: shard {number} of {count} is missing; run the same command again, it continues")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from var_scale.study.frontier import Frontier, fit_frontier
@@ -45,13 +45,6 @@ class StudyResult:
     seed_sd: dict[str, float]
     """metric -> pooled relative standard deviation between seeds of a size; NaN without repeated sizes"""
 
-    def _isoflop(self) -> dict[str, Any] | None:
-        if self.isoflop is None:
-            return None
-        iso = self.isoflop
-        return {"curves": [asdict(curve) for curve in iso.curves], "exponent": iso.exponent, "interval": iso.interval,
-                "surface": iso.surface.to_json(), "split": iso.split}  # fmt: skip
-
     def to_json(self) -> dict[str, Any]:
         """Content of fit.json."""
         from var_scale.study.laws import plain
@@ -63,7 +56,7 @@ class StudyResult:
             "fits": [fit.to_json() for fit in self.fits.values()], "holdouts": [held.to_json() for held in self.holdouts.values()],
             "frontiers": [front.to_json() for front in self.frontiers.values()], "floor_strips": plain(self.strips),
             "alpha_by_size": plain(self.alpha_by_size), "seed_sd": plain(self.seed_sd),
-            "isoflop": plain(self._isoflop()),
+            "isoflop": plain(self.isoflop.to_json() if self.isoflop else None),
             "by_scale": {name: [fit.to_json() for fit in fits] for name, fits in self.by_scale.items()},
             "budget_curves": {metric: [held.to_json() for held in curve] for metric, curve in self.budget_curves.items()},
         }  # fmt: skip

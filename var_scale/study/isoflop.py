@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,11 @@ class IsoFlop:
         """The surface's exponent of N, NaN where it did not converge."""
         p = self.surface.params
         return p["beta"] / (p["alpha"] + p["beta"]) if self.surface.converged else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Entry of fit.json."""
+        return {"curves": [asdict(curve) for curve in self.curves], "exponent": self.exponent, "interval": self.interval,
+                "surface": self.surface.to_json(), "split": self.split}  # fmt: skip
 
 
 def budgets(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
