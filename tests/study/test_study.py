@@ -278,6 +278,7 @@ def test_the_summary_on_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     from types import SimpleNamespace
 
     import wandb
+
     from var_scale.cluster.summary import log_summary, numbers
 
     monkeypatch.setenv("WANDB_SILENT", "true")
