@@ -616,16 +616,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(commands, "fit", fit)
     sub.add_argument("table", type=Path, help="CSV file, or a study's folder such as runs/tiny (its report/runs.csv)")
     sub.add_argument("--x", default="params_paper",
-                     help="column of the size, for chinchilla two with a comma (N,D); of a study: params_paper (the paper's N), "
-                     "params_total, flops_exact, ...")  # fmt: skip
+                     help="column of the size, for chinchilla two with a comma (N,D), for repeated three (N,D,U); of a study: "
+                     "params_paper (the paper's N), params_total, flops_exact, ...")  # fmt: skip
     sub.add_argument("--y", default="loss_avg", help="column of the loss; of a study: loss_last, loss_avg, err_last, err_avg")
-    sub.add_argument("--form", choices=("power", "power_floor", "chinchilla"), default="power",
-                     help="power: floor + a x^-alpha; power_floor: the floor fitted; chinchilla: E + A N^-alpha + B D^-beta")  # fmt: skip
+    sub.add_argument("--form", choices=("power", "power_floor", "broken_power", "chinchilla", "repeated"), default="power",
+                     help="power: floor + a x^-alpha; power_floor: the floor fitted; broken_power: two exponents about a break; "
+                     "chinchilla: E + A N^-alpha + B D^-beta; repeated: the same where only U of the D tokens are different")  # fmt: skip
     sub.add_argument("--json", type=Path, default=None, metavar="FILE", help="write form, params, intervals, status, ...")
     sub.add_argument("--compare", type=Path, default=None, metavar="TABLE", help="a second table: test whether both follow one power law")
     sub.add_argument("--keep-outliers", action="store_true", help="leave no point out that a law of the others makes impossible")
     sub.add_argument("--seed", type=_number(int, 0), default=0, help="of the bootstrap")
-    sub.add_argument("--floor", type=_number(float, 0), default=0.0, help="assumed irreducible part E of form power")
+    sub.add_argument("--floor", type=_number(float, 0), default=0.0, help="assumed irreducible part E of power and broken_power")
     return parser
 
 

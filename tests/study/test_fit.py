@@ -12,10 +12,10 @@ from var_scale.errors import UserError
 from var_scale.study import fit
 from var_scale.study.api import to_json
 from var_scale.study.compare import compare
-from var_scale.study.laws import LawFit
+from var_scale.study.laws import LawFit, effective_data, law_value
 from var_scale.study.next_runs import Candidate, advise
 from var_scale.study.power import fit_law, floor_strip
-from var_scale.study.surface import evaluate, fit_chinchilla, huber_objective
+from var_scale.study.surface import fit_surface, huber_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "laws"
 X = 2.0 ** np.arange(0, 9, 1.5) * 1e6
@@ -31,7 +31,7 @@ def chinchilla_data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_chinchilla_reaches_the_optimum() -> None:
     n, d, loss = chinchilla_data()
     assert len(n) == 240
-    fit = fit_chinchilla(n, d, loss, draws=100)
+    fit = fit_surface(n, d, loss, draws=100)
     assert fit.converged
     assert fit.objective <= 1.01828e-3
     published = {"A": (482.01, 124.5), "B": (2085.43, 1293), "E": (1.8172, 0.0257), "alpha": (0.3478, 0.0154), "beta": (0.3658, 0.0206)}
@@ -41,7 +41,7 @@ def test_chinchilla_reaches_the_optimum() -> None:
     assert low == pytest.approx(0.477, abs=0.025)
     assert high == pytest.approx(0.557, abs=0.025)
     assert fit.audit["agree"] == fit.audit["descents"] >= 4 and fit.audit["starts"] >= 4500
-    assert np.log(loss / evaluate(fit, n, d)) == pytest.approx(np.array(fit.residuals))
+    assert np.log(loss / fit.predict(n, d)) == pytest.approx(np.array(fit.residuals))
 
 
 def test_published_parameters_are_worse() -> None:
@@ -197,7 +197,7 @@ def test_floor_above_the_data_and_wrong_calls() -> None:
         fit_law("cubic", [1], [1])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="as many"):
         fit_law("power", [1.0], [1.0, 2.0])
-    assert "at least 6 runs" in fit_chinchilla([1e6] * 3, [1e6] * 3, [1.0] * 3).reason
+    assert "at least 6 runs" in fit_surface([1e6] * 3, [1e6] * 3, [1.0] * 3).reason
 
 
 def test_json_has_no_nan_and_seed_repeats() -> None:
@@ -229,7 +229,7 @@ def test_the_api_recovers_laws_from_tables_with_bad_rows() -> None:
     loss[3], loss[9] = math.nan, 12.0
     law = fit(n, loss, "chinchilla", d=d)
     assert law.converged and law.params["alpha"] == pytest.approx(0.34, abs=0.03) and law.params["E"] == pytest.approx(1.7, abs=0.05)
-    with pytest.raises(UserError, match="two variables"):
+    with pytest.raises(UserError, match="is of x, d"):
         fit(n, loss, "chinchilla")
     with pytest.raises(UserError, match="positive finite"):
         fit([1.0, -2.0], [1.0, 2.0])
@@ -303,3 +303,79 @@ def test_the_expected_interval_is_what_comes_of_it() -> None:
         advise(law, [Candidate("a", 1.0, 0.0)], 1)
     with pytest.raises(UserError, match="one variable is needed"):
         advise(fit_law("power", [1.0], [1.0]), candidates, 1)
+
+
+def test_a_law_that_breaks() -> None:
+    """Both exponents and the break are found, AICc prefers it to the other forms, and a straight law has no break that AICc would take."""
+    rng = np.random.default_rng(4)
+    x = np.geomspace(1e6, 3e9, 14)
+    truth = {"E": 1.0, "a": 4.0, "alpha_1": 0.03, "alpha_2": 0.12, "x_break": 8e7, "width": 0.4}
+    exact = law_value("broken_power", truth, x)
+    assert exact[0] == pytest.approx(1 + 4 * (x[0] / 8e7) ** -0.03 * ((1 + (x[0] / 8e7) ** 2.5) / 2) ** (-0.09 * 0.4))
+    law = fit(x, exact, "broken_power", floor=1.0)
+    for name, value in truth.items():
+        assert law.params[name] == pytest.approx(value, rel=1e-4), name
+    held = dict.fromkeys(("alpha_1", "alpha_2", "x_break", "new"), 0)
+    for _ in range(40):
+        y = 1 + (exact - 1) * np.exp(3e-3 * rng.standard_normal(14))
+        law = fit(x, y, "broken_power", floor=1.0)
+        assert law.converged and law.aicc < min(fit(x, y, form, floor=1.0 if form == "power" else 0.0).aicc  # type: ignore[arg-type]
+                                                for form in ("power", "power_floor")) - 10  # fmt: skip
+        for name in ("alpha_1", "alpha_2", "x_break"):
+            held[name] += law.intervals[name][0] <= truth[name] <= law.intervals[name][1]
+        at = law.at(6e9)
+        new = 1 + float(law_value("broken_power", truth, 6e9) - 1) * math.exp(3e-3 * rng.standard_normal())
+        held["new"] += at.low <= new <= at.high
+    assert min(held.values()) >= 34, held
+    straight = 4 * x**-0.1 * np.exp(3e-3 * rng.standard_normal(14))
+    broken = fit(x, straight, "broken_power")
+    assert not broken.converged or broken.aicc > fit(x, straight).aicc
+    for part, words in ((slice(5), "at least 6"), (slice(8), "no break inside"), (slice(3, 11), "")):
+        few = fit(x[part], exact[part], "broken_power", floor=1.0)
+        assert few.converged == (not words) and words in few.reason
+    assert math.isnan(fit(x[4:11], exact[4:11], "broken_power", floor=1.0).aicc)  # more parameters than AICc can bear
+
+
+def test_a_law_of_repeated_data() -> None:
+    """r_star is found; where repetition costs nothing, or no data are repeated, the fit says so; AICc tells it from chinchilla."""
+    rng = np.random.default_rng(7)
+    unique = 8.7e8
+    n, d = np.repeat(np.geomspace(2e7, 2e9, 5), 6), np.tile(unique * np.array([0.25, 1, 4, 16, 60, 200]), 5)
+    truth = {"E": 4.0, "A": 40.0, "B": 300.0, "alpha": 0.28, "beta": 0.30, "r_star": 12.0}
+    assert float(effective_data(0.5 * unique, unique, 12.0)) == 0.5 * unique
+    assert float(effective_data(1e6 * unique, unique, 12.0)) == pytest.approx(13 * unique)
+    us = np.full(30, unique)
+    exact = fit(n, law_value("repeated", truth, n, d, us), "repeated", d=d, unique=us)
+    for name, value in truth.items():
+        assert exact.params[name] == pytest.approx(value, rel=1e-3), name
+    y = law_value("repeated", truth, n, d, us) * np.exp(1e-3 * rng.standard_normal(30))
+    law = fit(n, y, "repeated", d=d, unique=us)
+    assert law.converged, law.reason
+    for name in ("r_star", "alpha", "beta", "E"):
+        assert law.intervals[name][0] <= truth[name] <= law.intervals[name][1], name
+    assert law.aicc < fit(n, y, "chinchilla", d=d).aicc - 10
+    at = law.at(4e9, d=400 * unique, unique=unique)
+    assert at.low < float(law_value("repeated", truth, 4e9, 400 * unique, unique)) < at.high
+    with pytest.raises(UserError, match="is of x, d, unique"):
+        law.predict(1e9)
+    fresh = fit(n, y, "repeated", d=d, unique=np.full(30, 1e13))
+    assert "fewer than two token counts repeat" in fresh.reason
+    free = fit(n, law_value("chinchilla", truth, n, d), "repeated", d=d, unique=us)
+    assert "as good as new" in free.reason
+    json.dumps(to_json(law), allow_nan=False)
+
+
+def test_intervals_of_a_surface_cover() -> None:
+    """Bootstrap by run, 25 runs of five sizes: 95 % intervals hold the truth in most of 40 studies."""
+    truth = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
+    rng, held = np.random.default_rng(5), dict.fromkeys(("E", "alpha", "beta", "split", "new"), 0)
+    n, d = np.repeat(np.geomspace(5e7, 5e9, 5), 5), np.tile(np.geomspace(1e9, 1e11, 5), 5)
+    for _ in range(40):
+        law = fit_surface(n, d, law_value("chinchilla", truth, n, d) * np.exp(5e-3 * rng.standard_normal(25)), draws=60)
+        assert law.converged, law.reason
+        for name, value in (truth | {"split": 0.37 / 0.71}).items():
+            if name in held:
+                held[name] += law.intervals[name][0] <= value <= law.intervals[name][1]
+        at = law.at(1e10, d=2e11)
+        held["new"] += at.low <= float(law_value("chinchilla", truth, 1e10, 2e11)) * math.exp(5e-3 * rng.standard_normal()) <= at.high
+    assert min(held.values()) >= 33, held

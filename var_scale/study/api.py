@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_scale.errors import UserError
-from var_scale.study.laws import Array, Form, LawFit
+from var_scale.study.laws import FORMS, SURFACES, VARIABLES, Array, Form, LawFit, t_factor
 from var_scale.study.power import NOISE_FLOOR, fit_law
 
 OUTLIER_P = 1e-3
@@ -25,30 +25,32 @@ Left = list[tuple[str, str, str]]
 
 def fit(
     x: Sequence[float] | Array, y: Sequence[float] | Array, form: Form = "power", *, d: Sequence[float] | Array | None = None,
-    floor: float = 0.0, names: Sequence[str] = (), metric: str = "y", variable: str = "x", outliers: bool = True, seed: int = 0,
-    noise_floor: float = 0.0,
+    unique: Sequence[float] | Array | None = None, floor: float = 0.0, names: Sequence[str] = (), metric: str = "y", variable: str = "x",
+    outliers: bool = True, seed: int = 0, noise_floor: float = 0.0,
 ) -> LawFit:  # fmt: skip
     """Fit a law to points (x, y): sizes, compute or data, and losses or error rates.
 
-    `form`: power, y = floor + a x^-alpha with the floor given; power_floor, the same with E >= 0 fitted; chinchilla, y = E + A x^-alpha +
-    B d^-beta with `d` for the tokens. `names` of the points are for what was left out. Rows whose y is not a positive finite number (runs
-    that diverged) are left out, and unless `outliers` is false also those that a law of the others makes impossible (p < 0.001 among all
-    points, Student's t); `excluded` of the result says which and why. `seed` is the bootstrap's. `noise_floor`: smallest relative noise of
-    a run that intervals assume.
+    `form`: power, y = floor + a x^-alpha with the floor given; power_floor, the same with E >= 0 fitted; broken_power, two exponents
+    about a break, the floor given; chinchilla, y = E + A x^-alpha + B d^-beta with `d` for the tokens; repeated, the same of tokens of
+    which only `unique` are different. Equations: var_scale.study.laws. `names` of the points are for what was left out. Rows whose y is
+    not a positive finite number (runs that diverged) are left out, and unless `outliers` is false also those that a law of the others
+    makes impossible (p < 0.001 among all points, Student's t); `excluded` of the result says which and why. `seed` is the bootstrap's.
+    `noise_floor`: smallest relative noise of a run that intervals assume.
 
     Returns a LawFit; look at `converged` (and `reason`) before using its `params`, `intervals` (95 %) and `predict`. UserError: x and y of
     different lengths, a form that is not known, an x that is not a positive number.
     """
-    if form not in ("power", "power_floor", "chinchilla"):
-        raise UserError(f"law form {form!r} is not known; use power, power_floor or chinchilla")
-    if (form == "chinchilla") != (d is not None):
-        raise UserError("the form chinchilla needs two variables, and only it: give parameters as x and tokens as d")
-    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    ds = np.asarray(d, dtype=float) if d is not None else np.ones_like(xs)
-    if not len(xs) == len(ys) == len(ds):
-        raise UserError(f"{metric}: {len(xs)} sizes and {len(ys)} values; give as many of each")
-    if not (np.isfinite(xs).all() and (xs > 0).all() and np.isfinite(ds).all() and (ds > 0).all()):
+    if form not in FORMS:
+        raise UserError(f"law form {form!r} is not known; use one of {', '.join(FORMS)}")
+    if (form in SURFACES) != (d is not None) or (form == "repeated") != (unique is not None):
+        raise UserError(f"the form {form} is of {', '.join(VARIABLES[form])}: parameters as x, tokens as d, different tokens as unique")
+    columns = [np.asarray(values, dtype=float) for values in (x, d, unique) if values is not None]
+    ys = np.asarray(y, dtype=float)
+    if any(len(column) != len(ys) for column in columns):
+        raise UserError(f"{metric}: {', '.join(str(len(column)) for column in columns)} sizes and {len(ys)} values; give as many of each")
+    if not all(np.isfinite(column).all() and (column > 0).all() for column in columns):
         raise UserError(f"{variable}: sizes must be positive finite numbers")
+    xs = columns[0]
     labels = list(names) or [str(row) for row in range(len(xs))]
     left: Left = []
     kept: NDArray[np.bool_] = np.isfinite(ys) & (ys > 0)
@@ -59,10 +61,11 @@ def fit(
             kept[row] = False
             left.append((labels[row], "outlier", text))
     rows = [labels[row] for row in np.flatnonzero(kept).tolist()]
-    if form == "chinchilla":
-        from var_scale.study.surface import fit_chinchilla
+    if form in SURFACES:
+        from var_scale.study.surface import fit_surface
 
-        return fit_chinchilla(xs[kept], ds[kept], ys[kept], rows=rows, excluded=left, draws=DRAWS, seed=seed, metric=metric)
+        return fit_surface(xs[kept], columns[1][kept], ys[kept], columns[2][kept] if unique is not None else None, rows=rows, excluded=left,
+                           draws=DRAWS, seed=seed, metric=metric)  # fmt: skip
     return fit_law(form, xs[kept].tolist(), ys[kept].tolist(), metric=metric, variable=variable, floor=floor, rows=rows, excluded=left,
                    noise_floor=noise_floor, seed=seed)  # fmt: skip
 
@@ -70,10 +73,8 @@ def fit(
 def _outliers(form: Form, x: Array, y: Array, kept: NDArray[np.bool_], floor: float) -> list[tuple[int, str]]:
     """Rows that a law of the others makes impossible. Suspects lie far from a robust line; a suspect is out only if the form's own
     prediction from the rest excludes it, so that a bend of the law makes no outlier."""
-    from scipy.stats import t
-
     index = np.flatnonzero(kept & (y > floor))
-    if form == "chinchilla" or len(index) < 6:  # its objective is robust; too few points tell nothing apart
+    if form in (*SURFACES, "broken_power") or len(index) < 6:  # robust, or bent by one point; too few points
         return []
     if form == "power":
         misses = _from_line(np.log(x[index]), np.log(y[index] - floor))
@@ -95,7 +96,7 @@ def _outliers(form: Form, x: Array, y: Array, kept: NDArray[np.bool_], floor: fl
         if form == "power":
             low, high = (float(end[0]) for end in law.interval(x[row], level))
         else:  # draws do not reach so far out: Student's t about the fitted law
-            half = float(t.ppf(0.5 + level / 2, law.freedom)) * law.sd * math.sqrt(1 + 3 / len(sound))
+            half = t_factor(level, law.freedom) * law.sd * math.sqrt(1 + 3 / len(sound))
             middle = float(law.predict(x[row]))
             low, high = middle * math.exp(-half), middle * math.exp(half)
         if not low <= y[row] <= high:

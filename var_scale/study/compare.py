@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from var_scale.errors import UserError
-from var_scale.study.laws import LEVEL, LawFit
+from var_scale.study.laws import LEVEL, LawFit, t_factor
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def compare(one: LawFit, two: LawFit) -> Comparison:
 
     UserError: another form, floor or metric; a fit that did not converge; fewer than five points in all.
     """
-    from scipy.stats import f as f_test
-    from scipy.stats import t
+    from scipy.special import fdtrc
 
     for law in (one, two):
         if law.form != "power" or not law.converged:
@@ -65,12 +64,12 @@ def compare(one: LawFit, two: LawFit) -> Comparison:
     freedom = n - 4
     noise = max(one.noise_floor, two.noise_floor)
     variance = max(rss[0] / freedom, noise**2)
-    p_same = float(f_test.sf((rss[2] - rss[0]) / 2 / variance, 2, freedom))
-    p_exponent = float(f_test.sf((rss[1] - rss[0]) / variance, 1, freedom))
+    p_same = float(fdtrc(2, freedom, (rss[2] - rss[0]) / 2 / variance))
+    p_exponent = float(fdtrc(1, freedom, (rss[1] - rss[0]) / variance))
     q, r = np.linalg.qr(parallel)
     weights = np.linalg.solve(r, q.T @ y)
     inverse = np.linalg.inv(r)
     spread = math.sqrt(max(rss[1] / (n - 3), noise**2) * float((inverse @ inverse.T)[2, 2]))
-    half = float(t.ppf(0.5 + LEVEL / 2, n - 3)) * spread
+    half = t_factor(LEVEL, n - 3) * spread
     shift = float(weights[2])
     return Comparison(p_same, p_exponent, math.exp(shift), math.exp(shift - half), math.exp(shift + half), freedom)

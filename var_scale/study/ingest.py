@@ -76,7 +76,7 @@ def _record(shape: ModelShape, *, images: int, curve: Sequence[CurvePoint], **va
         "depth": shape.depth, "seed": 0, "params_total": params.total, "params_paper": params.paper, "params_per_token": params.per_token,
         "images": images, "tokens": images * flops.tokens, "flops_exact": images * flops.training, "flops_6nd": images * flops.training_6nd,
         "flops_paper": images * flops.paper, **last, "loss_per_scale": (), "err_per_scale": (), "eval_samples": VALIDATION if curve else 0,
-        "reason": "", "data_hash": "imagenet", "seconds": 0.0, "restarts": 0, "curve": tuple(curve),
+        "reason": "", "data_hash": "imagenet", "seconds": 0.0, "restarts": 0, "curve": tuple(curve), "unique_tokens": 0,
     }  # fmt: skip
     return RunRecord(**(plain | values))
 
@@ -158,6 +158,7 @@ def _official(
         shape, images=done * per_epoch, curve=curve, name=name or f"official-d{shape.depth}",
         state="complete" if done == total else "running",
         reason="" if done == total else f"{done} of {total} epochs", final_lr_fraction=ended, config_hash=canonical_hash(flags),
+        unique_tokens=train_samples * flops.tokens,
     )  # fmt: skip
     return record if at_the_end else _without_values(record)
 
@@ -256,6 +257,7 @@ def _wandb_record(where: str, name: str, config: dict[str, Any], rows: list[dict
         config_hash=config_hash(settings), data_hash="", restarts=sum("restart/step" in row for row in rows),
         eval_samples=int(evaluations[-1].get("eval/samples") or 0) if evaluations else 0,
         seconds=float(max((row.get("eval/seconds") or 0 for row in evaluations), default=0.0)),
+        unique_tokens=settings.train_samples * flops.tokens,
     )  # fmt: skip
     return record if final else _without_values(record)
 

@@ -16,7 +16,7 @@ import numpy as np
 from var_scale.study.laws import LEVEL, LawFit
 from var_scale.study.power import fit_law
 from var_scale.study.record import RunRecord
-from var_scale.study.surface import fit_chinchilla
+from var_scale.study.surface import fit_surface
 
 SAME = 0.05
 """budgets that differ by less are one"""
@@ -106,7 +106,7 @@ def fit_isoflop(records: Sequence[RunRecord], metric: str = "loss_avg") -> IsoFl
             law = fit_law("power", [math.exp(-value) for value in x], [math.exp(value) for value in y], noise_floor=0)
             interval = law.intervals.get("alpha", interval)
     inside = [run for group in groups for run in group]
-    surface = fit_chinchilla([run.params_paper for run in inside], [run.tokens for run in inside], [run.metric(metric) for run in inside],
+    surface = fit_surface([run.params_paper for run in inside], [run.tokens for run in inside], [run.metric(metric) for run in inside],
                              metric=metric, draws=0)  # fmt: skip
     return IsoFlop(metric, curves, exponent, interval, surface)
 

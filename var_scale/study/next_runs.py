@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from var_scale.errors import UserError
-from var_scale.study.laws import LEVEL, PARAMETERS, Array, LawFit
+from var_scale.study.laws import LEVEL, PARAMETERS, Array, LawFit, t_factor
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ def information(law: LawFit, x: Array) -> Array:
 
 def half_width(law: LawFit, total: Array, points: int) -> float:
     """Half the 95 % interval of alpha from an information matrix of so many points; infinite where it does not bound alpha."""
-    from scipy.stats import t
-
     if np.linalg.cond(total) > 1e14 or points <= PARAMETERS[law.form]:
         return math.inf
     variance = float(np.linalg.inv(total)[-1, -1])
-    return float(t.ppf(0.5 + LEVEL / 2, points - PARAMETERS[law.form])) * math.sqrt(variance) if variance > 0 else math.inf
+    return t_factor(LEVEL, points - PARAMETERS[law.form]) * math.sqrt(variance) if variance > 0 else math.inf
 
 
 def advise(law: LawFit, candidates: Sequence[Candidate], budget: float, at_most: int = 8) -> Advice:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from var_scale.errors import UserError
-from var_scale.study.laws import LEVEL, PARAMETERS, UNITS, Array, Form, LawFit, paper_beta
+from var_scale.study.laws import LEVEL, PARAMETERS, UNITS, Array, Form, LawFit, paper_beta, t_factor
 
 ALPHA_BOUNDS = (0.003, 4.0)
 NOISE_FLOOR = 5e-4
@@ -24,9 +24,9 @@ def fit_law(
     form: Form, x: Sequence[float], y: Sequence[float], *, metric: str = "loss", variable: str = "N", floor: float = 0.0,
     rows: Sequence[str] = (), excluded: Sequence[tuple[str, str, str]] = (), noise_floor: float = NOISE_FLOOR, seed: int = 0,
 ) -> LawFit:  # fmt: skip
-    """Fit y(x) by `power` (with the fixed `floor`) or `power_floor`. `rows` names the points; `seed` is the bootstrap's."""
-    if form not in ("power", "power_floor"):
-        raise UserError(f"law form {form!r} is not known here; use power or power_floor")
+    """Fit y(x) by `power` or `broken_power` (with the fixed `floor`), or `power_floor`. `rows` names the points, `seed` the bootstrap."""
+    if form not in ("power", "power_floor", "broken_power"):
+        raise UserError(f"law form {form!r} is not known here; use power, power_floor or broken_power")
     if len(x) != len(y):
         raise UserError(f"{metric}: {len(x)} sizes and {len(y)} values; give as many of each")
     common: dict[str, Any] = {
@@ -36,6 +36,10 @@ def fit_law(
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if reason := _unfit(form, xs, ys, floor):
         return LawFit(form=form, status="not-converged", reason=reason, **common)
+    if form == "broken_power":
+        from var_scale.study.broken import fit_broken
+
+        return fit_broken(xs, ys, floor, seed, common)
     return _power(xs, ys, floor, common) if form == "power" else _power_floor(xs, ys, seed, common)
 
 
@@ -49,15 +53,13 @@ def _unfit(form: Form, x: Array, y: Array, floor: float) -> str:
         return (
             f"{sizes} size{'' if sizes == 1 else 's'} for {PARAMETERS[form]} parameters; at least {need} are needed for an error estimate"
         )
-    if form == "power" and floor >= y.min():
+    if form != "power_floor" and floor >= y.min():
         return f"the assumed floor {floor:g} is not below the smallest value {y.min():g}"
     return ""
 
 
 def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
     """ln (y - E) = ln a - alpha ln x by ordinary least squares; t intervals with n - 2 degrees of freedom."""
-    from scipy.stats import t
-
     u, v = np.log(x), np.log(y - floor)
     n, spread = len(u), float(((u - u.mean()) ** 2).sum())
     slope = float(((u - u.mean()) * (v - v.mean())).sum() / spread)
@@ -77,7 +79,7 @@ def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
         )
     common = common | {"noise_floor": common["noise_floor"] * float(np.mean(y / (y - floor)))}  # relative to y; residuals are of y - E
     noise = max(sd, common["noise_floor"])
-    quantile = float(t.ppf(0.5 + LEVEL / 2, n - 2))
+    quantile = t_factor(LEVEL, n - 2)
     half = quantile * noise / math.sqrt(spread)
     half_a = quantile * noise * math.sqrt(1 / n + float(u.mean()) ** 2 / spread)
     intervals = {"alpha": (alpha - half, alpha + half), "a": (a * math.exp(-half_a), a * math.exp(half_a))}
@@ -115,9 +117,7 @@ def ridge(x: Array, y: Array, floors: Array, alphas: Array) -> Array:
 def profile_intervals(x: Array, y: Array, best: float, floor: float, log_alpha: float, sd: float) -> dict[str, tuple[float, float]]:
     """Of E and alpha: where the objective, the others at their best, is no further above its minimum than (t sd)^2, t Student's with n - 3
     degrees of freedom (profile likelihood with unknown noise). An end that the data do not bound is 0 or infinite."""
-    from scipy.stats import t
-
-    limit = best + float(t.ppf(0.5 + LEVEL / 2, len(x) - 3)) ** 2 * sd**2
+    limit = best + t_factor(LEVEL, len(x) - 3) ** 2 * sd**2
     low, high = map(math.log, ALPHA_BOUNDS)
     logs = np.unique(np.concatenate([np.linspace(low, high, 1200), np.clip(log_alpha + np.linspace(-0.3, 0.3, 601), low, high)]))
     alpha = tuple(math.exp(end) for end in _inside(logs, profile(np.exp(logs), x, y)[2], log_alpha, limit))

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,15 @@ class RunRecord:
     """wall time of the training, all restarts together"""
     restarts: int
     curve: tuple[CurvePoint, ...] = ()
+    unique_tokens: int = 0
+    """different ones among `tokens` there could be: images of the training set x L; 0 where not known"""
+    sems: tuple[float, ...] = ()
+    """standard errors of METRICS from the choice of validation images, which all runs share; empty where not measured"""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training set; NaN where its size is not known."""
+        return self.tokens / self.unique_tokens if self.unique_tokens else math.nan
 
     def metric(self, name: str) -> float:
         """One of METRICS."""
@@ -112,7 +121,8 @@ def read_run(folder: Path) -> RunRecord:
         final_lr_fraction=_lr_fraction(run, train, steps),
         data_hash=str(run["data_hash"]), config_hash=str(run["config_hash"]),
         seconds=max((float(row.get("seconds", 0.0)) for row in train + evals), default=0.0), restarts=int(status.get("restarts", 0)),
-        curve=tuple(_point(row, flops.training, folder) for row in evals),
+        curve=tuple(_point(row, flops.training, folder) for row in evals), unique_tokens=int(run.get("train_samples", 0)) * flops.tokens,
+        sems=tuple(_number(last[f"{name}_sem"]) for name in METRICS) if "loss_avg_sem" in last else (),
     )  # fmt: skip
 
 
@@ -177,6 +187,8 @@ def read_runs_csv(path: Path) -> list[RunRecord]:
         values: dict[str, Any] = {}
         for field in fields(RunRecord):
             cell = row.get(field.name)
+            if cell is None and field.default is not MISSING and field.name not in (reader.fieldnames or ()):
+                continue  # a table of an earlier version
             if cell is None:
                 raise UserError(f"{path}: line {line} has no column {field.name}; add it to the table")
             try:

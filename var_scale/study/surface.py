@@ -1,35 +1,41 @@
-"""The two-variable law L(N, D) = E + A N^-alpha + B D^-beta (Hoffmann et al. 2022, approach 3; golden test: spec/scaling.md A.2a).
+"""The laws of parameters and data: L(N, D) = E + A N^-alpha + B D^-beta (Hoffmann et al. 2022, approach 3; golden test: spec/scaling.md
+A.2a), and the same with D' of data seen several times (Muennighoff et al. 2023).
 
-Objective: sum of Huber(1e-3) of ln L - ln fitted, over (ln A, ln B, ln E, alpha, beta) with ln N and ln D centred, which removes most of
-the correlation. At 4,624 pairs of exponents the other three follow in closed form (variable projection); from the local minima of that map
-and its best places L-BFGS-B with the analytic gradient.
+Objective: sum of Huber(1e-3) of ln L - ln fitted, over (ln A, ln B, ln E, alpha, beta) and ln r_star, with ln N and ln D centred, which
+removes most of the correlation. At 4,624 pairs of exponents the other three follow in closed form (variable projection); from the local
+minima of that map and its best places L-BFGS-B with the analytic gradient. With repeated data so from each of a few r_star.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from var_scale.study.laws import LEVEL, PARAMETERS, Array, LawFit
+from var_scale.study.laws import LEVEL, NAMES, PARAMETERS, Array, LawFit, effective_data, law_value
 
 DELTA = 1e-3
 EXPONENTS = np.geomspace(0.01, 2.5, 68)
 """of N and of D: all pairs are places to start from"""
 DESCENTS = 16
-BOUNDS = [(-20.0, 20.0), (-20.0, 20.0), (-15.0, 15.0), (0.0, 3.0), (0.0, 3.0)]
-
-
-def evaluate(fit: LawFit, n: float | Array, d: float | Array) -> Array:
-    """The fitted surface at N parameters and D tokens."""
-    p = fit.params
-    return np.asarray(p["E"] + p["A"] * np.asarray(n, dtype=float) ** -p["alpha"] + p["B"] * np.asarray(d, dtype=float) ** -p["beta"])
+PASSES = (1.0, 4.0, 16.0, 64.0)
+"""r_star to start from"""
+BOUNDS = {"A": (-20.0, 20.0), "B": (-20.0, 20.0), "E": (-15.0, 15.0), "alpha": (0.0, 3.0), "beta": (0.0, 3.0),
+          "r_star": (math.log(0.05), math.log(1e4))}  # fmt: skip
+Objective = Callable[[Array, Any], tuple[float, Array]]
+"""of theta and the rows that count: value and gradient"""
 
 
 def huber_objective(theta: Array, u: Array, w: Array, v: Array) -> tuple[float, Array]:
     """Sum of Huber(DELTA) / DELTA^2 and its gradient; theta = (ln A, ln B, ln E, alpha, beta), u = ln N, w = ln D, v = ln L."""
+    value, gradient, _ = huber_parts(theta, u, w, v)
+    return value, gradient
+
+
+def huber_parts(theta: Array, u: Array, w: Array, v: Array) -> tuple[float, Array, Array]:
+    """The objective, its gradient, and its derivative by each ln D."""
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * u, b - beta * w, np.full_like(u, e)])
     top = terms.max(0)
@@ -42,58 +48,99 @@ def huber_objective(theta: Array, u: Array, w: Array, v: Array) -> tuple[float, 
     slope = -np.clip(residual, -DELTA, DELTA)
     wa, wb, we = slope * weights
     gradient = np.array([wa.sum(), wb.sum(), we.sum(), -(wa * u).sum(), -(wb * w).sum()])
-    return float(value) / DELTA**2, gradient / DELTA**2
+    return float(value) / DELTA**2, gradient / DELTA**2, -beta * wb / DELTA**2
 
 
-def fit_chinchilla(
-    n: Sequence[float] | Array, d: Sequence[float] | Array, loss: Sequence[float] | Array, *, rows: Sequence[str] = (),
-    excluded: Sequence[tuple[str, str, str]] = (), draws: int = 0, seed: int = 0, metric: str = "loss_avg",
+def fit_surface(
+    n: Sequence[float] | Array, d: Sequence[float] | Array, loss: Sequence[float] | Array, unique: Sequence[float] | Array | None = None, *,
+    rows: Sequence[str] = (), excluded: Sequence[tuple[str, str, str]] = (), draws: int = 0, seed: int = 0, metric: str = "loss_avg",
 ) -> LawFit:  # fmt: skip
-    """Fit the surface. `draws` > 0 adds bootstrap intervals: runs resampled, each restarted from the optimum.
+    """Fit the surface, with `unique` (different tokens among each d) that of repeated data. `draws` > 0 adds bootstrap intervals.
 
-    `split` among the intervals is beta / (alpha + beta), the exponent a of N ~ C^a in compute-optimal training.
+    `split` among the intervals is beta / (alpha + beta), the exponent a of N ~ C^a in compute-optimal training without repetition.
     """
-    count = len(loss)
-    common: dict[str, Any] = {
-        "form": "chinchilla",
-        "metric": metric,
-        "variable": "N,D",
-        "excluded": tuple(excluded),
-        "rows": tuple(rows) or tuple(map(str, range(count))),
-        "x": tuple(map(float, n)),
-        "y": tuple(map(float, loss)),
-    }
+    form = "chinchilla" if unique is None else "repeated"
     ns, ds, losses = (np.asarray(values, dtype=float) for values in (n, d, loss))
-    if not all(np.isfinite(values).all() and (values > 0).all() for values in (ns, ds, losses)):
-        return LawFit(status="not-converged", reason="a size, token count or loss is not a positive finite number", **common)
-    need = PARAMETERS["chinchilla"] + 1
-    if count < need or len(set(ns)) < 3 or len(set(ds)) < 3:
-        reason = f"{count} runs, {len(set(ns))} sizes, {len(set(ds))} token counts; at least {need} runs with 3 of each are needed"
+    us = np.full_like(ds, np.inf) if unique is None else np.asarray(unique, dtype=float)
+    common: dict[str, Any] = {
+        "form": form, "metric": metric, "variable": "N,D" if unique is None else "N,D,U", "excluded": tuple(excluded),
+        "rows": tuple(rows) or tuple(map(str, range(len(losses)))), "x": tuple(ns.tolist()), "y": tuple(losses.tolist()),
+        "d": tuple(ds.tolist()), "unique": () if unique is None else tuple(us.tolist()),
+    }  # fmt: skip
+    if reason := _unfit(form, ns, ds, losses, us):
         return LawFit(status="not-converged", reason=reason, **common)
     u, w, v = np.log(ns), np.log(ds), np.log(losses)
     mu, mw = float(u.mean()), float(w.mean())
-    ends = sorted((_descend(start, u - mu, w - mw, v) for start in _starts(u - mu, w - mw, v)), key=lambda end: end[0])
+
+    def objective(theta: Array, rows: Any = slice(None)) -> tuple[float, Array]:
+        if unique is None:
+            return huber_objective(theta, u[rows] - mu, w[rows] - mw, v[rows])
+        data, slope = _repeated(ds[rows], us[rows], math.exp(theta[5]))
+        value, gradient, by_data = huber_parts(theta[:5], u[rows] - mu, data - mw, v[rows])
+        return value, np.append(gradient, by_data @ slope)
+
+    if unique is None:
+        starts = _starts(u - mu, w - mw, v, DESCENTS)
+    else:
+        starts = [np.append(start, math.log(r)) for r in PASSES
+                  for start in _starts(u - mu, _repeated(ds, us, r)[0] - mw, v, DESCENTS // 2)]  # fmt: skip
+    names = ("A", "B", "E", "alpha", "beta", "r_star")[: PARAMETERS[form]]
+    ends = sorted((_descend(objective, start) for start in starts), key=lambda end: end[0])
     best, theta = ends[0]
-    gradient = huber_objective(theta, u - mu, w - mw, v)[1]
-    bounds = [name for name, value, (low, high) in zip(("A", "B", "E", "alpha", "beta"), theta, BOUNDS, strict=True)
-              if min(value - low, high - value) < 1e-6]  # fmt: skip
+    gradient = objective(theta)[1]
+    bounds = [name for name, value in zip(names, theta, strict=True) if min(value - BOUNDS[name][0], BOUNDS[name][1] - value) < 1e-6]
     audit: dict[str, Any] = {"method": "variable projection over the exponents, then L-BFGS-B, Huber 1e-3",
              "gradient_norm": float(np.abs(gradient).max()), "active_bounds": bounds,
-             "starts": len(EXPONENTS) ** 2, "descents": len(ends),
+             "starts": len(EXPONENTS) ** 2 * (1 if unique is None else len(PASSES)), "descents": len(ends),
              "agree": sum(value <= best * (1 + 1e-4) + 1e-12 for value, _ in ends)}  # fmt: skip
     params = _natural(theta, mu, mw)
-    fitted = params["E"] + params["A"] * ns ** -params["alpha"] + params["B"] * ds ** -params["beta"]
+    fitted = law_value(form, params, ns, ds, us)
     residuals = np.log(losses / fitted)
-    result: dict[str, Any] = {"objective": best * DELTA**2, "residuals": tuple(residuals), "audit": audit,
-                              "residual_sd": math.sqrt(float((residuals**2).sum()) / (count - 5))}  # fmt: skip
+    sd = math.sqrt(float((residuals**2).sum()) / (len(losses) - PARAMETERS[form]))
+    result: dict[str, Any] = {"objective": best * DELTA**2, "residuals": tuple(residuals), "audit": audit, "residual_sd": sd}
     if bounds:
-        return LawFit(status="not-converged", reason=f"at a bound: {', '.join(bounds)}", **common, **result)
+        free = "r_star" in bounds and theta[5] > 0
+        why = "repeated data are as good as new ones here; use chinchilla" if free else f"at a bound: {', '.join(bounds)}"
+        return LawFit(status="not-converged", reason=why, **common, **result)
     if audit["gradient_norm"] > 1e-2 * (1 + best):
         return LawFit(status="not-converged", reason=f"the gradient at the end is {audit['gradient_norm']:.2g}", **common, **result)
     if audit["agree"] < 2:
         return LawFit(status="not-converged", reason=f"only one of {len(ends)} descents reached the best objective", **common, **result)
-    intervals = _intervals(theta, u, w, v, mu, mw, draws, seed) if draws else {}
-    return LawFit(status="converged", params=params, intervals=intervals, **common, **result)
+    made: Array = np.empty((0, 0))
+    intervals: dict[str, tuple[float, float]] = {}
+    if draws:
+        made = _draws(objective, theta, sd, len(losses), (mu, mw), draws, seed)
+        columns = dict(zip(NAMES[form], made.T, strict=False))
+        columns["split"] = columns["beta"] / (columns["alpha"] + columns["beta"])
+        tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
+        held = params | {"split": params["beta"] / (params["alpha"] + params["beta"])}
+        for name, sample in columns.items():
+            low, high = np.percentile(sample, tails)
+            intervals[name] = (min(float(low), held[name]), max(float(high), held[name]))
+    return LawFit(status="converged", params=params, intervals=intervals, draws=tuple(map(tuple, made.tolist())), **common, **result)
+
+
+def _unfit(form: str, n: Array, d: Array, loss: Array, unique: Array) -> str:
+    """Why these rows cannot determine the law; empty when they can."""
+    if not (len(n) == len(d) == len(loss) == len(unique)):
+        return f"{len(n)} sizes, {len(d)} token counts, {len(loss)} losses, {len(unique)} counts of different tokens; give as many of each"
+    if not all(np.isfinite(values).all() and (values > 0).all() for values in (n, d, loss)) or not (unique > 0).all():
+        return "a size, token count or loss is not a positive finite number"
+    need = PARAMETERS[form] + 1
+    if len(n) < need or len(set(n.tolist())) < 3 or len(set(d.tolist())) < 3:
+        counts = f"{len(n)} runs, {len(set(n.tolist()))} sizes, {len(set(d.tolist()))} token counts"
+        return f"{counts}; at least {need} runs with 3 of each are needed"
+    if form == "repeated" and len(set(d[d > 1.01 * unique].tolist())) < 2:
+        return "fewer than two token counts repeat their data; use chinchilla"
+    return ""
+
+
+def _repeated(d: Array, unique: Array, r_star: float) -> tuple[Array, Array]:
+    """ln D' of each row and its derivative by ln r_star."""
+    data = effective_data(d, unique, r_star)
+    share = np.maximum(d / unique - 1, 0) / r_star
+    slope = np.where(share > 0, unique * r_star * (1 - np.exp(-share) * (1 + share)) / data, 0.0)
+    return np.log(data), slope
 
 
 def _scan(u: Array, w: Array, loss: Array, weight: Array) -> tuple[Array, Array]:
@@ -122,7 +169,7 @@ def _scan(u: Array, w: Array, loss: Array, weight: Array) -> tuple[Array, Array]
     return best, objective
 
 
-def _starts(u: Array, w: Array, v: Array) -> list[Array]:
+def _starts(u: Array, w: Array, v: Array, count: int) -> list[Array]:
     """From a scan of all pairs of exponents the local minima and the best places besides, as theta; the scan is made twice, the second time
     with little weight for what the first misses by far, so that a few diverged runs do not choose the place."""
     loss, weight = np.exp(v), np.ones_like(v)
@@ -135,24 +182,25 @@ def _starts(u: Array, w: Array, v: Array) -> list[Array]:
     padded = np.pad(objective, 1, constant_values=np.inf)
     around = [padded[1 + a : 1 + a + len(EXPONENTS), 1 + b : 1 + b + len(EXPONENTS)] for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
     minima = np.argwhere((objective <= np.min(around, axis=0)) & np.isfinite(objective))
-    ranked = np.argsort(objective, axis=None)[: DESCENTS // 2 * 20 : 20]
+    ranked = np.argsort(objective, axis=None)[: count // 2 * 20 : 20]
     places = sorted({tuple(map(int, place)) for place in (*minima, *(np.unravel_index(k, objective.shape) for k in ranked))},
                     key=lambda place: objective[place])  # fmt: skip
     small = 1e-6 * float(np.median(loss))
     starts = []
-    for i, j in places[:DESCENTS]:
+    for i, j in places[:count]:
         e, a, b = np.log(np.maximum(coefficients[i, j], small))
         starts.append(np.array([a, b, e, EXPONENTS[i], EXPONENTS[j]]))
     return starts
 
 
-def _descend(start: Array, u: Array, w: Array, v: Array) -> tuple[float, Array]:
+def _descend(objective: Objective, start: Array, rows: Any = slice(None)) -> tuple[float, Array]:
     """L-BFGS-B from one start, restarted until it stops gaining."""
     from scipy.optimize import minimize
 
-    theta, value = np.clip(start, *np.array(BOUNDS).T), math.inf
+    bounds = list(BOUNDS.values())[: len(start)]
+    theta, value = np.clip(start, *np.array(bounds).T), math.inf
     for _ in range(5):
-        found = minimize(huber_objective, theta, (u, w, v), "L-BFGS-B", jac=True, bounds=BOUNDS,
+        found = minimize(objective, theta, (rows,), "L-BFGS-B", jac=True, bounds=bounds,
                          options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9, "maxls": 60})  # fmt: skip
         gain, value, theta = value - found.fun, float(found.fun), found.x
         if gain < 1e-9 * (1 + value):
@@ -161,18 +209,22 @@ def _descend(start: Array, u: Array, w: Array, v: Array) -> tuple[float, Array]:
 
 
 def _natural(theta: Array, mu: float, mw: float) -> dict[str, float]:
-    a, b, e, alpha, beta = map(float, theta)
-    return {"E": math.exp(e), "A": math.exp(a + alpha * mu), "B": math.exp(b + beta * mw), "alpha": alpha, "beta": beta}
+    a, b, e, alpha, beta = map(float, theta[:5])
+    params = {"E": math.exp(e), "A": math.exp(a + alpha * mu), "B": math.exp(b + beta * mw), "alpha": alpha, "beta": beta}
+    return params | ({"r_star": math.exp(theta[5])} if len(theta) > 5 else {})
 
 
-def _intervals(theta: Array, u: Array, w: Array, v: Array, mu: float, mw: float, draws: int, seed: int) -> dict[str, tuple[float, float]]:
+def _draws(
+    objective: Objective, theta: Array, sd: float, count: int, means: tuple[float, float], draws: int, seed: int
+) -> Array:  # fmt: skip
+    """Refits from the optimum to runs drawn with replacement: rows of the parameters in the order of NAMES and the noise of a run, which
+    varies as that of so few points does."""
     from var_scale.study.bootstrap import resamples
 
-    values: dict[str, list[float]] = {}
-    for index in resamples(len(u), seed, draws):
-        natural = _natural(_descend(theta, u[index] - mu, w[index] - mw, v[index])[1], mu, mw)
-        natural["split"] = natural["beta"] / (natural["alpha"] + natural["beta"])
-        for name, value in natural.items():
-            values.setdefault(name, []).append(value)
-    tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-    return {name: tuple(map(float, np.percentile(sample, tails))) for name, sample in values.items()}  # type: ignore[misc]
+    rng = np.random.default_rng(seed)
+    freedom = count - len(theta)
+    made = []
+    for index in resamples(count, seed, draws):
+        natural = _natural(_descend(objective, theta, index)[1], *means)
+        made.append([*natural.values(), sd * min(math.sqrt(freedom / rng.chisquare(freedom)), 20)])
+    return np.array(made)

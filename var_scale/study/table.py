@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from var_scale.errors import UserError
@@ -13,7 +13,8 @@ from var_scale.files import write_json
 from var_scale.progress import say
 from var_scale.study.api import fit, to_json
 from var_scale.study.gate import gate
-from var_scale.study.laws import Form, LawFit
+from var_scale.study.laws import SURFACES, Form, LawFit
+from var_scale.study.laws import VARIABLES as LAW_VARIABLES
 from var_scale.study.power import NOISE_FLOOR
 from var_scale.study.record import METRICS, RunRecord, read_runs_csv, read_table, size_means
 
@@ -69,7 +70,7 @@ def read_columns(path: Path, names: list[str], y: str) -> tuple[list[list[float]
 def _records(table: Path) -> bool:
     """Whether a CSV is a table of records."""
     head = read_table(table).partition("\n")[0].split(",")
-    return {field.name for field in fields(RunRecord)} <= {name.strip() for name in head}
+    return {field.name for field in fields(RunRecord) if field.default is MISSING} <= {name.strip() for name in head}
 
 
 def _number(path: Path, line: int, name: str, text: str | None) -> float:
@@ -83,19 +84,22 @@ def fit_table(
     table: Path, x: str, y: str, form: Form, floor: float, out: Path | None = None, outliers: bool = True, seed: int = 0
 ) -> LawFit:
     """Print the law with intervals and what was left out, write it to `out`; a fit that did not converge is an error with code 1."""
-    if floor and form != "power":
+    if floor and form not in ("power", "broken_power"):
         raise UserError(f"--floor: the form {form} fits the floor itself; leave --floor out, or use --form power")
     names = [name.strip() for name in x.split(",")]
-    if len(names) != (2 if form == "chinchilla" else 1):
-        raise UserError(f"--x {x}: the form {form} has " + ("two variables, such as --x N,D" if form == "chinchilla" else "one variable"))
+    if len(names) != len(LAW_VARIABLES[form]):
+        such = {1: "one variable", 2: "two variables, such as --x N,D", 3: "three variables, such as --x N,D,U with U different tokens"}
+        raise UserError(f"--x {x}: the form {form} has {such[len(LAW_VARIABLES[form])]}")
     if table.is_dir() or _records(table):
-        if form == "chinchilla":
-            names = ["params_paper" if names[0] == "N" else names[0], "tokens" if names[1] == "D" else names[1]]
+        if form in SURFACES:
+            names = [short if name == letter else name for name, letter, short in
+                     zip(names, "NDU", ("params_paper", "tokens", "unique_tokens"), strict=False)]  # fmt: skip
         columns, ys, lines = study_columns(table, names, y)
     else:
         columns, ys, lines = read_columns(table, names, y)
-    law = fit(columns[0], ys, form, d=columns[1] if len(columns) > 1 else None, floor=floor, names=lines, metric=y,
-              variable=VARIABLES.get(x, x), outliers=outliers, seed=seed, noise_floor=NOISE_FLOOR)  # fmt: skip
+    data: dict[str, list[float]] = dict(zip(("d", "unique"), columns[1:], strict=False))
+    law = fit(columns[0], ys, form, **data, floor=floor, names=lines, metric=y, variable=VARIABLES.get(x, x), outliers=outliers,
+              seed=seed, noise_floor=NOISE_FLOOR)  # type: ignore[arg-type]  # fmt: skip
     if out:
         write_json(out, to_json(law))
     for row, code, text in law.excluded:
@@ -112,19 +116,24 @@ def show(law: LawFit, form: Form, floor: float) -> None:
     """Equation, intervals, and what to know about them."""
     r = f", r = {law.r:.4f}, descriptive" if math.isfinite(law.r) else ""
     say(f"{law.equation}   ({len(law.x)} points{r}; residual sd {law.residual_sd:.2g} with {law.freedom} degrees of freedom)")
-    for name, (low, high) in law.intervals.items():
+    for name in (*law.params, *(name for name in law.intervals if name not in law.params)):
+        if name not in law.intervals:
+            continue
+        low, high = law.intervals[name]
         end = f"to {high:.6g}" if math.isfinite(high) else "or more: the points do not bound it"
         value = f"{law.params[name]:.6g}" if name in law.params else ""
-        say(f"  {name:6} {value}   95 % interval {low:.6g} {end}")
+        say(f"  {name:7} {value}   95 % interval {low:.6g} {end}")
     if law.residual_sd < law.noise_floor:
         say(f"  intervals assume a noise of {law.noise_floor:.2g} a run; the scatter here is smaller")
-    if form == "chinchilla":
+    if form in SURFACES:
         audit = law.audit
         say(f"  {audit['starts']} starts, {audit['descents']} descents, {audit['agree']} of them to this optimum; split: the exponent of N "
             "in compute-optimal training, N ~ C^split")  # fmt: skip
+    if math.isfinite(law.aicc):
+        say(f"  AICc {law.aicc:.2f}: of forms fitted to the same rows the smaller is the better one; less than 2 apart says nothing")
     bend, p = law.curvature()
     if p < 0.05:
-        hint = "a floor? try --form power_floor" if bend > 0 else "no power law over this range"
+        hint = "a floor? try --form power_floor" if bend > 0 else "it steepens; try --form broken_power"
         say(f"  the points bend (quadratic term in ln {law.variable}: p = {p:.2g}), so the interval is too narrow: {hint}")
     elif form == "power" and not floor:
         say("  with E = 0: an irreducible part changes the exponent; --form power_floor fits it, --floor assumes one")
