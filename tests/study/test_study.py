@@ -122,7 +122,7 @@ def test_seeds_of_a_size_are_one_point_of_a_fit() -> None:
 
 def test_frontier_is_a_running_minimum() -> None:
     points = [FrontierPoint("a", c, v) for c, v in ((1.0, 5.0), (2.0, 6.0), (3.0, 4.0), (3.0, 3.0), (4.0, 3.0))]
-    assert [(p.flops, p.value) for p in pareto(points)] == [(1, 5), (3, 3)]
+    assert [(p.x, p.value) for p in pareto(points)] == [(1, 5), (3, 3)]
     runs = ladder(noise=0)
     front = fit_frontier(runs, "loss_avg")
     assert front.fit.converged
@@ -150,13 +150,14 @@ def test_report_of_a_study(tmp_path: Path) -> None:
     page = write_report(tmp_path / "ladder", fit_study(read_study(tmp_path / "ladder")), {"Tokenizer": "patch <8>"})
     folder = tmp_path / "ladder" / "report"
     assert page == folder / "report.html"
-    for name in ("laws", "compute", "residuals", "per_scale"):
+    for name in ("laws", "ridge", "compute", "data", "residuals", "per_scale"):
         png = (folder / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
         assert len(png) > 20_000
         assert "<svg" in (folder / f"{name}.svg").read_text()
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     html, text = page.read_text(), (folder / "report.md").read_text()
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 6
     assert "patch &lt;8&gt;" in html
     assert 'src="http' not in html
     for words in ("8,192 samples", "`diverged`", "the loss is nan at step 10", "inside the interval", "fixed data budget", "(laws.png)",

@@ -18,9 +18,10 @@ from var_scale.errors import UserError
 from var_scale.files import read_json
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder
-from var_scale.study.analyse import fit_study
+from var_scale.study.analyse import StudyResult, fit_study
 from var_scale.study.laws import LawFit
 from var_scale.study.next_runs import Candidate, advise
+from var_scale.study.optimum import best_surface, optimum, sentence
 from var_scale.study.record import read_study
 from var_scale.train.schedule import Schedule
 
@@ -48,6 +49,12 @@ def hours_per_flop(study: Study) -> tuple[list[tuple[float, float]], str]:
     return [(1.0, rate)], f"{find_device(device).name} at an ASSUMED {mfu:.0%} of its peak"
 
 
+def hours_spent(study: Study) -> float:
+    """Device-hours that the runs took so far."""
+    return sum(max((float(row.get("seconds", 0)) for row in run.read_metrics()), default=0.0) * _devices(config, run) / 3600
+               for config, run in study.runs() if run.metrics.exists())  # fmt: skip
+
+
 def _devices(config: Config, run: RunFolder) -> int:
     """GPUs that a run took, or without GPUs 1: the machine."""
     world = int(read_json(run.env)["world_size"]) if run.env.exists() else 1
@@ -60,36 +67,48 @@ def cost_of(flops: float, seen: Sequence[tuple[float, float]]) -> float:
 
 
 def next_runs(study: Study, hours: float, metric: str, depths: Sequence[int]) -> None:
-    """Print the advice: the runs that narrow the exponent most within `hours`, and the largest model that they could pay instead."""
+    """Print the advice for a budget of `hours`."""
     result = fit_study(read_study(study.folder), floors={str(m): floor for m, floor in study.spec.floors.items()},
                        exclude=study.spec.exclude, keep=study.spec.keep)  # fmt: skip
-    law: LawFit = result.fits[metric, "power"]
-    if not law.converged:
+    if not (law := result.fits[metric, "power"]).converged:
         raise UserError(f"{study.folder}: no law of {metric} yet ({law.reason}); run more sizes first")
+    for line in advice(study, result, hours, metric, depths):
+        say(line)
+
+
+def advice(study: Study, result: StudyResult, hours: float, metric: str, depths: Sequence[int] = ()) -> list[str]:
+    """The runs that narrow the exponent most within `hours`, and the best models that they could pay instead: the largest of the study's
+    recipe, and where there is a surface of size and data the best size with its passes over the data."""
+    law: LawFit = result.fits[metric, "power"]
     base, (seen, source) = study.with_files(), hours_per_flop(study)
     unit = "device-hours"
     candidates = []
     for depth in depths or candidates_of(study):
         config = run_config(base, depth, study.spec.seeds[0])
         candidates.append(Candidate(run_name(depth, 0)[:3], float(count_params(shape_of(config)).paper), cost_of(flops_of(config), seen)))
-    say(f"{metric}: {law.equation}, alpha {law.params['alpha']:.4f} from {len(law.x)} sizes; cost of a run: {source}")
+    lines = [f"{metric}: {law.equation}, alpha {law.params['alpha']:.4f} from {len(law.x)} sizes; cost of a run: {source}"]
     for form in ("power", "power_floor"):
         fitted = result.fits[metric, form]
         if not fitted.converged:
-            say(f"with E fitted: no law ({fitted.reason})")
+            lines.append(f"with E fitted: no law ({fitted.reason})")
             continue
-        say(f"E {'assumed' if form == 'power' else 'fitted'} ({fitted.params['E']:.4g}):")
-        for line in advise(fitted, candidates, hours).lines(unit):
-            say(f"  {line}")
+        lines.append(f"with E {'assumed' if form == 'power' else 'fitted'} ({fitted.params['E']:.4g}) "
+                     + "; ".join(advise(fitted, candidates, hours).lines(unit)))  # fmt: skip
     affordable = [c for c in candidates if c.cost <= hours]
     if affordable:
         best = max(affordable, key=lambda c: c.x)
         at = law.at(best.x)
         expected = f"{at.value:.4f} [{at.low:.4f}, {at.high:.4f}]"
-        say(f"best model for {hours:g} {unit}: {best.name} ({best.cost:.3g}), expected {metric} {expected}")
+        lines.append(f"largest model for {hours:.3g} {unit}, trained as the others: {best.name} ({best.cost:.3g}), expected {metric} "
+                     f"{expected}")  # fmt: skip
     else:
         cheapest = min(candidates, key=lambda c: c.cost)
-        say(f"no run fits {hours:g} {unit}; the smallest, {cheapest.name}, takes {cheapest.cost:.3g}")
+        lines.append(f"no run fits {hours:.3g} {unit}; the smallest, {cheapest.name}, takes {cheapest.cost:.3g}")
+    if metric == "loss_avg" and (surface := best_surface(result.surfaces)):
+        rate = min(seen, key=lambda pair: abs(math.log(pair[0] * pair[1] / hours)))[1]
+        best_run = sentence(optimum(surface, result.healthy, hours / rate))
+        lines.append(f"best size and data for {hours:.3g} {unit}, by the surface: {best_run}")
+    return lines
 
 
 def candidates_of(study: Study) -> list[int]:

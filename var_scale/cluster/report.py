@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from var_scale.cluster.next import advice, hours_spent
+from var_scale.cluster.pictures import growth, samples
 from var_scale.cluster.pipeline import Study
 from var_scale.config.schema import Config
 from var_scale.data.loader import TokenData
@@ -19,7 +21,7 @@ from var_scale.study.analyse import StudyResult, fit_study
 from var_scale.study.holdout import HoldOut
 from var_scale.study.laws import LawFit
 from var_scale.study.record import METRICS, read_run
-from var_scale.study.report import write_report
+from var_scale.study.report import Plan, write_report
 
 
 def build_report(study: Study) -> StudyResult:
@@ -37,11 +39,13 @@ def build_report(study: Study) -> StudyResult:
     for title, text in missing.items():
         say(f"{title}: {text}")
     pictures = {}
-    if samples := _samples(study, {r.name for r in result.gate.kept}):
-        pictures["samples"] = samples
+    kept = {record.name: record for record in result.gate.kept}
+    for name, picture in (("samples", samples(study, kept)), ("growth", growth(study, kept))):
+        if picture:
+            pictures[name] = picture
     if (reconstructions := study.folder / "tokenizer" / "reconstructions.png").exists():
         pictures["reconstructions"] = reconstructions
-    write_report(study.folder, result, _facts(study) | missing, pictures)
+    write_report(study.folder, result, _facts(study) | missing, pictures, _plan(study, result))
     if study.config.log.wandb != "disabled":
         from var_scale.cluster.summary import log_summary
 
@@ -59,6 +63,17 @@ def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:
         say(f"{metric}: predicted {p.value:.4f} [{p.low:.4f}, {p.high:.4f}] for {', '.join(held.held)}, measured {held.measured:.4f}, "
             f"{where} the 95 % interval (off by {held.relative_error:+.2%}, {held.gain_fraction:.0%} of the step); "
             f"all sizes: {fit.equation}")  # fmt: skip
+
+
+def _plan(study: Study, result: StudyResult) -> Plan:
+    """What was planned, and what to run next with as many device-hours as the study took."""
+    path = study.folder / "plan.json"
+    rows = read_json(path, "plan")["rows"] if path.exists() else []
+    expected = {str(row["name"]): (float(row["seconds"]), float(row["flops"])) for row in rows}
+    hours = hours_spent(study)
+    if not result.fits["loss_avg", "power"].converged or hours <= 0:
+        return Plan(expected, ())
+    return Plan(expected, [f"with as much again as the runs took, {hours:.3g} device-hours:", *advice(study, result, hours, "loss_avg")])
 
 
 def _missing(study: Study, result: StudyResult) -> dict[str, str]:
@@ -137,27 +152,3 @@ def _recipe(config: Config) -> str:
     peak = train.base_lr * train.batch_size / 256
     engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
     return f"{length}, batch {train.batch_size}, peak learning rate {peak:.2g}, schedule {train.lr_schedule}, engine {engine}"
-
-
-def _samples(study: Study, healthy: set[str]) -> Path | None:
-    """A grid of images from the largest healthy run; an earlier picture stays when its checkpoints were removed since."""
-    import torch
-
-    from var_scale.evaluate.samples import class_names, load_run, sample_images, write_grid
-    from var_scale.train.checkpoint import checkpoints
-
-    path = study.report / "samples.png"
-    runs = [(config, run) for config, run in study.runs() if config.name in healthy]
-    if not runs:
-        return None
-    config, run = runs[-1]
-    spec = study.spec
-    if not checkpoints(run.checkpoints):
-        say(f"samples of {config.name}: it has no checkpoint any more" + (", the picture of before stays" if path.exists() else ""))
-        return path if path.exists() else None
-    var, classes = load_run(run.path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    labels = list(range(min(classes, spec.sample_classes)))
-    images = sample_images(var, labels, spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)
-    write_grid(images, path, zoom=max(1, 96 // images.shape[2]), names=class_names(run.path, labels))
-    say(f"samples of {config.name}: {path}")
-    return path

@@ -254,8 +254,8 @@ def _identity(config: Config) -> dict[str, Any]:
     tree = dump(config)
     for section in ("log", "engine", "study", "cluster"):
         tree.pop(section, None)
-    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "eval_batch", "hang_seconds", "nonfinite", "nonfinite_limit",
-                "accumulate"):  # fmt: skip
+    for key in ("checkpoint_seconds", "keep_checkpoints", "keep_steps", "keep_at", "eval_batch", "hang_seconds", "nonfinite",
+                "nonfinite_limit", "accumulate"):  # fmt: skip
         tree["train"].pop(key, None)
     for key in ("images_train", "images_val", "tokens_train", "tokens_val", "check", "decoders", "cache", "cache_gb",
                 "train_samples", "samples_per_shard"):  # fmt: skip

@@ -254,6 +254,9 @@ class TrainConfig(Section):
     checkpoint_seconds: float = Field(600.0, gt=0, description="time between checkpoints")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
     keep_steps: list[Positive] = Field(default_factory=list, description="steps at which a checkpoint is written and kept for good")
+    keep_at: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=list, description="the same as shares of the run, such as [0.1, 0.4]; the report shows samples of them"
+    )
     nonfinite: Literal["skip", "rollback", "stop"] = Field(
         "skip", description="when loss or gradient is not finite, the step is not taken; then go on, go back to the last checkpoint and "
         "pass over the samples since, or stop",

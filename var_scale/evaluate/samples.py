@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
 from var_scale.train.loop import newest_checkpoint
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[torch.nn.Module, int]:
-    """The newest checkpoint of a run as a VAR in eval mode, and its number of classes."""
-    config, checkpoint = newest_checkpoint(folder)
+def load_run(folder: Path, device: torch.device, step: int | None = None) -> tuple[torch.nn.Module, int]:
+    """The newest checkpoint of a run, or that of `step`, as a VAR in eval mode, and its number of classes."""
+    config, checkpoint = newest_checkpoint(folder, step)
     tokenizer, beside = config.tokenizer, tokenizer_file(folder.resolve().parent / "tokenizer")
     if tokenizer.weights and not weights_file(tokenizer.weights).exists() and beside.exists():  # the study was moved or copied
         tokenizer = tokenizer.model_copy(update={"weights": str(beside)})
@@ -51,15 +51,20 @@ def sample_images(
     return np.stack(rows)
 
 
-def write_grid(images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, names: Sequence[str] | None = None) -> None:
-    """Write (rows, columns, H, W, 3) images as one PNG, a row a class, with the class's name above it where `names` (rows) are given."""
+def write_grid(
+    images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, names: Sequence[str | Mapping[int, str]] | None = None
+) -> None:
+    """Write (rows, columns, H, W, 3) images as one PNG, a row a class, with the class's name above it where `names` (rows) are given, or
+    texts above some columns of it."""
     rows, columns, h, w, _ = images.shape
     line, (down, across) = 14 if names else 0, ((h * zoom) + gap, (w * zoom) + gap)
     picture = Image.new("RGB", (columns * across - gap, rows * (down + line) - gap), "white")
     pen = ImageDraw.Draw(picture)
     for r in range(rows):
         if names:
-            pen.text((2, r * (down + line) + 1), names[r], "black")
+            texts = names[r]
+            for column, text in {0: texts}.items() if isinstance(texts, str) else texts.items():
+                pen.text((2 + column * across, r * (down + line) + 1), text, "black")
         for c in range(columns):
             image = Image.fromarray(images[r, c]).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
             picture.paste(image, (c * across, r * (down + line) + line))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from var_scale.study.frontier import Frontier, fit_frontier
+from var_scale.study.frontier import Frontier, fit_frontier, frontier_law
 from var_scale.study.gate import GateResult, best_of_variants, gate
 from var_scale.study.holdout import HoldOut, budget_curve, hold_out, noise_floor
 from var_scale.study.isoflop import IsoFlop, fit_isoflop
-from var_scale.study.laws import Form, LawFit
+from var_scale.study.laws import Form, LawFit, plain
+from var_scale.study.optimum import Optimum, best_surface, fit_surfaces, optimum
 from var_scale.study.power import fit_law, floor_strip
 from var_scale.study.record import METRICS, RunRecord, seed_noise, size_means
 
 FORMS: tuple[Form, ...] = ("power", "power_floor")
+RIVALS: tuple[Form, ...] = ("power", "power_floor", "broken_power")
 SIZES = ("params_paper", "params_total")
+FLOPS = ("flops_exact", "flops_6nd", "flops_paper")
+BUDGETS = (0.1, 1.0, 10.0)
+"""of the largest run's compute: where the best size is sought"""
 Strips = dict[str, list[dict[str, float]]]
 
 
@@ -32,10 +37,23 @@ class StudyResult:
     fits: dict[tuple[str, str], LawFit]
     holdouts: dict[tuple[str, str], HoldOut]
     frontiers: dict[str, Frontier]
+    """metric -> along compute"""
+    data_frontiers: dict[str, Frontier]
+    """metric -> along tokens"""
+    data_laws: dict[str, tuple[LawFit, ...]]
+    """metric -> of each size with three annealed runs of different length, the power law in tokens"""
+    surfaces: dict[str, LawFit]
+    """form -> surface of average loss over parameters and tokens"""
+    optima: tuple[Optimum, ...]
+    """best run of some compute budgets by the better surface"""
     strips: Strips
     """metric -> exponent and correlation at assumed floors"""
     alpha_by_size: dict[str, dict[str, float]]
     """metric -> exponent of the power law by each way of counting N"""
+    alpha_by_flops: dict[str, dict[str, float]]
+    """metric -> exponent of the compute frontier by each way of counting FLOPs"""
+    rivals: dict[str, dict[str, LawFit]]
+    """metric -> form -> fit of all sizes, for AICc"""
     by_scale: dict[str, tuple[LawFit, ...]]
     """loss and err -> the power law of each scale, E = 0"""
     budget_curves: dict[str, tuple[HoldOut, ...]]
@@ -45,17 +63,27 @@ class StudyResult:
     seed_sd: dict[str, float]
     """metric -> pooled relative standard deviation between seeds of a size; NaN without repeated sizes"""
 
+    @property
+    def healthy(self) -> list[RunRecord]:
+        """Runs that passed the gate, all points of a grid."""
+        beaten = [item.record for item in self.gate.excluded if item.code == "beaten_variant"]
+        return sorted([*self.gate.kept, *beaten], key=lambda run: (run.params_paper, run.seed, run.name))
+
     def to_json(self) -> dict[str, Any]:
         """Content of fit.json."""
-        from var_scale.study.laws import plain
-
         return {
             "version": 1, "size": self.size, "floors": plain(self.floors),
             "gate": {"kept": [run.name for run in self.gate.kept],
                      "excluded": [[item.record.name, item.code, item.text] for item in self.gate.excluded]},
             "fits": [fit.to_json() for fit in self.fits.values()], "holdouts": [held.to_json() for held in self.holdouts.values()],
-            "frontiers": [front.to_json() for front in self.frontiers.values()], "floor_strips": plain(self.strips),
-            "alpha_by_size": plain(self.alpha_by_size), "seed_sd": plain(self.seed_sd),
+            "frontiers": [front.to_json() for front in self.frontiers.values()],
+            "data_frontiers": [front.to_json() for front in self.data_frontiers.values()],
+            "data_laws": [fit.to_json() for fits in self.data_laws.values() for fit in fits],
+            "surfaces": {form: fit.to_json() for form, fit in self.surfaces.items()}, "optima": [plain(asdict(o)) for o in self.optima],
+            "floor_strips": plain(self.strips),
+            "alpha_by_size": plain(self.alpha_by_size), "alpha_by_flops": plain(self.alpha_by_flops),
+            "aicc": {metric: {form: plain(fit.aicc) for form, fit in fits.items()} for metric, fits in self.rivals.items()},
+            "seed_sd": plain(self.seed_sd),
             "isoflop": plain(self.isoflop.to_json() if self.isoflop else None),
             "by_scale": {name: [fit.to_json() for fit in fits] for name, fits in self.by_scale.items()},
             "budget_curves": {metric: [held.to_json() for held in curve] for metric, curve in self.budget_curves.items()},
@@ -82,6 +110,7 @@ def fit_study(
     holdouts: dict[tuple[str, str], HoldOut] = {}
     strips: Strips = {}
     by_size: dict[str, dict[str, float]] = {}
+    rivals: dict[str, dict[str, LawFit]] = {}
     noise = {metric: seed_noise(kept, metric) for metric in METRICS}
     for metric in METRICS:
         names, ns, values = size_means(kept, metric, size)
@@ -89,6 +118,8 @@ def fit_study(
             fits[metric, form] = fit_law(form, ns, values, metric=metric, floor=assumed[metric], rows=names, excluded=left_out,
                                          noise_floor=noise_floor(kept, metric), seed=seed)  # fmt: skip
             holdouts[metric, form] = hold_out(kept, metric, form, floor=assumed[metric], size=size, seed=seed)
+        broken = fit_law("broken_power", ns, values, metric=metric, floor=assumed[metric], rows=names, seed=seed)
+        rivals[metric] = {form: broken if form == "broken_power" else fits[metric, form] for form in RIVALS}
         strips[metric] = floor_strip(ns, values) if values else []
         by_size[metric] = {}
         for way in SIZES:
@@ -96,8 +127,41 @@ def fit_study(
             by_size[metric][way] = fit.params.get("alpha", math.nan)
     curves = {metric: budget_curve(kept, metric, assumed[metric], size) for metric in METRICS}
     frontiers = {metric: fit_frontier(healthy, metric, assumed[metric], seed) for metric in METRICS}
-    return StudyResult(tuple(records), result, size, assumed, fits, holdouts, frontiers, strips, by_size, by_scale(kept, size), curves,
-                       fit_isoflop(healthy), noise)  # fmt: skip
+    surfaces = fit_surfaces(healthy, seed=seed)
+    surface = best_surface(surfaces)
+    budgets = [max(run.flops_exact for run in healthy) * factor for factor in BUDGETS] if surface else []
+    return StudyResult(
+        tuple(records), result, size, assumed, fits, holdouts, frontiers,
+        data_frontiers={metric: fit_frontier(healthy, metric, assumed[metric], seed, "tokens") for metric in METRICS},
+        data_laws={metric: laws_of_data(healthy, metric, assumed[metric]) for metric in METRICS}, surfaces=surfaces,
+        optima=tuple(optimum(surface, healthy, budget) for budget in budgets) if surface else (), strips=strips, alpha_by_size=by_size,
+        alpha_by_flops={metric: alpha_by_flops(healthy, metric, assumed[metric]) for metric in METRICS}, rivals=rivals,
+        by_scale=by_scale(kept, size), budget_curves=curves, isoflop=fit_isoflop(healthy, surface=surfaces["chinchilla"]), seed_sd=noise,
+    )  # fmt: skip
+
+
+def alpha_by_flops(healthy: Sequence[RunRecord], metric: str, floor: float) -> dict[str, float]:
+    """The frontier's exponent when compute is counted as each of FLOPS."""
+    found = {}
+    for way in FLOPS:
+        scaled = []
+        for run in healthy:
+            ratio = getattr(run, way) / run.flops_exact
+            curve = tuple(point._replace(flops_exact=point.flops_exact * ratio) for point in run.curve)
+            scaled.append(replace(run, flops_exact=getattr(run, way), curve=curve))
+        found[way] = frontier_law(scaled, metric, floor).params.get("alpha", math.nan)
+    return found
+
+
+def laws_of_data(healthy: Sequence[RunRecord], metric: str, floor: float) -> tuple[LawFit, ...]:
+    """Power laws in tokens from finished runs alone, whose learning rate was annealed: one each size that has three lengths."""
+    fits = []
+    for n in sorted({run.params_paper for run in healthy}):
+        runs = [run for run in healthy if run.params_paper == n]
+        if len({run.tokens for run in runs}) >= 3:
+            names, tokens, values = size_means(runs, metric, "tokens")
+            fits.append(fit_law("power", tokens, values, metric=metric, variable="tokens", floor=floor, rows=names))
+    return tuple(fits)
 
 
 def by_scale(kept: Sequence[RunRecord], size: str) -> dict[str, tuple[LawFit, ...]]:

@@ -91,8 +91,9 @@ def curve(group: Sequence[RunRecord], metric: str) -> Curve:
                  math.exp(best) if not reason else math.nan, value, tuple(map(float, c)), reason)  # fmt: skip
 
 
-def fit_isoflop(records: Sequence[RunRecord], metric: str = "loss_avg") -> IsoFlop | None:
-    """Curves of all budgets that have three sizes, None where there is none. The exponent needs two minima, its interval three."""
+def fit_isoflop(records: Sequence[RunRecord], metric: str = "loss_avg", surface: LawFit | None = None) -> IsoFlop | None:
+    """Curves of all budgets that have three sizes, None where there is none. The exponent needs two minima, its interval three. `surface`:
+    a fit of the runs that is there already."""
     groups = budgets([run for run in records if math.isfinite(run.metric(metric)) and run.metric(metric) > 0])
     if not groups:
         return None
@@ -105,9 +106,10 @@ def fit_isoflop(records: Sequence[RunRecord], metric: str = "loss_avg") -> IsoFl
         if len(found) >= 3:
             law = fit_law("power", [math.exp(-value) for value in x], [math.exp(value) for value in y], noise_floor=0)
             interval = law.intervals.get("alpha", interval)
-    inside = [run for group in groups for run in group]
-    surface = fit_surface([run.params_paper for run in inside], [run.tokens for run in inside], [run.metric(metric) for run in inside],
-                             metric=metric, draws=0)  # fmt: skip
+    if surface is None:
+        inside = [run for group in groups for run in group]
+        surface = fit_surface([run.params_paper for run in inside], [run.tokens for run in inside], [run.metric(metric) for run in inside],
+                              metric=metric)  # fmt: skip
     return IsoFlop(metric, curves, exponent, interval, surface)
 
 

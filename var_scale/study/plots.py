@@ -1,5 +1,4 @@
-"""The pictures of a study, each as PNG and SVG with its data as CSV: laws, compute, isoflop, residuals, per_scale. matplotlib without a
-display."""
+"""The pictures of a study, each as PNG, SVG and PDF with its data as CSV. matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -12,20 +11,21 @@ import numpy as np
 
 from var_scale.files import write_text
 from var_scale.study.analyse import StudyResult
-from var_scale.study.frontier import evaluations
+from var_scale.study.frontier import Frontier, evaluations
 from var_scale.study.laws import LawFit
+from var_scale.study.power import ridge_regions
 from var_scale.study.record import METRICS
-from var_scale.study.theme import BAND, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
+from var_scale.study.theme import BAND, BAND_LIGHT, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
 
 SIZE_LABEL = {"params_paper": "parameters N = 18 d C²", "params_total": "parameters N (all)", "params_per_token": "parameters N = 12 d C²"}
 
 
 def write_plots(result: StudyResult, folder: Path) -> dict[str, Path]:
-    """Write NAME.png and NAME.svg into `folder`; returns the PNG of each picture that has something to show."""
+    """Write NAME.png, .svg, .pdf and .csv into `folder`; returns the PNG of each picture that has something to show."""
     if not result.gate.kept:
         return {}
-    makers = {"laws": laws_figure, "compute": compute_figure, "isoflop": isoflop_figure, "residuals": residuals_figure,
-              "per_scale": per_scale_figure}  # fmt: skip
+    makers = {"laws": laws_figure, "ridge": ridge_figure, "compute": compute_figure, "data": data_figure, "isoflop": isoflop_figure,
+              "residuals": residuals_figure, "per_scale": per_scale_figure}  # fmt: skip
     written: dict[str, Path] = {}
     with look():
         for name, maker in makers.items():
@@ -55,12 +55,7 @@ def laws_figure(result: StudyResult) -> Any:
     for axis, metric in zip(axes.flat, GRID_METRICS, strict=True):
         _law_panel(axis, result, metric)
         axis.set_xlabel(SIZE_LABEL.get(result.size, result.size))
-    shared: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            if "alpha" not in label:
-                shared.setdefault(label, handle)
-    fig.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=5)
+    _shared_legend(fig, axes, "alpha")
     return fig
 
 
@@ -87,7 +82,15 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
         axis.plot(span, held.fit.predict(span) - floor, color=HELD, lw=1.4, ls=(0, (4, 3)), zorder=4, label="law without the largest size")
         bars = [[p.value - p.low], [p.high - p.value]]
         axis.errorbar(
-            [p.x], [p.value - floor], yerr=bars, color=HELD, capsize=4, lw=1.4, fmt="x", ms=9, zorder=7,
+            [p.x],
+            [p.value - floor],
+            yerr=bars,
+            color=HELD,
+            capsize=4,
+            lw=1.4,
+            fmt="x",
+            ms=9,
+            zorder=7,
             label="its prediction, 95 % interval",
         )
     axis.plot(n[~is_held], y[~is_held], "o", color=INK, ms=5, zorder=5, label="measured")
@@ -105,46 +108,100 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
 
 
 def compute_figure(result: StudyResult) -> Any:
-    """Loss against training FLOPs for all kept runs, the Pareto frontier and its law, for the two losses."""
-    fig, axes = figure(1, 2, (9.2, 4.2))
-    runs = result.gate.kept
-    colours = size_colours(sorted({run.params_paper for run in runs}))
+    """The four metrics against training FLOPs for all healthy runs, the Pareto frontier and its law, as the paper's figure 6."""
+    fig, axes = figure(2, 2, (9.2, 7.4))
+    for axis, metric in zip(axes.flat, GRID_METRICS, strict=True):
+        _curves(axis, result, metric, result.frontiers[metric])
+        axis.set_xlabel("training FLOPs (exact)")
+    _shared_legend(fig, axes, "alpha")
+    return fig
+
+
+def data_figure(result: StudyResult) -> Any:
+    """The two losses against tokens for all healthy runs, the best at each number of tokens and its law."""
+    fig, axes = figure(1, 2, (9.2, 4.4))
     for axis, metric in zip(axes.flat, ("loss_last", "loss_avg"), strict=True):
-        seen: set[int] = set()
-        for run in runs:
-            points = evaluations([run], metric)
-            name = None if run.params_paper in seen else f"d{run.depth}"
-            seen.add(run.params_paper)
-            axis.plot([p.flops for p in points], [p.value for p in points], "-", marker=".", ms=4, lw=1.1,
-                      color=colours[run.params_paper], label=name)  # fmt: skip
-        front = result.frontiers[metric]
-        axis.plot(
-            [p.flops for p in front.points],
-            [p.value for p in front.points],
-            "o",
-            mfc="none",
-            mec=INK,
-            ms=6,
-            mew=0.8,
-            label="Pareto frontier",
+        _curves(axis, result, metric, result.data_frontiers[metric])
+        axis.set_xlabel("tokens seen, repeats counted")
+    _shared_legend(fig, axes, "alpha")
+    return fig
+
+
+def _curves(axis: Any, result: StudyResult, metric: str, front: Frontier) -> None:
+    """The evaluations of every run along compute or tokens, a colour a size, and the frontier."""
+    runs = result.healthy
+    colours = size_colours(sorted({run.params_paper for run in runs}))
+    seen: set[int] = set()
+    for run in runs:
+        points = evaluations([run], metric, front.along)
+        name = None if run.params_paper in seen else f"d{run.depth}"
+        seen.add(run.params_paper)
+        axis.plot([p.x for p in points], [p.value for p in points], "-", marker=".", ms=4, lw=1.1, color=colours[run.params_paper],
+                  label=name)  # fmt: skip
+    axis.plot(
+        [p.x for p in front.points], [p.value for p in front.points], "o", mfc="none", mec=INK, ms=6, mew=0.8, label="Pareto frontier"
+    )
+    if front.fit.converged:
+        x = np.geomspace(min(front.fit.x), max(front.fit.x), 100)
+        label = f"$\\alpha$ = {front.fit.params['alpha']:.4f}, $r$ = {front.fit.r:.3f}"
+        axis.plot(x, front.fit.predict(x), color=FIT, lw=1.8, ls=(0, (5, 2)), label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    decimal_log_axis(axis, "y")
+    axis.set_title(LABELS[metric])
+    handles, labels = axis.get_legend_handles_labels()
+    own = [k for k, text in enumerate(labels) if "alpha" in text]
+    axis.legend([handles[k] for k in own], [labels[k] for k in own], loc="upper right")
+
+
+def ridge_figure(result: StudyResult) -> Any:
+    """The regions of irreducible part E and exponent alpha that the points of the losses allow, and the ridge along which they trade."""
+    shown = [metric for metric in ("loss_last", "loss_avg") if result.fits[metric, "power_floor"].converged]
+    if not shown:
+        return None
+    fig, axes = figure(1, 2, (9.2, 4.2))
+    for axis, metric in zip(axes.flat, ("loss_last", "loss_avg"), strict=True):
+        if metric not in shown:
+            axis.set_axis_off()
+            axis.set_title(f"{LABELS[metric]}: E is not fitted", fontsize=9)
+            continue
+        fit, assumed = result.fits[metric, "power_floor"], result.fits[metric, "power"]
+        regions = ridge_regions(fit)
+        axis.contourf(regions.floors, regions.alphas, regions.excess.T, levels=[0, regions.half, regions.most], colors=[BAND, BAND_LIGHT])
+        axis.contour(
+            regions.floors, regions.alphas, regions.excess.T, levels=[regions.half, regions.most], colors=[FIT], linewidths=[1.4, 0.8]
         )
-        if front.fit.converged:
-            x = np.geomspace(min(front.fit.x), max(front.fit.x), 100)
+        ridge_E = regions.floors[regions.excess.min(1) <= regions.most]
+        alphas = [regions.alphas[int(regions.excess[k].argmin())] for k in np.flatnonzero(regions.excess.min(1) <= regions.most)]
+        axis.plot(ridge_E, alphas, color=INK, lw=0.8, ls=(0, (2, 2)), label="best exponent at each E")
+        axis.plot([fit.params["E"]], [fit.params["alpha"]], "x", color=HELD, ms=9, mew=1.8, label="best fit, E free")
+        if assumed.converged:
             axis.plot(
-                x,
-                front.fit.predict(x),
-                color=FIT,
-                lw=1.8,
-                ls=(0, (5, 2)),
-                label=f"$\\alpha_C$ = {front.fit.params['alpha']:.4f}, $r$ = {front.fit.r:.3f}",
+                [assumed.params["E"]],
+                [assumed.params["alpha"]],
+                "o",
+                mfc="none",
+                mec=INK,
+                ms=8,
+                label=f"E = {assumed.params['E']:g} assumed",
             )
-        axis.set_xscale("log")
         axis.set_yscale("log")
         decimal_log_axis(axis, "y")
-        axis.set_xlabel("training FLOPs (exact)")
+        axis.set_xlabel("irreducible part E, nats")
+        axis.set_ylabel("exponent α")
         axis.set_title(LABELS[metric])
-        axis.legend(loc="upper right", ncols=2)
+        axis.legend(loc="upper left")
     return fig
+
+
+def _shared_legend(fig: Any, axes: Any, own: str) -> None:
+    """One legend below all panels for what they share; labels with `own` in them stay in their panel."""
+    shared: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if own not in label:
+                shared.setdefault(label, handle)
+    fig.legend(shared.values(), shared.keys(), loc="outside lower center", ncols=min(8, max(1, len(shared))))
 
 
 def isoflop_figure(result: StudyResult) -> Any:
@@ -190,7 +247,8 @@ def residuals_figure(result: StudyResult) -> Any:
         axis.set_xlabel(SIZE_LABEL.get(result.size, result.size))
         axis.set_ylabel("measured / fitted − 1, %")
         axis.set_title(LABELS[metric])
-        axis.legend(loc="best")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="best")
     return fig
 
 

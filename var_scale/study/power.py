@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -112,6 +112,34 @@ def ridge(x: Array, y: Array, floors: Array, alphas: Array) -> Array:
     left = 1 - floors[:, None] / y
     b = np.maximum(left @ q.T / (q * q).sum(1), 0)
     return np.asarray((left**2).sum(1)[:, None] - 2 * b * (left @ q.T) + b**2 * (q * q).sum(1))
+
+
+class Ridge(NamedTuple):
+    """How much worse than the best fit every pair of E and alpha is, in variances of a run, and the ends of the joint regions."""
+
+    floors: Array
+    alphas: Array
+    excess: Array
+    """(E, alpha)"""
+    half: float
+    """of the 50 % region"""
+    most: float
+    """of the 95 % region"""
+
+
+def ridge_regions(fit: LawFit, size: int = 240) -> Ridge:
+    """Of a converged `power_floor`: 2 F(2, n - 3) by the level, noise unknown."""
+    from scipy.special import fdtri
+
+    x, y = np.asarray(fit.x), np.asarray(fit.y)
+    low, high = (min(max(end, ALPHA_BOUNDS[0]), ALPHA_BOUNDS[1]) for end in fit.intervals["alpha"])
+    alphas = np.geomspace(max(low / 2, ALPHA_BOUNDS[0]), min(high * 2, ALPHA_BOUNDS[1]), size)
+    e_low, e_high = fit.intervals["E"]
+    margin = 0.4 * (e_high - e_low) + 0.01 * e_high
+    floors = np.linspace(max(0.0, e_low - margin), min(e_high + margin, 0.9999 * float(y.min())), size)
+    excess = (ridge(x, y, floors, alphas) - fit.objective) / fit.sd**2
+    freedom = len(x) - 3
+    return Ridge(floors, alphas, np.maximum(excess, 0), 2 * float(fdtri(2, freedom, 0.5)), 2 * float(fdtri(2, freedom, LEVEL)))
 
 
 def profile_intervals(x: Array, y: Array, best: float, floor: float, log_alpha: float, sd: float) -> dict[str, tuple[float, float]]:

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from var_scale.files import write_json, write_text
 from var_scale.progress import duration
-from var_scale.study.analyse import SIZES, StudyResult
+from var_scale.study.analyse import StudyResult
 from var_scale.study.document import Document
-from var_scale.study.frontier import RULE
 from var_scale.study.gate import CODES
-from var_scale.study.holdout import HoldOut
-from var_scale.study.isoflop import sentences
-from var_scale.study.laws import LawFit
 from var_scale.study.plan import short
 from var_scale.study.plots import write_plots
 from var_scale.study.record import METRICS, write_runs_csv
+from var_scale.study.report_laws import compute_and_data, exponents_by_scale, laws_of_size, tests
+from var_scale.study.report_trust import caveats, checklist
+from var_scale.study.words import assumed, free_floor, held_sentence, number, octaves
 
-WEAK = 2.0  # intervals wider than this many steps make a weak hold-out test
+QUESTION = ("How does a VAR image model get better as it gets bigger: which power law do loss and error rate follow, does it foresee a "
+            "larger model, and what should be trained next?")  # fmt: skip
 CAPTIONS = {
-    "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of its line (single runs "
-            "scatter more). Orange: the law of all sizes but the largest, its prediction for the largest run, which it never saw, and the "
-            "95 % interval of that.",
-    "compute": "Loss during training against compute, the Pareto frontier over all runs and its power law. Points before the end of a run "
-               "were taken before the learning rate was annealed and lie too high.",
-    "isoflop": "Average loss against model size at equal compute, and the parabolas; a ring at each minimum.",
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
+    "growth": "The same classes and random numbers from every size (down) at several points of its training (across).",
     "samples": "Samples of the largest healthy model, a row a class.",
     "reconstructions": "Validation images above what the tokenizer makes of them: the best that any model on these tokens can draw.",
 }  # fmt: skip
 
 
 def write_report(
-    study_dir: Path, result: StudyResult, extra: Mapping[str, str] | None = None, shown: Mapping[str, Path] | None = None
-) -> Path:
+    study_dir: Path, result: StudyResult, extra: Mapping[str, str] | None = None, shown: Mapping[str, Path] | None = None,
+    plan: Plan | None = None,
+) -> Path:  # fmt: skip
     """Write STUDY/report/ and return the path of report.html. `extra` adds lines to "What was measured" (title: text), `shown`
-    PNG files that exist already: samples, reconstructions."""
+    PNG files that exist already (growth, samples, reconstructions), `plan` what was planned and what comes next."""
     folder = Path(study_dir) / "report"
     for left_over in folder.glob(".*.tmp"):  # of a report that was killed
         left_over.unlink()
     pictures = write_plots(result, folder) | dict(shown or {})
-    document = build_document(Path(study_dir).resolve().name, result, pictures, extra or {})
+    document = build_document(Path(study_dir).resolve().name, result, pictures, extra or {}, plan)
     write_runs_csv(result.records, folder / "runs.csv")
     write_json(folder / "fit.json", result.to_json())
     write_text(folder / "report.md", document.markdown(folder))
@@ -51,28 +48,52 @@ def write_report(
     return folder / "report.html"
 
 
-def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path], extra: Mapping[str, str]) -> Document:
-    """The report as a document, in the order a reader asks: result, measurement, runs, gate, laws, test, caveats."""
+@dataclass(frozen=True)
+class Plan:
+    """Of a study: what its runs were expected to take, by name (seconds, FLOPs), and lines on what to run next."""
+
+    expected: Mapping[str, tuple[float, float]]
+    following: Sequence[str]
+
+
+def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path], extra: Mapping[str, str], plan: Plan | None) -> Document:
+    """The report as a document, in the order a reader asks: question, answer, trust, measurement, runs, laws, test, plan, pictures."""
     doc = Document(f"Scaling study {name}")
+    doc.paragraph(QUESTION)
     doc.paragraph(headline(result))
+    checklist(doc, result)
     _measured(doc, result, extra)
     _runs(doc, result)
     _gate(doc, result)
-    _laws(doc, result, pictures)
-    _test(doc, result)
-    _budget_curve(doc, result)
-    _floors(doc, result)
-    _compute(doc, result, pictures)
-    _isoflop(doc, result, pictures)
-    titles = {"residuals": "Residuals", "per_scale": "Scales", "samples": "Samples", "reconstructions": "Tokenizer"}
+    laws_of_size(doc, result, pictures)
+    tests(doc, result)
+    compute_and_data(doc, result, pictures)
+    if plan:
+        _plan(doc, result, plan)
+    titles = {"residuals": "Residuals", "per_scale": "Scales", "growth": "Samples by size and compute", "samples": "Samples",
+              "reconstructions": "Tokenizer"}  # fmt: skip
     for picture, title in titles.items():
         if picture in pictures:
             doc.heading(title)
             doc.picture(pictures[picture], CAPTIONS[picture] + (_first_scale(result) if picture == "per_scale" else ""))
             if picture == "per_scale":
-                _by_scale(doc, result)
-    _caveats(doc, result)
+                exponents_by_scale(doc, result)
+    caveats(doc, result)
     return doc
+
+
+def _plan(doc: Document, result: StudyResult, plan: Plan) -> None:
+    doc.heading("The plan, and what comes next")
+    rows = []
+    for run in result.records:
+        if run.name in plan.expected:
+            seconds, flops = plan.expected[run.name]
+            rows.append([run.name, f"{flops:.3g}", f"{run.flops_exact:.3g}", duration(seconds), duration(run.seconds)])
+    if rows:
+        doc.paragraph("Expected before the start, and what it took:")
+        doc.table(["run", "planned FLOP", "FLOP", "planned time", "time"], rows)
+    if plan.following:
+        doc.bullets(plan.following)
 
 
 def _first_scale(result: StudyResult) -> str:
@@ -97,59 +118,6 @@ def headline(result: StudyResult) -> str:
     if held.prediction is None:
         return f"{text} The hold-out test could not be made: {held.reason}."
     return f"{text} {held_sentence(held)}"
-
-
-def free_floor(result: StudyResult, metric: str) -> str:
-    """What the points say about exponent and floor when no floor is assumed."""
-    fit = result.fits[metric, "power_floor"]
-    if not fit.converged:
-        return f"with E left free there is no fit ({fit.reason})"
-    low, high = fit.intervals["E"]
-    known = "" if low > 0 or high < 0.5 * min(fit.y) else "; these points do not determine E, so they do not determine the exponent either"
-    return f"with E left free it is {span(fit.intervals['alpha'])} and E {span(fit.intervals['E'], 2)}{known}"
-
-
-def held_sentence(held: HoldOut) -> str:
-    """The hold-out test in words: miss, size of the miss against the step it had to predict, and what the test was worth."""
-    text = (f"Held out, {', '.join(held.held)} is predicted within {100 * abs(held.relative_error):.2f} %, "
-            f"{100 * held.gain_fraction:.0f} % of the gain from the next smaller size ({verdict(held)}).")  # fmt: skip
-    if held.inside and held.fit and abs(held.relative_error) < held.fit.residual_sd / 2:
-        text += f" So small a miss is luck: the law misses its own points by {100 * held.fit.residual_sd:.2f} %."
-    if held.inside and held.width_fraction > WEAK:
-        text += f" The interval is {held.width_fraction:.1f} times as wide as that gain: a weak test that only a large miss fails."
-    return text
-
-
-def verdict(held: HoldOut) -> str:
-    """One phrase on a hold-out test."""
-    if held.prediction is None:
-        return f"not tested: {held.reason}"
-    if held.inside:
-        return "inside the interval"
-    return "**outside, above the interval**" if held.measured > held.prediction.high else "**outside, below the interval**"
-
-
-def assumed(result: StudyResult, metric: str) -> str:
-    floor = result.floors[metric]
-    return f"With an assumed irreducible part E = {floor:g}" if floor else "If nothing of it is irreducible (E = 0)"
-
-
-def octaves(result: StudyResult) -> float:
-    """Range of N as a power of two."""
-    sizes = [run.size(result.size) for run in result.gate.kept]
-    return math.log2(max(sizes) / min(sizes)) if sizes else 0.0
-
-
-def number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "n/a"
-
-
-def span(interval: tuple[float, float] | None, digits: int = 4) -> str:
-    """low to high; an open end where the data do not bound it."""
-    if not interval or any(map(math.isnan, interval)):
-        return "n/a"
-    low, high = interval
-    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(high) else f"{low:.{digits}f} or more (not bounded)"
 
 
 def _measured(doc: Document, result: StudyResult, extra: Mapping[str, str]) -> None:
@@ -191,176 +159,3 @@ def _gate(doc: Document, result: StudyResult) -> None:
         doc.paragraph(
             "**A larger model was worse than a smaller one.** Leaving it out makes the law look better than the ladder: check its recipe."
         )
-
-
-def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
-    doc.heading("The laws, fitted on all sizes")
-    doc.paragraph(
-        "The paper's form, metric - E = (β N / 1e9)^-α with E fixed, by least squares on logarithms; 95 % intervals from Student's t. "
-        "β is n/a where a small exponent puts it below 1e-6 or above 1e6, beyond meaning."
-    )
-    doc.table(
-        ["metric", "law", "E", "α", "α, 95 %", "β", "r", "residual sd"], [_law_row(result.fits[metric, "power"]) for metric in METRICS]
-    )
-    if "laws" in pictures:
-        doc.picture(pictures["laws"], CAPTIONS["laws"])
-    if bend := _bends(result):
-        doc.paragraph(bend)
-    doc.paragraph(
-        "With the irreducible part E fitted (variable projection, bootstrap intervals). A fit that did not converge shows its reason only."
-    )
-    rows = []
-    for metric in METRICS:
-        fit = result.fits[metric, "power_floor"]
-        if fit.converged:
-            note = ", ".join(fit.audit["active_bounds"]) or "none"
-            rows.append(
-                [metric, number(fit.params["E"]), span(fit.intervals["E"]), number(fit.params["alpha"]), span(fit.intervals["alpha"]), note]
-            )
-        else:
-            rows.append([metric, "not converged", fit.reason, "", "", ""])
-    doc.table(["metric", "E", "E, 95 %", "α", "α, 95 %", "active bounds"], rows)
-
-
-def _bends(result: StudyResult) -> str:
-    """Whether the points bend away from the straight line: the largest residual and a test of a quadratic term."""
-    fits = [fit for metric in METRICS if (fit := result.fits[metric, "power"]).converged]
-    if not fits:
-        return ""
-    worst = {fit.metric: max(zip(fit.residuals, fit.rows, strict=True), key=lambda item: abs(item[0])) for fit in fits}
-    tests = {fit.metric: fit.curvature() for fit in fits}
-    bent = [metric for metric, (_, p) in tests.items() if p < 0.05]
-    local = "; ".join(f"{fit.metric} {', '.join(f'{a:.4f}' for a in fit.local_exponents())}" for fit in fits)
-    largest = ", ".join(f"{metric} {100 * value:+.2f} % at {name}" for metric, (value, name) in worst.items())
-    text = f"Exponent from each size to the next: {local}. Largest residual: {largest}. "
-    shown = ", ".join(f"{metric} p = {p:.2f}" for metric, (_, p) in tests.items() if math.isfinite(p))
-    if not shown:
-        return text + "Too few sizes to test for a bend."
-    if bent:
-        text += f"**The law bends** for {', '.join(bent)}: a quadratic term in ln N is significant, so the form is wrong over this range"
-    else:
-        text += "A quadratic term in ln N is not significant"
-    return f"{text} ({shown}; with {fits[0].freedom - 1} degrees of freedom only a strong bend would be)."
-
-
-def _law_row(fit: LawFit) -> list[str]:
-    if not fit.converged:
-        return [fit.metric, f"not converged: {fit.reason}", "", "", "", "", "", ""]
-    p = fit.params
-    beta = f"{p['beta']:.4g}" if 1e-6 < p["beta"] < 1e6 else "n/a"  # a small exponent puts it beyond meaning
-    return [fit.metric, f"`{fit.equation}`", f"{p['E']:g}", number(p["alpha"]), span(fit.intervals["alpha"]), beta, number(fit.r),
-            f"{100 * fit.residual_sd:.2f} %"]  # fmt: skip
-
-
-def _test(doc: Document, result: StudyResult) -> None:
-    doc.heading("Hold-out test: the largest size, predicted from the smaller ones")
-    if all(held.prediction is None for held in result.holdouts.values()):
-        doc.paragraph(f"Not made: {next(iter(result.holdouts.values())).reason}.")
-        return
-    rows = []
-    for (metric, form), held in result.holdouts.items():
-        p = held.prediction
-        if p is None:
-            rows.append([metric, form, *[""] * 7, verdict(held)])
-        else:
-            freedom = str(held.fit.freedom) if held.fit else ""
-            rows.append([metric, form, ", ".join(held.held), freedom, number(p.value), span((p.low, p.high)), number(held.measured),
-                         f"{100 * held.relative_error:+.2f} %", f"{100 * held.gain_fraction:.0f} %", verdict(held)])  # fmt: skip
-    doc.table(["metric", "form", "held out", "freedom", "predicted", "95 % prediction", "measured", "error", "of the step",
-               "verdict"], rows)  # fmt: skip
-    doc.paragraph(
-        "`of the step`: the miss as a share of the gain from the next smaller size to the largest; below 100 % the law beats no law. "
-        "`freedom`: points less parameters; with one degree of freedom the interval rests on a single number and cannot fail a law."
-    )
-
-
-def _budget_curve(doc: Document, result: StudyResult) -> None:
-    curves = {metric: [held for held in curve if held.prediction] for metric, curve in result.budget_curves.items()}
-    if not any(len(curve) > 1 for curve in curves.values()):
-        return
-    doc.heading("How early the largest size could be foreseen")
-    doc.paragraph("The largest size predicted by the power law of the smallest sizes alone, with the training FLOP of those.")
-    rows = []
-    for metric, curve in curves.items():
-        for held in curve:
-            assert held.prediction and held.fit
-            largest = max(held.fit.x)
-            spent = sum(run.flops_exact for run in result.gate.kept if run.size(result.size) <= largest)
-            p = held.prediction
-            rows.append([metric, len(held.fit.x), f"{spent:.3g}", number(p.value), span((p.low, p.high)),
-                         number(held.measured), f"{100 * held.relative_error:+.2f} %", verdict(held)])  # fmt: skip
-    doc.table(["metric", "sizes", "train FLOP", "predicted", "95 % prediction", "measured", "error", "verdict"], rows)
-
-
-def _by_scale(doc: Document, result: StudyResult) -> None:
-    if not any(fit.converged for fits in result.by_scale.values() for fit in fits):
-        return
-    doc.paragraph("The exponent of each scale by itself (power law, E = 0):")
-    count = max(len(fits) for fits in result.by_scale.values())
-    rows = [[f"{name} {what}", *((number(fit.params["alpha"]) if what == "α" else span(fit.intervals["alpha"])) if fit.converged else "none"
-                                 for fit in fits)]
-            for name, fits in result.by_scale.items() for what in ("α", "95 %")]  # fmt: skip
-    doc.table(["", *(f"scale {k + 1}" for k in range(count))], rows)
-
-
-def _floors(doc: Document, result: StudyResult) -> None:
-    doc.heading("How much the exponent depends on an assumed floor E")
-    doc.paragraph(
-        "The paper's laws are of the loss above an irreducible part that was set by hand. The exponent moves with it while r hardly does."
-    )
-    for metric in ("loss_last", "loss_avg"):
-        strip = result.strips[metric]
-        if strip:
-            doc.table([metric, *(f"E = {row['E']:.3g}" for row in strip)], [
-                ["α", *(number(row["alpha"]) for row in strip)], ["r", *(number(row["r"]) for row in strip)],
-                ["residual sd", *(f"{100 * row['residual_sd']:.2f} %" for row in strip)],
-            ])  # fmt: skip
-    if any(math.isfinite(value) for value in result.alpha_by_size["loss_avg"].values()):
-        doc.paragraph("The exponent of the power law by how N is counted:")
-        doc.table(["N", *METRICS], [[f"`{way}`", *(number(result.alpha_by_size[metric][way]) for metric in METRICS)] for way in SIZES])
-
-
-def _compute(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
-    doc.heading("Compute frontier")
-    doc.paragraph(f"Rule: {RULE}.")
-    rows = []
-    for metric, front in result.frontiers.items():
-        fit = front.fit
-        if fit.converged:
-            rows.append([metric, f"`{fit.equation}`", number(fit.params["alpha"]), span(front.alpha_interval), number(fit.r), len(fit.x)])
-        else:
-            rows.append([metric, f"not converged: {fit.reason}", "", "", "", len(fit.x)])
-    doc.table(["metric", "law (C in training FLOPs)", "α", "α, 95 % bootstrap by run", "r", "points"], rows)
-    if "compute" in pictures:
-        doc.picture(pictures["compute"], CAPTIONS["compute"])
-
-
-def _isoflop(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> None:
-    if result.isoflop is None:
-        return
-    doc.heading("IsoFLOP curves")
-    doc.paragraph("Runs of equal compute, average loss: a parabola over ln N for each budget, and how its minimum moves with compute.")
-    doc.bullets(sentences(result.isoflop))
-    if "isoflop" in pictures:
-        doc.picture(pictures["isoflop"], CAPTIONS["isoflop"])
-
-
-def _caveats(doc: Document, result: StudyResult) -> None:
-    doc.heading("Read with care")
-    kept = result.gate.kept
-    noise = result.seed_sd["loss_avg"]
-    seeds = (f"Seeds differ by {100 * noise:.3f} % (pooled, average loss); intervals use at least this." if math.isfinite(noise)
-             else "Each size was trained once: run-to-run noise is not measured, only the scatter around the law.")  # fmt: skip
-    budgets = {run.images for run in kept}
-    data = "Runs differ in the images they saw; part of the trend with size may be a trend with data."
-    if len(budgets) <= 1:
-        same = short(next(iter(budgets), 0))
-        data = f"All runs saw {same} images, repeats counted: this is a law at a fixed data budget, not of compute-optimal training."
-    doc.bullets([
-        seeds, data,
-        f"The sizes span {octaves(result):.1f} octaves ({len({run.params_paper for run in kept})} sizes). "
-        "Intervals hold if the form holds; extrapolating by more than one or two octaves trusts the form, not the data.",
-        "Pearson's r is descriptive: on a short range it is near -1 for wrong laws and wrong floors too.",
-        "Points on the compute frontier before the end of a run were taken at a learning rate that was not yet annealed.",
-        "The recipe was not tuned at every size: if it suits one end of the ladder better, that is part of the exponent.",
-    ])  # fmt: skip

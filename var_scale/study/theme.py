@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 INK, FIT, HELD, BAND = "#1b2733", "#1f6fb2", "#c8501e", "#1f6fb233"
+BAND_LIGHT = "#1f6fb218"
 GRID_METRICS = ("loss_last", "loss_avg", "err_last", "err_avg")
 LABELS = {
     "loss_last": "$L_{last}$: loss of the last scale, nats", "loss_avg": "$L_{avg}$: loss of all scales, nats",
@@ -16,7 +17,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True,
     "grid.color": "#e3e7eb", "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 7.5,
-    "svg.hashsalt": "var-scale", "svg.fonttype": "path", "savefig.facecolor": "white",
+    "svg.hashsalt": "var-scale", "svg.fonttype": "path", "pdf.fonttype": 42, "savefig.facecolor": "white",
 }  # fmt: skip
 
 
@@ -38,10 +39,10 @@ def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any
 
 
 def save(fig: Any, folder: Path, name: str) -> Path:
-    """NAME.png (200 dpi) and NAME.svg (without a date, so equal inputs give equal files); returns the PNG."""
+    """NAME.png (200 dpi), NAME.svg and NAME.pdf (without a date, so equal inputs give equal files); returns the PNG."""
     from var_scale.files import atomic_file
 
-    for ending, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 200})):
+    for ending, options in (("svg", {"metadata": {"Date": None}}), ("pdf", {"metadata": {"CreationDate": None}}), ("png", {"dpi": 200})):
         with atomic_file(folder / f"{name}.{ending}") as file:
             fig.savefig(file, format=ending, **options)
     return folder / f"{name}.png"

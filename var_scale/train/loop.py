@@ -72,8 +72,8 @@ class Run:
         self.peek_every = 1
         self.slow = -1
         life = world.agree(secrets.randbits(31))
-        keep = c.keep_checkpoints, tuple(c.keep_steps)
-        self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", *keep)
+        self.kept = {*c.keep_steps, *(max(1, round(share * self.schedule.total_steps)) for share in c.keep_at)}
+        self.writer = CheckpointWriter(self.folder.checkpoints, world.rank, world.size, f"{life:08x}", c.keep_checkpoints, self.kept)
         lengths = cells(config.tokenizer.patch_nums)
         self.monitor = Monitor(world, lengths, scaled=self.precision == "fp16")
         self.spikes = Spikes()
@@ -176,7 +176,7 @@ class Run:
         while done < total and not stop:
             self._step(done)
             done += 1
-            save, row = done == total or done in c.keep_steps, done == total or done % self.config.log.every == 0
+            save, row = done == total or done in self.kept, done == total or done % self.config.log.every == 0
             stop = not row and done % self.peek_every == 0 and self._asked()
             if row or stop:
                 window = self._look(done)
@@ -397,12 +397,14 @@ def create_run(config: Config, folder: Path) -> RunFolder:
     return run
 
 
-def newest_checkpoint(folder: Path) -> tuple[Config, Checkpoint]:
-    """Config and newest complete checkpoint of a run."""
+def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[Config, Checkpoint]:
+    """Config and newest complete checkpoint of a run, or that of `step`."""
     run = RunFolder(folder)
     if not run.config.exists():
         raise UserError(f"{folder}: is not a run folder (no config.yaml)")
     found = checkpoints(run.checkpoints)
     if not found:
         raise UserError(f"{folder}: has no complete checkpoint; train it first")
-    return load(str(run.config)), found[-1]
+    if step is not None and step not in (there := [c.step for c in found]):
+        raise UserError(f"{folder}: has no checkpoint of step {step}; there are those of {', '.join(map(str, there))}")
+    return load(str(run.config)), next(c for c in reversed(found) if step in (None, c.step))

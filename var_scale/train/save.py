@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class CheckpointWriter:
     So a kill at any moment leaves a complete checkpoint or none. One save at a time: host memory is one copy of the rank's own part.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int, life: str, keep: int, keep_steps: tuple[int, ...] = ()):
+    def __init__(self, folder: Path, rank: int, size: int, life: str, keep: int, keep_steps: Collection[int] = ()):
         """`life` is the same on all ranks and differs between starts; the newest `keep` checkpoints stay, and those at `keep_steps`."""
         self.folder, self.rank, self.size, self.life = folder, rank, size, life
         self.keep, self.keep_steps = keep, keep_steps
