@@ -1,11 +1,13 @@
-"""Runs from elsewhere: the official trainer's files, wandb's offline files, CSVs of others."""
+"""Runs from elsewhere: the official trainer's files, wandb's offline files and server, CSVs of others."""
 
 from __future__ import annotations
 
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from synthetic_study import ladder, write_folder
@@ -101,6 +103,84 @@ def test_wandb_offline_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cut.write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a file of wandb"):
         read_records(str(cut))
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """As much of wandb's server as its public API asks for: an account, the runs of a project, a run's history."""
+
+    rows: ClassVar[dict[str, list[dict[str, Any]]]] = {}
+    config: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[list[dict[str, Any]]] = []
+    known: ClassVar[bool] = True
+    """whether the key is an account's"""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        data: dict[str, Any] = {}
+        if self.path == "/graphql":
+            query = json.loads(body)
+            text, given = query["query"], query.get("variables") or {}
+            if "viewer" in text:
+                account = {"id": "u", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+                data["viewer"] = account if self.known else None
+            if "runs(" in text:
+                self.asked.append(json.loads(given["filters"]))
+                edges = [{"node": self.run(name), "cursor": name} for name in self.rows]
+                data["project"] = {"internalId": "1", "runCount": len(edges), "readOnly": True,
+                                   "runs": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}  # fmt: skip
+            elif "run(" in text:
+                name = str(given.get("name") or given.get("run") or given.get("runName"))
+                history = {"history": [json.dumps(row) for row in self.rows[name]],
+                           "parquetHistory": {"liveData": self.rows[name], "parquetUrls": []}}  # fmt: skip
+                data["project"] = {"run": self.run(name) | history}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def run(self, name: str) -> dict[str, Any]:
+        summary = name.endswith("summary")
+        wrapped = {} if summary else {key: {"value": value} for key, value in self.config.items()}
+        return {"id": name, "name": name, "displayName": "d06-s0", "state": "finished", "group": "tiny", "config": json.dumps(wrapped),
+                "jobType": "summary" if summary else "train", "summaryMetrics": "{}", "systemMetrics": "{}", "tags": [], "commit": None,
+                "historyLineCount": len(self.rows[name]), "readOnly": True,
+                "historyKeys": {"lastStep": max((row["_step"] for row in self.rows[name]), default=0)},
+                "createdAt": "2026-11-01T00:00:00", "heartbeatAt": "2026-11-01T00:00:00", "description": "", "notes": "",
+                "sweepName": None, "projectId": "1", "user": {"name": "me", "username": "me"}}  # fmt: skip
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_wandbs_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb's own client against a server on loopback: the group's runs, lives of a run as one record, its summary run passed over; a
+    key that is nobody's is one line."""
+    WandbServer.config = {**dump(load("model/d6")), "env": {"x": 1}}
+    WandbServer.rows = {
+        f"tiny-d06-s0-{life}": [
+            {"_step": step, "train/lr": 1e-3 if step < 30 else 1e-4, "eval/loss_avg": 6 - step / 100, "eval/loss_last": 5 - step / 100,
+             "eval/err_avg": 0.9, "eval/err_last": 0.8, "eval/images": step * 768, "eval/samples": 500, "eval/final": step == 30}
+            for step in steps
+        ] for life, steps in enumerate(((10, 20), (30,)))
+    } | {"tiny-summary": []}  # fmt: skip
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    try:
+        (record,) = read_records("wandb:me/proj/tiny")
+        assert WandbServer.asked[-1] == {"group": "tiny"}
+        assert (record.name, record.depth, record.state, record.restarts) == ("d06-s0", 6, "complete", 1)
+        assert [point.step for point in record.curve] == [10, 20, 30] and record.loss_avg == pytest.approx(5.7)
+        with pytest.raises(UserError, match="give wandb:ENTITY/PROJECT"):
+            read_records("wandb:proj")
+        monkeypatch.setattr(WandbServer, "known", False)
+        with pytest.raises(UserError, match=r"wandb:me/proj: .*credentials"):
+            read_records("wandb:me/proj")
+    finally:
+        server.shutdown()
 
 
 def test_any_csv_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,22 +3,27 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_study import LAWS, PATCHES, ladder, law, record, shape, write_folder
 
+from var_scale.config.load import config_root
 from var_scale.errors import UserError
-from var_scale.study.analyse import fit_study, seed_noise
+from var_scale.study.analyse import fit_study, laws_of_data, seed_noise
 from var_scale.study.frontier import FrontierPoint, fit_frontier, pareto
 from var_scale.study.gate import gate
 from var_scale.study.holdout import hold_out
 from var_scale.study.isoflop import fit_isoflop, sentences
+from var_scale.study.laws import law_value
+from var_scale.study.optimum import best_surface, fit_surfaces, optimum
 from var_scale.study.plan import plan_rows, print_plan, short
-from var_scale.study.power import fit_law
+from var_scale.study.power import fit_law, ridge_regions
 from var_scale.study.record import METRICS, RunRecord, read_run, read_runs_csv, read_study, write_runs_csv
 from var_scale.study.report import write_report
 
@@ -285,14 +290,129 @@ def test_the_summary_on_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setenv("WANDB_SILENT", "true")
     result = fit_study(ladder())
     write_report(tmp_path / "s", result)
-    log = SimpleNamespace(wandb="offline", wandb_project="p")
+    log = SimpleNamespace(wandb="offline", wandb_project="p", wandb_chart="me/scaling-law")
     study = SimpleNamespace(config=SimpleNamespace(name="s", log=log), report=tmp_path / "s" / "report")
     log_summary(study, result)  # type: ignore[arg-type]
     assert "run s-summary" in capsys.readouterr().out
     (folder,) = (tmp_path / "s" / "report" / "wandb").glob("offline-run-*s-summary")
     media = [path.name for path in folder.glob("files/media/**/*") if path.is_file()]
     assert sum("laws" in name for name in media) >= 1 and sum(name.endswith(".table.json") for name in media) >= 2
+    chart = json.loads((config_root() / "wandb" / "scaling-law.json").read_text())  # every field that is logged has its place in the chart
+    assert set(re.findall(r"\$\{field:(\w+)\}", json.dumps(chart))) == {"x", "y", "run", "kept"}
     assert numbers(result)["loss_avg/alpha"] == result.fits["loss_avg", "power"].params["alpha"]
     monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
     log_summary(study, result)  # type: ignore[arg-type]
     assert "warning: wandb is not available" in capsys.readouterr().out
+
+
+def test_the_best_size_for_a_compute(tmp_path: Path) -> None:
+    """Where the law has its minimum, N = (C / 6)^0.5, in and beyond the study's compute; with data that repeat a larger model is better; in
+    the report and in what to run next. A study of one length has none and says why."""
+    runs = isoflop_runs((1e17, 1e18, 1e19))
+    rng = np.random.default_rng(3)
+    noisy = [replace(run, loss_avg=run.loss_avg * float(np.exp(5e-4 * rng.standard_normal()))) for run in runs]
+    for records, close in ((runs, 0.02), (noisy, 0.3)):
+        surface = best_surface(fit_surfaces(records))
+        assert surface is not None and surface.form == "chinchilla"
+        for budget, beyond in ((1e18, False), (1e20, True)):
+            best = optimum(surface, records, budget)
+            true = (budget / 6) ** 0.5
+            assert best.n == pytest.approx(true, rel=close) and best.tokens == pytest.approx(budget / 6 / best.n, rel=1e-3)
+            assert best.n_interval[0] <= true * 1.01 and best.n_interval[1] >= true * 0.99 and best.beyond == beyond
+            loss = 1.7 + 400 * true**-0.34 * 2
+            assert best.loss_interval[0] <= loss * 1.0001 and best.loss_interval[1] >= loss * 0.9999
+            assert 0 < best.halved < 0.1 and 0 < best.doubled < 0.1 and math.isnan(best.epochs)
+    unique = 2 * 10**8
+    repeating = [replace(run, unique_tokens=unique, loss_avg=float(law_value(
+        "repeated", {"E": 1.7, "A": 400.0, "B": 400.0, "alpha": 0.34, "beta": 0.34, "r_star": 5.0}, run.params_paper, run.tokens, unique)))
+        for run in runs]  # fmt: skip
+    fits = fit_surfaces(repeating)
+    surface = best_surface(fits)
+    assert surface is not None and surface.form == "repeated" and surface.params["r_star"] == pytest.approx(5, rel=0.01)
+    best = optimum(surface, repeating, 1e19)
+    assert best.n > 1.2 * (1e19 / 6) ** 0.5 and best.epochs == pytest.approx(best.tokens / unique)
+    write_report(tmp_path, fit_study(repeating))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "`repeated`: loss_avg = " in text and "(extrapolated)" in text
+    assert json.loads((tmp_path / "report" / "fit.json").read_text())["optima"][1]["flops"] == pytest.approx(1e19)
+    assert fit_study(ladder()).optima == () and "token counts" in fit_study(ladder()).surfaces["chinchilla"].reason
+
+
+def test_laws_of_data() -> None:
+    """Along tokens the frontier is the best of any size; a law of each size that was trained for three lengths."""
+    runs = [
+        replace(record(depth), name=f"d{depth}-{k}", tokens=k * 10**6, flops_exact=k * 10**6 * 6 * record(depth).params_paper,
+                loss_avg=law("loss_avg", record(depth).params_paper) * (k / 8) ** -0.05, curve=())
+        for depth in (2, 3, 4) for k in (1, 2, 4, 8)
+    ]  # fmt: skip
+    front = fit_frontier(runs, "loss_avg", along="tokens")
+    assert [round(point.x) for point in front.points] == [1e6, 2e6, 4e6, 8e6] and {p.n for p in front.points} == {record(4).params_paper}
+    assert front.fit.params["alpha"] == pytest.approx(0.05) and math.isnan(front.size_exponent)
+    laws = laws_of_data(runs, "loss_avg", 0.0)
+    assert [len(fit.x) for fit in laws] == [4, 4, 4] and all(fit.params["alpha"] == pytest.approx(0.05) for fit in laws)
+    assert laws_of_data(ladder(), "loss_avg", 0.0) == ()
+    along_compute = fit_frontier(runs, "loss_avg")
+    assert 0 < along_compute.size_exponent < 3 and along_compute.size_interval is not None
+
+
+def test_exponents_by_convention() -> None:
+    """Counting FLOPs by 6 N D or by forward MACs moves the exponent of the frontier as the counts' own slopes say."""
+    runs = ladder(noise=0)
+    result = fit_study(runs)
+    found = result.alpha_by_flops["loss_avg"]
+    assert found["flops_exact"] == pytest.approx(result.frontiers["loss_avg"].fit.params["alpha"])
+    assert found["flops_paper"] == pytest.approx(found["flops_exact"])  # a sixth of them everywhere
+    assert found["flops_6nd"] != pytest.approx(found["flops_exact"], rel=1e-3)
+
+
+def test_the_checklist_says_what_is_wrong() -> None:
+    """Each answer turns with what it asks for."""
+    from var_scale.study.report_trust import NO, OPEN, YES, answers
+
+    def ask(runs: list[RunRecord]) -> dict[str, str]:
+        return {question: answer for question, answer, _ in answers(fit_study(runs))}
+
+    good = ask([*ladder((1, 2, 3, 4, 6, 8), noise=2e-4), *(record(d, seed=1, noise=2e-4) for d in (1, 2, 3, 4, 6, 8))])
+    assert good["Do all runs enter?"] == good["Are there enough sizes, over a wide range?"] == YES
+    assert good["Is the noise between seeds measured?"] == good["Did the law foresee the largest size?"] == YES
+    assert good["Was the learning rate annealed everywhere?"] == YES
+    assert good["Was the recipe tuned at every size?"] == OPEN == good["Is the evaluation large enough?"]
+    poor = ask([*ladder((4, 5, 6), noise=5e-3), record(7, state="failed")])
+    assert poor["Do all runs enter?"] == poor["Are there enough sizes, over a wide range?"] == NO
+    assert poor["Is the noise between seeds measured?"] == poor["Is the irreducible part E known from the points?"] == NO
+    bent = ladder((1, 2, 3, 4, 6, 8), noise=1e-4)
+    assert ask(bent)["Do the points lie on a straight line?"] == YES
+    missed = [*bent[:-1], replace(bent[-1], loss_avg=1.03 * bent[-1].loss_avg)]
+    assert ask(missed)["Did the law foresee the largest size?"] == NO
+    bent = [replace(run, loss_avg=3 + 0.6 * (run.params_paper / 1e6) ** -0.3) for run in bent]
+    assert ask(bent)["Do the points lie on a straight line?"] == NO
+    measured = [replace(run, sems=(0.1, 0.1, 0.1, 0.1)) for run in ladder()]
+    assert ask(measured)["Is the evaluation large enough?"] == NO
+    assert ask([replace(run, sems=(1e-3,) * 4) for run in ladder()])["Is the evaluation large enough?"] == YES
+
+
+def test_the_ridge_of_floor_and_exponent() -> None:
+    """The 95 % region holds the truth about as often as it says, and its ends agree with the profile intervals."""
+    x = np.geomspace(1e6, 2e9, 10)
+    rng, held = np.random.default_rng(9), 0
+    for _ in range(60):
+        y = (4.5 + (x / 5e8) ** -0.23) * np.exp(1e-3 * rng.standard_normal(10))
+        fit = fit_law("power_floor", x.tolist(), y.tolist(), noise_floor=0)
+        assert fit.converged
+        region = ridge_regions(fit)
+        low, high = (np.interp(4.5, region.floors, ends) for ends in region.most)
+        held += bool(low <= 0.23 <= high)
+        assert region.excess.min() < 0.1 and abs(float(region.best[region.excess.argmin()]) / fit.params["alpha"] - 1) < 0.02
+        assert np.nanmin(region.most[0]) < np.nanmin(region.half[0]) < fit.params["alpha"] < np.nanmax(region.half[1])
+        assert np.nanmin(region.most[0]) < fit.intervals["alpha"][0]  # of both together: wider than of one
+    assert 52 <= held <= 60
+
+
+def test_tables_of_before_are_read(tmp_path: Path) -> None:
+    """runs.csv without the columns that came later."""
+    runs = ladder()
+    write_runs_csv(runs, tmp_path / "runs.csv")
+    lines = [line.rsplit(",", 2)[0] for line in (tmp_path / "runs.csv").read_text().splitlines()]
+    assert lines[0].endswith(",curve")
+    (tmp_path / "old.csv").write_text("\n".join(lines) + "\n")
+    assert read_runs_csv(tmp_path / "old.csv") == runs

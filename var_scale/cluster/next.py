@@ -86,7 +86,7 @@ def advice(study: Study, result: StudyResult, hours: float, metric: str, depths:
     for depth in depths or candidates_of(study):
         config = run_config(base, depth, study.spec.seeds[0])
         candidates.append(Candidate(run_name(depth, 0)[:3], float(count_params(shape_of(config)).paper), cost_of(flops_of(config), seen)))
-    lines = [f"{metric}: {law.equation}, alpha {law.params['alpha']:.4f} from {len(law.x)} sizes; cost of a run: {source}"]
+    lines = [f"{law.equation}, alpha {law.params['alpha']:.4f} from {len(law.x)} sizes; cost of a run: {source}"]
     for form in ("power", "power_floor"):
         fitted = result.fits[metric, form]
         if not fitted.converged:

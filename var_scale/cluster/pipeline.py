@@ -334,6 +334,8 @@ def train_all(study: Study) -> None:
             continue
         create_run(config, run.path)
         train_here(config, run, f"train {config.name} ({number}/{len(pending)})", may_diverge=True)
+        if config.log.wandb != "disabled" and number < len(pending):
+            make_report(study)  # the summary run on wandb follows the study
 
 
 def make_report(study: Study) -> StudyResult:

@@ -54,7 +54,11 @@ def contents(study: Study, result: StudyResult, wandb: Any) -> dict[str, Any]:
     table = wandb.Table(columns=columns, data=rows)
     logged["runs"] = table
     for metric in METRICS:
-        logged[f"charts/{metric}"] = wandb.plot.scatter(table, "N", metric, title=f"{metric} against N")
+        title = f"{metric} against N"
+        fields = {"x": "N", "y": metric, "run": "run", "kept": "gate"}
+        chart = study.config.log.wandb_chart
+        logged[f"charts/{metric}"] = (wandb.plot_table(chart, table, fields, {"title": title}) if chart
+                                      else wandb.plot.scatter(table, "N", metric, title=title))  # fmt: skip
     laws = [[fit.metric, fit.form, fit.equation, fit.status] for fit in result.fits.values()]
     logged["laws_table"] = wandb.Table(columns=["metric", "form", "law", "status"], data=laws)
     return logged

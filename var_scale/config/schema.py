@@ -366,6 +366,8 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard files to log/")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="wandb mode")
     wandb_project: str = Field("var-scale", description="wandb project")
+    wandb_chart: str | None = Field(None, description="ENTITY/NAME of the chart made of configs/wandb/scaling-law.json (docs/laws.md); "
+                                    "else wandb's own scatter")  # fmt: skip
 
 
 class StudySpec(Section):

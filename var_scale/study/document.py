@@ -13,15 +13,15 @@ from typing import Any
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.55 system-ui, sans-serif; color: #1b2733; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+body { font: 15px/1.55 system-ui, sans-serif; color: #1b2733; max-width: 66rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #dde3e8; padding-bottom: .3rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
+th, td { padding: .32rem .55rem; text-align: right; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
 th { background: #f5f7f9; font-weight: 600; }
-th:first-child, td:first-child, td.text { text-align: left; }
-td.text { white-space: normal; }
+th:first-child, td:first-child, .text { text-align: left; }
+td.long { white-space: normal; min-width: min(12rem, 30vw); }
 img { max-width: 100%; height: auto; }
 figure { margin: 1.2rem 0; }
 figcaption { font-size: .86rem; color: #51606e; }
@@ -35,6 +35,9 @@ code { background: #f1f4f6; padding: 0 .25rem; }
   a { color: #8fbcff; }
 }
 """
+
+NUMERIC = re.compile(r"^(n/a|none|[-+±]?\d[\d.,e+-]*( %)?( \S{1,3}( \d+ \S{1,3})?)?( to .*| or more.*)?)?$")
+"""a number with a unit, an interval, a duration"""
 
 
 @dataclass
@@ -89,8 +92,9 @@ class Document:
                 case "bullets", list(items):
                     parts.append("<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>")
                 case "table", (head, rows):
-                    top = "".join(f"<th>{_inline(cell)}</th>" for cell in head)
-                    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
+                    words = [any(not NUMERIC.match(row[k]) for row in rows) for k in range(len(head))]
+                    top = "".join(f"<th{' class=text' * words[k]}>{_inline(cell)}</th>" for k, cell in enumerate(head))
+                    body = "".join("<tr>" + "".join(_cell(cell, words[k]) for k, cell in enumerate(row)) + "</tr>" for row in rows)
                     parts.append(f'<div class="table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
                 case "picture", (path, caption):
                     data, alt = base64.b64encode(path.read_bytes()).decode(), html.escape(caption, quote=True)
@@ -106,6 +110,7 @@ def _inline(text: str) -> str:
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
 
 
-def _cell(cell: str) -> str:
-    """Long text wraps and stands left; numbers stand right."""
-    return f'<td class="text">{_inline(cell)}</td>' if len(cell) > 28 else f"<td>{_inline(cell)}</td>"
+def _cell(cell: str, text: bool) -> str:
+    """A column of words stands left, its long texts wrap; numbers stand right."""
+    kind = " class='text long'" if text and len(cell) > 28 and " " in cell else " class=text" if text else ""
+    return f"<td{kind}>{_inline(cell)}</td>"

@@ -64,8 +64,8 @@ def evaluations(records: Sequence[RunRecord], metric: str, along: Along = "C") -
     points = []
     for record in records:
         curve = [(point.flops_exact, getattr(point, metric)) for point in record.curve] or [(record.flops_exact, record.metric(metric))]
-        scale = record.tokens / record.flops_exact if along == "tokens" else 1.0
-        points += [FrontierPoint(record.name, float(flops) * scale, float(value), record.params_paper)
+        points += [FrontierPoint(record.name, float(flops) if along == "C" else float(round(record.tokens * flops / record.flops_exact)),
+                                 float(value), record.params_paper)
                    for flops, value in curve if flops > 0 and value > 0]  # fmt: skip
     return points
 

@@ -225,7 +225,8 @@ def read_wandb_project(name: str) -> list[RunRecord]:
         raise UserError(f"wandb:{name}: give wandb:ENTITY/PROJECT, or wandb:ENTITY/PROJECT/STUDY")
     try:
         runs = wandb.Api().runs("/".join(parts[:2]), filters={"group": parts[2]} if len(parts) == 3 else None)
-        return [_wandb_record(f"{name}/{run.id}", run.name, dict(run.config), list(run.scan_history())) for run in runs]
+        runs = [run for run in runs if run.job_type != "summary"]  # a study's own summary beside its runs
+        return merge_lives([_wandb_record(f"{name}/{run.id}", run.name, dict(run.config), list(run.scan_history())) for run in runs])
     except UserError:
         raise
     except Exception as error:  # wandb's errors of many kinds: no login, no such project, no connection

@@ -44,7 +44,7 @@ class Advice:
         chosen = [f"{count} x {c.name} ({c.cost:.3g} {unit} each)" for c, count in self.runs]
         runs = f"next: {', '.join(chosen)}; {self.cost:.3g} {unit}"
         return [runs if chosen else "next: nothing that fits the budget narrows the interval",
-                f"interval of the exponent: +-{self.half_before:.2g} now, +-{self.half_after:.2g} expected with them"]  # fmt: skip
+                f"interval of the exponent: ±{self.half_before:.2g} now, ±{self.half_after:.2g} expected with them"]  # fmt: skip
 
 
 def information(law: LawFit, x: Array) -> Array:

@@ -15,7 +15,7 @@ from var_scale.study.frontier import Frontier, evaluations
 from var_scale.study.laws import LawFit
 from var_scale.study.power import ridge_regions
 from var_scale.study.record import METRICS
-from var_scale.study.theme import BAND, BAND_LIGHT, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
+from var_scale.study.theme import BAND, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
 
 SIZE_LABEL = {"params_paper": "parameters N = 18 d C²", "params_total": "parameters N (all)", "params_per_token": "parameters N = 12 d C²"}
 
@@ -166,14 +166,11 @@ def ridge_figure(result: StudyResult) -> Any:
             axis.set_title(f"{LABELS[metric]}: E is not fitted", fontsize=9)
             continue
         fit, assumed = result.fits[metric, "power_floor"], result.fits[metric, "power"]
-        regions = ridge_regions(fit)
-        axis.contourf(regions.floors, regions.alphas, regions.excess.T, levels=[0, regions.half, regions.most], colors=[BAND, BAND_LIGHT])
-        axis.contour(
-            regions.floors, regions.alphas, regions.excess.T, levels=[regions.half, regions.most], colors=[FIT], linewidths=[1.4, 0.8]
-        )
-        ridge_E = regions.floors[regions.excess.min(1) <= regions.most]
-        alphas = [regions.alphas[int(regions.excess[k].argmin())] for k in np.flatnonzero(regions.excess.min(1) <= regions.most)]
-        axis.plot(ridge_E, alphas, color=INK, lw=0.8, ls=(0, (2, 2)), label="best exponent at each E")
+        region = ridge_regions(fit)
+        for (low, high), colour, name in ((region.most, BAND, "95 % region"), (region.half, BAND, "50 % region")):
+            axis.fill_between(region.floors, low, high, color=colour, lw=0.8, label=name)
+        inside = np.isfinite(region.most[0])
+        axis.plot(region.floors[inside], region.best[inside], color=INK, lw=0.8, ls=(0, (2, 2)), label="best exponent at each E")
         axis.plot([fit.params["E"]], [fit.params["alpha"]], "x", color=HELD, ms=9, mew=1.8, label="best fit, E free")
         if assumed.converged:
             axis.plot(

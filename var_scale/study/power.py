@@ -115,31 +115,37 @@ def ridge(x: Array, y: Array, floors: Array, alphas: Array) -> Array:
 
 
 class Ridge(NamedTuple):
-    """How much worse than the best fit every pair of E and alpha is, in variances of a run, and the ends of the joint regions."""
+    """The exponents that the points allow at each E, arrays of shape (E,): the best, and the ends of the joint regions of 50 % and 95 %,
+    NaN where a region has none."""
 
     floors: Array
-    alphas: Array
+    best: Array
     excess: Array
-    """(E, alpha)"""
-    half: float
-    """of the 50 % region"""
-    most: float
-    """of the 95 % region"""
+    """at the best exponent: how much worse than the best fit of all, in variances of a run"""
+    half: tuple[Array, Array]
+    most: tuple[Array, Array]
 
 
-def ridge_regions(fit: LawFit, size: int = 240) -> Ridge:
-    """Of a converged `power_floor`: 2 F(2, n - 3) by the level, noise unknown."""
+def ridge_regions(fit: LawFit, floors: int = 600, alphas: int = 3000) -> Ridge:
+    """Of a converged `power_floor`: where the objective is no further above its minimum than 2 F sd^2, F of the level with 2 and n - 3
+    degrees of freedom."""
     from scipy.special import fdtri
 
     x, y = np.asarray(fit.x), np.asarray(fit.y)
     low, high = (min(max(end, ALPHA_BOUNDS[0]), ALPHA_BOUNDS[1]) for end in fit.intervals["alpha"])
-    alphas = np.geomspace(max(low / 2, ALPHA_BOUNDS[0]), min(high * 2, ALPHA_BOUNDS[1]), size)
+    exponents = np.geomspace(max(low / 2, ALPHA_BOUNDS[0]), min(high * 2, ALPHA_BOUNDS[1]), alphas)
     e_low, e_high = fit.intervals["E"]
-    margin = 0.4 * (e_high - e_low) + 0.01 * e_high
-    floors = np.linspace(max(0.0, e_low - margin), min(e_high + margin, 0.9999 * float(y.min())), size)
-    excess = (ridge(x, y, floors, alphas) - fit.objective) / fit.sd**2
-    freedom = len(x) - 3
-    return Ridge(floors, alphas, np.maximum(excess, 0), 2 * float(fdtri(2, freedom, 0.5)), 2 * float(fdtri(2, freedom, LEVEL)))
+    margin = 0.4 * (e_high - e_low) + 1e-3 * e_high
+    es = np.linspace(max(0.0, e_low - margin), min(e_high + margin, 0.9999 * float(y.min())), floors)
+    excess = np.maximum(ridge(x, y, es, exponents) - fit.objective, 0) / fit.sd**2
+
+    def ends(level: float) -> tuple[Array, Array]:
+        inside = excess <= 2 * float(fdtri(2, len(x) - 3, level))
+        some = inside.any(1)
+        first, last = exponents[inside.argmax(1)], exponents[alphas - 1 - inside[:, ::-1].argmax(1)]
+        return np.where(some, first, np.nan), np.where(some, last, np.nan)
+
+    return Ridge(es, exponents[excess.argmin(1)], excess.min(1), ends(0.5), ends(LEVEL))
 
 
 def profile_intervals(x: Array, y: Array, best: float, floor: float, log_alpha: float, sd: float) -> dict[str, tuple[float, float]]:

@@ -64,7 +64,8 @@ def _laws(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> N
     if bend := _bends(result):
         doc.paragraph(bend)
     doc.paragraph(
-        "With the irreducible part E fitted (variable projection, bootstrap intervals). A fit that did not converge shows its reason only."
+        "With the irreducible part E fitted (variable projection, intervals by profile likelihood). A fit that did not converge "
+        "shows its reason only."
     )
     rows = []
     for metric in METRICS:
@@ -215,8 +216,8 @@ def _isoflop(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -
 
 def _forms(doc: Document, result: StudyResult) -> None:
     """Which form the points prefer."""
-    if not any(math.isfinite(fit.aicc) for fits in result.rivals.values() for fit in fits.values()):
-        return
+    if not any(sum(math.isfinite(fit.aicc) for fit in fits.values()) > 1 for fits in result.rivals.values()):
+        return  # nothing to compare
     doc.heading("Which form?")
     doc.paragraph(
         "Akaike's criterion for small samples (AICc) less the best form's: 0 is the best, below 2 as good as the best, above 10 out of "
@@ -235,7 +236,7 @@ def _data(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> N
     doc.heading("Data")
     known = sorted({round(run.epochs, 3) for run in result.gate.kept if math.isfinite(run.epochs)})
     ends = " to ".join(f"{e:.3g}" for e in sorted({known[0], known[-1]})) if known else ""
-    passes = f" The runs passed over their training set {ends} times." if known else ""
+    passes = f" Passes of the runs over their training set: {ends}." if known else ""
     doc.paragraph("The best value of any size at each number of tokens seen, and its power law. Against passes over one training set the "
                   f"exponent is the same.{passes}")  # fmt: skip
     rows = []
