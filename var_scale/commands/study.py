@@ -164,7 +164,7 @@ def add(commands: Commands) -> None:
         elif name == "next":
             sub.add_argument("--hours", type=number_in(float, 1e-9), required=True, help="device-hours to spend (CPU: of the machine)")
             sub.add_argument("--metric", choices=("loss_last", "loss_avg", "err_last", "err_avg"), default="loss_avg", help="whose law")
-            sub.add_argument("--depths", type=whole_numbers, default=None, help="sizes to choose from, such as 6,8; default its own and larger")
+            sub.add_argument("--depths", type=whole_numbers, default=None, help="sizes such as 6,8; default its own and larger")
         elif name == "report":
             sub.add_argument("--whole", action="store_true", help="fail where a run has not ended")
     sub = command(study, "retry", study_retry)
