@@ -53,8 +53,11 @@ def growth(study: Study, kept: Mapping[str, RunRecord]) -> Path | None:
     for config, run in _healthy(study, kept):
         sizes.setdefault(config.model.depth, (config, run))
     steps = {depth: [c.step for c in checkpoints(run.checkpoints)] for depth, (_, run) in sizes.items()}
-    if max(map(len, steps.values()), default=0) < 2:
-        return path if path.exists() else None
+    if path.exists() and not all(steps.values()):  # checkpoints were removed since
+        return path
+    sizes = {depth: found for depth, found in sizes.items() if steps[depth]}
+    if max((len(steps[depth]) for depth in sizes), default=0) < 2:
+        return None
     rows, names = [], []
     for depth, (config, run) in sizes.items():
         tiles: list[np.ndarray] = []

@@ -207,17 +207,26 @@ def attend(
 
 
 class KVCache:
-    """Keys (after normalisation) and values of the scales already sampled, (B, H, L, D), for one block."""
+    """Keys (after normalisation) and values of the scales already sampled, (B, H, L, D), for one block: in memory that is there from the
+    first scale on where `capacity` says how many tokens will come, else grown as needed."""
 
-    def __init__(self) -> None:
-        self.k_BHLD: Tensor | None = None
-        self.v_BHLD: Tensor | None = None
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity, self.filled = capacity, 0
+        self.kv_2BHLD: Tensor | None = None
 
     def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
         """Append and return everything so far."""
-        self.k_BHLD = k_BHlD if self.k_BHLD is None else torch.cat((self.k_BHLD, k_BHlD), dim=2)
-        self.v_BHLD = v_BHlD if self.v_BHLD is None else torch.cat((self.v_BHLD, v_BHlD), dim=2)
-        return self.k_BHLD, self.v_BHLD
+        end = self.filled + k_BHlD.shape[2]
+        if self.kv_2BHLD is None or end > self.kv_2BHLD.shape[3]:
+            B, H, _, D = k_BHlD.shape
+            grown_2BHLD = k_BHlD.new_empty(2, B, H, max(end, self.capacity, 2 * self.filled), D)
+            if self.kv_2BHLD is not None:
+                grown_2BHLD[:, :, :, : self.filled] = self.kv_2BHLD[:, :, :, : self.filled]
+            self.kv_2BHLD = grown_2BHLD
+        self.kv_2BHLD[0, :, :, self.filled : end] = k_BHlD
+        self.kv_2BHLD[1, :, :, self.filled : end] = v_BHlD
+        self.filled = end
+        return self.kv_2BHLD[0, :, :, :end], self.kv_2BHLD[1, :, :, :end]
 
 
 def level_index(patch_nums: Sequence[PatchNum]) -> Tensor:

@@ -94,9 +94,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.cache: KVCache | None = None
 
-    def kv_caching(self, enable: bool) -> None:
-        """Start with an empty key-value cache, or drop it. While it is on, queries also see the keys of all earlier calls."""
-        self.cache = KVCache() if enable else None
+    def kv_caching(self, enable: bool, capacity: int = 0) -> None:
+        """Start with an empty key-value cache, with room for `capacity` tokens from the start, or drop it. While it is on, queries also see
+        the keys of all earlier calls."""
+        self.cache = KVCache(capacity) if enable else None
 
     def forward(self, x_BLC: Tensor, attn_bias: Tensor | ScaleMask | None) -> Tensor:
         """(B, L, C) -> (B, L, C). `attn_bias`: the model's mask, a tensor (1, 1, L, L), or None."""
@@ -131,6 +132,11 @@ class FFN(nn.Module):
 
     def _plain(self, x_BLC: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+
+
+def like_weight(x_BLC: Tensor, weight: Tensor) -> Tensor:
+    """For weights in half precision, as sampling may have them, their dtype; under autocast as it is."""
+    return x_BLC if x_BLC.dtype == weight.dtype or torch.is_autocast_enabled(x_BLC.device.type) else x_BLC.to(weight.dtype)
 
 
 def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
@@ -179,17 +185,22 @@ class AdaLNSelfAttn(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
+    def conditioning(self, cond_BD: Tensor) -> Tensor:
+        """The six vectors (B, 1, 6, C) of this block."""
+        return cond_BD + self.ada_gss if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+
     def forward(
         self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | ScaleMask | None = None, keep: Tensor | None = None,
-        pending: Pending | None = None, defer: bool = False,
+        pending: Pending | None = None, defer: bool = False, ada_B16C: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Pending]:  # fmt: skip
         """x (B, L, C) -> (B, L, C); the first three names are the official ones.
 
         `cond_BD` is the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C). `keep` says which samples keep the branches
         of this block: (B,) for both, (2, B) for attention and MLP; None draws it while training. With `defer` the MLP's branch is
         returned beside x, not added, and `pending` is that of the block before: gate, sum and the next norm are one pass over memory.
+        `ada_B16C`: what `conditioning` made of `cond_BD` before.
         """
-        ada_B16C = cond_BD + self.ada_gss if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        ada_B16C = self.conditioning(cond_BD) if ada_B16C is None else ada_B16C
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         keep_attn, keep_ffn = (keep, keep) if keep is None or keep.ndim == 1 else keep.unbind(0)
         if defer:
@@ -198,9 +209,9 @@ class AdaLNSelfAttn(nn.Module):
             branch = (self.attn(h_BLC, attn_bias), gamma1, self.drop_path.factor(x, keep_attn))
             h_BLC, x = norm_after(x, branch, scale2, shift2, self.ln_wo_grad.eps, out)
             return x, (self.ffn(h_BLC), gamma2, self.drop_path.factor(x, keep_ffn))
-        h_BLC = self.attn(modulate(self.ln_wo_grad(x), scale1, shift1), attn_bias)
+        h_BLC = self.attn(like_weight(modulate(self.ln_wo_grad(x), scale1, shift1), self.attn.proj.weight), attn_bias)
         x = x + self.drop_path(h_BLC * gamma1, keep_attn)
-        h_BLC = self.ffn(modulate(self.ln_wo_grad(x), scale2, shift2))
+        h_BLC = self.ffn(like_weight(modulate(self.ln_wo_grad(x), scale2, shift2), self.attn.proj.weight))
         return x + self.drop_path(h_BLC * gamma2, keep_ffn)
 
 

@@ -142,7 +142,12 @@ class VAR(nn.Module):
         """Start empty key-value caches in all blocks, or drop them."""
         for block in self.blocks:
             assert isinstance(block, AdaLNSelfAttn)
-            block.attn.kv_caching(enable)
+            block.attn.kv_caching(enable, self.L)
+
+    def conditioning(self, cond_BC: Tensor) -> list[Tensor]:
+        """The AdaLN vectors (B, 1, 6, C) of every block."""
+        ada = self.shared_ada_lin(cond_BC)
+        return [block.conditioning(ada) for block in self.blocks]  # type: ignore[operator]
 
     def get_logits(self, h_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         """Residual stream (B, L, C) and condition (B, C) -> logits (B, L, V) float32."""
