@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -133,3 +134,132 @@ def test_sampling_is_done_in_evaluation_mode_and_the_mode_is_kept(var: VAR) -> N
     assert torch.equal(sample(var, 2, 1, 5)[0], reference)
     assert var.training
     var.eval()
+
+
+def draw(var: VAR, labels: list[int], seeds: list[int], settings: s.Settings | None = None, hooks: s.Hooks | None = None) -> Tensor:
+    out = s.sample(var, torch.tensor(labels), settings or s.Settings(), s.SeedPerImage(seeds), hooks)
+    assert out.images.shape == (len(labels), 3, 32, 32)
+    return torch.cat(out.tokens, 1)
+
+
+def test_a_seed_an_image_gives_the_same_image_in_any_batch(var: VAR) -> None:
+    """Alone, in pairs, in another order; also with soft codes. Another seed is another image."""
+    labels, seeds = [1, 4, 2, 4], [5, 6, 7, 8]
+    for settings in (s.Settings(2.0, 8, 0.9), s.Settings(more_smooth=True)):
+        whole = draw(var, labels, seeds, settings)
+        for part in ([0], [1, 2], [3, 0], [2, 3, 1]):
+            assert torch.equal(draw(var, [labels[k] for k in part], [seeds[k] for k in part], settings), whole[part])
+        assert not torch.equal(draw(var, labels, [9, 6, 7, 8], settings)[0], whole[0])
+
+
+def test_tokens_of_a_seed_follow_the_distribution() -> None:
+    """Chi-square of 20,000 draws, and no token of probability 0."""
+    logits = torch.tensor([0.5, -math.inf, 1.5, 0.0, -1.0, -math.inf])
+    drawn = s.SeedPerImage([3]).tokens(logits.expand(1, 20_000, 6))
+    count = drawn.flatten().bincount(minlength=6).double()
+    expected = 20_000 * logits.double().softmax(0)
+    assert count[1] == count[5] == 0
+    some = expected > 0
+    assert float(((count - expected)[some] ** 2 / expected[some]).sum()) < 16.3  # 0.1 % of chi-square with 3 degrees of freedom
+
+
+def test_settings_of_a_scale(var: VAR) -> None:
+    """A number for all scales or one each: guidance as it stands, a low temperature is greedy, a filter at one scale alone."""
+    ramp, tuple_ = s.Settings(3.0, top_k=1), s.Settings((0.0, 1.0, 2.0, 3.0), top_k=1)
+    assert torch.equal(draw(var, [1, 2], [1, 2], ramp), draw(var, [1, 2], [1, 2], tuple_))
+    assert not torch.equal(draw(var, [1, 2], [1, 2], s.Settings((3.0,) * 4, top_k=1)), draw(var, [1, 2], [1, 2], ramp))
+    assert torch.equal(draw(var, [1], [1], s.Settings(temperature=1e-4)), draw(var, [1], [7], s.Settings(top_k=1)))
+    greedy_first = s.Settings(top_k=(1, 0, 0, 0))
+    first = [int(draw(var, [1], [seed], greedy_first)[0, 0]) for seed in range(6)]
+    last = {tuple(draw(var, [1], [seed], greedy_first)[0, 1:].tolist()) for seed in range(6)}
+    assert len(set(first)) == 1 and len(last) == 6
+    for bad, words in ((s.Settings((1.0, 2.0)), "one a scale"), (s.Settings(-1.0), "cfg"), (s.Settings(top_p=1.5), "at most 1"),
+                       (s.Settings(temperature=0.0), "positive")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            draw(var, [1], [1], bad)
+
+
+def test_hooks_see_and_change_every_scale(var: VAR) -> None:
+    """Logits forced to a token, codes replaced, maps seen; the last map is the decoded one."""
+    seen: list[int] = []
+    maps: list[Tensor] = []
+
+    def force(si: int, logits_BlV: Tensor) -> Tensor:
+        seen.append(si)
+        return torch.full_like(logits_BlV, -math.inf).index_fill_(-1, torch.tensor([5]), 0.0)
+
+    assert draw(var, [1, 2], [1, 2], hooks=s.Hooks(force, scale=lambda si, f: maps.append(f))).unique().tolist() == [5]
+    assert seen == [0, 1, 2, 3] and len(maps) == 4
+    zero = s.sample(var, torch.tensor([1]), s.Settings(), s.SeedPerImage([1]), s.Hooks(codes=lambda si, idx, h: torch.zeros_like(h)))
+    free = s.sample(var, torch.tensor([1]), s.Settings(), s.SeedPerImage([1]))
+    assert not torch.equal(zero.images, free.images)
+    torch.testing.assert_close(var.vae_proxy[0].fhat_to_img(free.f_hat) / 2 + 0.5, free.images)
+
+
+def test_another_model_for_the_last_scales(var: VAR) -> None:
+    """Itself changes nothing; another draws, greedily, what its own teacher-forced logits say, and the first scales stay the first's."""
+    torch.manual_seed(5)
+    other = build_var(var.vae_proxy[0], depth=3, width=24, heads=2, num_classes=10, init_adaln=1.0, init_adaln_gamma=1.0, init_head=1.0,
+                      init_std=0.3, shared_aln=True).eval()  # fmt: skip
+    settings = s.Settings(2.0, top_k=1)
+    alone = draw(var, [1, 4], [1, 2], settings)
+    assert torch.equal(draw(var, [1, 4], [1, 2], settings, s.Hooks(models={1: var, 3: var})), alone)
+    mixed = draw(var, [1, 4], [1, 2], settings, s.Hooks(models={2: other}))
+    assert torch.equal(mixed[:, :5], alone[:, :5]) and not torch.equal(mixed, alone)
+    tokens = list(mixed.split([1, 4, 9, 16], dim=1))
+    x_BlZ = var.vae_quant_proxy[0].idxBl_to_var_input(tokens)
+    with torch.no_grad():
+        conditional, free = other(torch.tensor([1, 4]), x_BlZ), other(torch.tensor([10, 10]), x_BlZ)
+    t_L = 2.0 * var.lvl_1L[0][:, None] / 3
+    assert torch.equal(((1 + t_L) * conditional - t_L * free).argmax(-1)[:, 5:], mixed[:, 5:])
+    small = build_vae(arch="patch", hidden=8, V=16, Cvae=8, patch_nums=(1, 2, 3, 4))
+    elsewhere = build_var(small, depth=1, width=16, heads=1, num_classes=10)
+    with pytest.raises(UserError, match="other scales, tokens or classes"):
+        draw(var, [1], [1], hooks=s.Hooks(models={1: elsewhere}))
+
+
+def test_likelihood_is_the_product_of_what_sampling_drew_from(var: VAR) -> None:
+    """Teacher-forced ln p equals the sum over the steps with caches; the class that made the tokens is the likeliest on average."""
+    steps: list[Tensor] = []
+
+    def keep(si: int, logits_BlV: Tensor) -> Tensor:
+        steps.append(logits_BlV.log_softmax(-1))
+        return logits_BlV
+
+    labels = torch.tensor([1, 4, 7])
+    out = s.sample(var, labels, s.Settings(0.0), s.SeedPerImage([1, 2, 3]), s.Hooks(keep))
+    stepped = torch.stack([p.gather(-1, idx.unsqueeze(-1)).sum((1, 2)) for p, idx in zip(steps, out.tokens, strict=True)], 1)
+    found = s.log_likelihood(var, out.tokens, labels)
+    assert found.shape == (3, 4)
+    torch.testing.assert_close(found, stepped, rtol=1e-4, atol=1e-4)
+    scores = s.class_log_likelihoods(var, out.tokens, range(10), batch=7)
+    torch.testing.assert_close(scores[range(3), labels], found.sum(1), rtol=1e-4, atol=1e-4)
+    many = torch.arange(10).repeat(6)
+    drawn = s.sample(var, many, s.Settings(0.0), s.SeedPerImage(range(60)))
+    assert float((s.class_log_likelihoods(var, drawn.tokens, range(10)).argmax(1) == many).double().mean()) > 0.5
+
+
+def test_half_precision_weights(var: VAR) -> None:
+    """Weights in bfloat16, residual stream in float32: logits near the float32 model's, images of the right kind."""
+    half = copy.deepcopy(var).to(torch.bfloat16)
+    object.__setattr__(half, "vae_proxy", var.vae_proxy)
+    object.__setattr__(half, "vae_quant_proxy", var.vae_quant_proxy)
+    logits: dict[str, Tensor] = {}
+    for name, model in (("full", var), ("half", half)):
+        s.sample(model, torch.tensor([1]), s.Settings(0.0, top_k=1), s.SeedPerImage([1]),
+                 s.Hooks(lambda si, x, name=name: logits.setdefault(f"{name}{si}", x.clone())))  # fmt: skip
+    assert logits["half0"].dtype == torch.float32
+    assert float((logits["half0"] - logits["full0"]).abs().max()) < 0.05 * float(logits["full0"].abs().max())
+    image = s.sample(half, torch.tensor([1]), s.Settings(), s.SeedPerImage([1])).images
+    assert image.dtype == torch.float32 and image.shape == (1, 3, 32, 32)
+
+
+def test_a_cache_grows_where_nobody_says_how_long_it_gets() -> None:
+    from var_scale.model.attention import KVCache
+
+    parts = [torch.randn(2, 3, l, 4) for l in (1, 4, 9, 16, 2)]
+    for capacity in (0, 5, 32):
+        cache = KVCache(capacity)
+        for n, part in enumerate(parts, 1):
+            k, v = cache.extend(part, part + 1)
+            assert torch.equal(k, torch.cat(parts[:n], 2)) and torch.equal(v, torch.cat(parts[:n], 2) + 1)

@@ -10,7 +10,10 @@ import torch
 
 from var_scale.cluster.pipeline import Study
 from var_scale.config.schema import Config
-from var_scale.evaluate.samples import class_names, load_run, sample_images, write_grid
+from var_scale.evaluate.generate import grid_of_classes
+from var_scale.evaluate.pictures import write_grid
+from var_scale.evaluate.source import load_source
+from var_scale.model.sampling import Settings
 from var_scale.progress import say
 from var_scale.run_folder import RunFolder
 from var_scale.study.record import RunRecord
@@ -37,10 +40,10 @@ def samples(study: Study, kept: Mapping[str, RunRecord]) -> Path | None:
     if not checkpoints(run.checkpoints):
         say(f"samples of {config.name}: it has no checkpoint any more" + (", the picture of before stays" if path.exists() else ""))
         return path if path.exists() else None
-    var, classes = load_run(run.path, _device())
-    labels = list(range(min(classes, spec.sample_classes)))
-    images = sample_images(var, labels, spec.samples_per_class, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)
-    write_grid(images, path, zoom=max(1, 96 // images.shape[2]), names=class_names(run.path, labels))
+    source = load_source(str(run.path), _device())
+    labels = list(range(min(source.classes, spec.sample_classes)))
+    images = grid_of_classes(source, labels, spec.samples_per_class, 0, Settings(spec.cfg, spec.top_k, spec.top_p))
+    write_grid(images, path, zoom=max(1, 96 // images.shape[2]), names=[source.label(c) for c in labels] if source.class_names else None)
     say(f"samples of {config.name}: {path}")
     return path
 
@@ -64,10 +67,10 @@ def growth(study: Study, kept: Mapping[str, RunRecord]) -> Path | None:
         text: dict[int, str] = {}
         record = kept[config.name]
         for step in steps[depth]:
-            var, classes = load_run(run.path, _device(), step)
-            labels = list(range(min(classes, CLASSES)))
+            source = load_source(str(run.path), _device(), step=step)
+            labels = list(range(min(source.classes, CLASSES)))
             text[len(tiles)] = f"d{depth}, {record.flops_exact * step / max(steps[depth]):.2g} FLOP"
-            tiles += list(sample_images(var, labels, 1, seed=0, cfg=spec.cfg, top_k=spec.top_k, top_p=spec.top_p)[:, 0])
+            tiles += list(grid_of_classes(source, labels, 1, 0, Settings(spec.cfg, spec.top_k, spec.top_p))[:, 0])
         rows.append(tiles)
         names.append(text)
     blank = np.full_like(rows[0][0], 255)

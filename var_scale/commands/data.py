@@ -92,7 +92,7 @@ def data_info(args: argparse.Namespace) -> None:
     for key, value in describe_folder(args.folder).items():
         say(f"{key:24} {value}")
     if args.sheet:
-        from var_scale.evaluate.samples import contact_sheet
+        from var_scale.evaluate.pictures import contact_sheet
 
         contact_sheet(args.folder, args.sheet)
         say(f"{'sheet':24} {args.sheet}")

@@ -1,45 +1,155 @@
-"""What a trained model is for."""
+"""What a trained model is for: samples, edits, measures, the hub."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from var_scale.commands.arguments import Commands, command, number_in, picture_file, whole_numbers
+from var_scale.commands.arguments import Commands, Parser, command, number_in
 from var_scale.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from var_scale.evaluate.source import Source
+    from var_scale.model.sampling import Settings
+
+
+def _per_scale(kind: Callable[[str], Any], low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """A number, or one a scale with commas between."""
+    read = number_in(kind, low, high)
+    return lambda text: tuple(read(part) for part in text.split(",")) if "," in text else read(text)
+
+
+def model_arguments(sub: Parser) -> None:
+    """Which model, how exact."""
+    sub.add_argument("model", help="run folder, folder of a model, official .pth, hf://OWNER/NAME, or hf://FoundationVision/var/var_d16.pth")
+    sub.add_argument("--vae", default=None, metavar="FILE", help="tokenizer of official weights; on the hub the one beside them")
+    sub.add_argument("--step", type=number_in(int, 0), default=None, help="checkpoint of a run; default the newest")
+    sub.add_argument("--averaged", action="store_true", help="the averaged weights of a run with train.ema")
+    sub.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer's weights")
+    sub.add_argument("--device", default=None, help="such as cuda:1; default the first GPU, else the CPU")
+
+
+def load_model(args: argparse.Namespace) -> Source:
+    """The model of `model_arguments`."""
+    import torch
+
+    from var_scale.evaluate.source import load_source
+
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {args.device}: is not a device; use cpu, cuda or cuda:N") from None
+    return load_source(args.model, device, step=args.step, vae=args.vae, precision=args.precision, averaged=args.averaged)
+
+
+def drawing_arguments(sub: Parser, cfg: float = 1.5) -> None:
+    """How tokens are drawn."""
+    sub.add_argument("--seed", type=number_in(int, 0, 2**62), default=0, help="image j of class c depends on (seed, c, j) alone")
+    sub.add_argument("--cfg", type=_per_scale(float, 0), default=cfg, help="guidance; a number rises to it over the scales")
+    sub.add_argument("--top-k", type=_per_scale(int, 0), default=0, help="keep the k likeliest tokens; 0: all; also k0,k1,...")
+    sub.add_argument("--top-p", type=_per_scale(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
+    sub.add_argument("--temperature", type=_per_scale(float, 1e-6), default=1.0, help="divides the logits; also one a scale")
+    sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures, not for measurements")
+    sub.add_argument("--batch", type=number_in(int, 1), default=32, help="images at a time")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of `drawing_arguments`."""
+    from var_scale.model.sampling import Settings
+
+    return Settings(args.cfg, args.top_k, args.top_p, args.temperature, args.more_smooth)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """R/N: part R of 0..N-1."""
+    try:
+        rank, size = map(int, text.split("/"))
+    except ValueError:
+        rank, size = -1, 0
+    if not 0 <= rank < size:
+        raise argparse.ArgumentTypeError(f"{text} is not a part such as 0/4, 1/4, 2/4 or 3/4")
+    return rank, size
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Sample images from a trained run into one grid picture."""
-    import torch
+    """Sample images: a grid picture, or with --count a folder of PNGs, WebDataset shards or the evaluator's npz, resumable."""
+    from dataclasses import replace
 
-    from var_scale.evaluate.samples import class_names, load_run, sample_images, write_grid
+    from var_scale.evaluate.generate import PAPER, Job, generate, grid_of_classes
+    from var_scale.evaluate.pictures import steps_picture, write_grid
     from var_scale.progress import say
 
-    var, num_classes = load_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    classes = args.classes or list(range(min(10, num_classes)))
-    if wrong := [c for c in classes if not 0 <= c < num_classes]:
-        raise UserError(f"--classes {wrong[0]}: this model has classes 0 to {num_classes - 1}")
-    images = sample_images(var, classes, args.per_class, seed=args.seed, cfg=args.cfg, top_k=args.top_k, top_p=args.top_p,
-                           more_smooth=args.more_smooth)  # fmt: skip
-    write_grid(images, args.out, zoom=args.zoom, names=class_names(args.run, classes))
-    say(f"{len(classes)} classes x {args.per_class} images: {args.out}")
+    out, kind = args.out, _kind_of(args)
+    if args.paper:
+        args.count, args.cfg, args.top_k, args.top_p = args.count or 50000, PAPER.cfg, PAPER.top_k, PAPER.top_p
+    settings = replace(PAPER) if args.paper else settings_of(args)
+    if args.processes > 1:
+        _spawn(args)
+    source = load_model(args)
+    first = source.classes if args.count else min(10, source.classes)
+    classes = source.find(args.classes.split(",")) if args.classes else list(range(first))
+    if args.steps_picture:
+        steps_picture(source, classes[:8], args.seed, settings, args.steps_picture, args.zoom)
+        say(f"coarse to fine: {args.steps_picture}")
+    if kind == "grid":
+        images = grid_of_classes(source, classes, args.per_class, args.seed, settings, args.batch)
+        write_grid(images, out, zoom=args.zoom, names=[source.label(c) if c >= 0 else "no class" for c in classes])
+        say(f"{len(classes)} classes x {args.per_class} images: {out}")
+        return
+    job = Job(tuple(classes), args.count or args.per_class * len(classes), args.seed, settings)
+    if generate(source, job, out, kind, args.batch, args.part):
+        say(f"{job.count:,} images of {len(classes)} classes: {out}")
+
+
+def _kind_of(args: argparse.Namespace) -> str:
+    """grid, png, shards or npz; UserError for a combination that means nothing."""
+    kind = args.format or ("npz" if args.out.suffix == ".npz" else "grid" if args.out.suffix == ".png" else "png")
+    if (kind == "npz") != (args.out.suffix == ".npz") or (kind == "grid") != (args.out.suffix.lower() == ".png"):
+        raise UserError(f"--out {args.out}: a grid is a .png file, an npz a .npz file, png and shards are folders")
+    if kind == "grid" and (args.count or args.paper or args.part != (0, 1) or args.processes > 1):
+        raise UserError(f"--out {args.out}: is one picture; give a folder or an .npz for --count, --paper, --part and --processes")
+    if args.processes > 1 and args.part != (0, 1):
+        raise UserError("--processes and --part: give one of them")
+    return kind
+
+
+def _spawn(args: argparse.Namespace) -> None:
+    """Run the parts 1/N, 2/N, ... as processes of their own, a GPU each where there are some, and take part 0 here; all are then waited for
+    at the end of the program's work, since the last to end puts the file together."""
+    import atexit
+    import subprocess
+    import sys
+
+    import torch
+
+    gpus = torch.cuda.device_count()
+    command = [part for part in sys.argv[1:]]
+    where = command.index("--processes") if "--processes" in command else -1
+    if where >= 0:
+        del command[where : where + 2]
+    command = [part for part in command if not part.startswith("--processes=")]
+    children = []
+    for rank in range(1, args.processes):
+        device = ["--device", f"cuda:{rank % gpus}"] if gpus and not args.device else []
+        children.append(subprocess.Popen([sys.executable, "-m", "var_scale.cli", *command, "--part", f"{rank}/{args.processes}", *device]))
+    args.part = (0, args.processes)
+    atexit.register(lambda: [child.wait() for child in children])
 
 
 def add(commands: Commands) -> None:
     """Add these commands."""
     sub = command(commands, "sample", sample)
-    sub.add_argument("run", type=Path, help="run folder")
-    sub.add_argument("--out", type=picture_file, default=Path("samples.png"), metavar="FILE.png", help="picture to write")
-    sub.add_argument("--classes", type=whole_numbers, default=None, help="class numbers, such as 0,3,7; default the first ten")
+    model_arguments(sub)
+    sub.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PATH", help="picture (.png), .npz, or folder")
+    sub.add_argument("--format", choices=("grid", "png", "shards", "npz"), default=None, help="default by --out: .png, .npz, else png")
+    sub.add_argument("--classes", default=None, help="numbers or names such as 0,3,tench; -1 is none; default the first ten, or all")
     sub.add_argument("--per-class", type=number_in(int, 1), default=6, help="images a class")
-    sub.add_argument("--seed", type=number_in(int, 0, 2**62), default=0, help="seed of the first class; class c has seed + c")
-    sub.add_argument("--cfg", type=number_in(float, 0), default=1.5, help="classifier-free guidance; 0: none")
-    sub.add_argument("--top-k", type=number_in(int, 0), default=0, help="keep the k likeliest tokens; 0: all")
-    sub.add_argument("--top-p", type=number_in(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
-    sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures")
-    sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the picture")
+    sub.add_argument("--count", type=number_in(int, 1), default=None, help="images in all, in equal parts of the classes")
+    sub.add_argument("--paper", action="store_true", help="the paper's protocol: 50,000 images, cfg 1.5, top-k 900, top-p 0.96")
+    drawing_arguments(sub)
+    sub.add_argument("--processes", type=number_in(int, 1), default=1, help="share the images among processes, one a GPU")
+    sub.add_argument("--part", type=_part, default=(0, 1), metavar="R/N", help="make only the R-th of N parts, such as in a job array")
+    sub.add_argument("--steps-picture", type=Path, default=None, metavar="FILE.png", help="also a picture of every scale, coarse to fine")
+    sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the pictures")

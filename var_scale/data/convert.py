@@ -188,12 +188,16 @@ def class_names(folders: list[str], among: list[str] | None = None) -> list[str]
     the training split, which tell two classes of one name apart although this one may hold but one of them."""
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return folders
-    lines = (Path(__file__).parent / "imagenet_classes.tsv").read_text().splitlines()
-    known = dict(line.split("\t") for line in lines)
+    known = imagenet_folders()
     names = [known.get(folder, folder) for folder in folders]
     twice = {name for name in names if names.count(name) > 1}  # crane, the bird and the machine
     twice |= {name for name, folder in zip(names, folders, strict=True) if f"{name} ({folder})" in (among or ())}
     return [f"{name} ({folder})" if name in twice else name for name, folder in zip(names, folders, strict=True)]
+
+
+def imagenet_folders() -> dict[str, str]:
+    """ImageNet's thousand classes: folder id -> names."""
+    return dict(line.split("\t") for line in (Path(__file__).parent / "imagenet_classes.tsv").read_text().splitlines())
 
 
 def _write(source: Source, folder: Path, split: str, seed: int, samples_per_shard: int, max_broken: float,

@@ -1,16 +1,19 @@
-"""Weights from the Hugging Face hub."""
+"""The Hugging Face hub: files and whole repositories down, folders up. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from var_scale.errors import UserError
 
 SCHEME = "hf://"
+T = TypeVar("T")
 
 
 def weights_file(text: str) -> Path:
-    """A weights file by path, or `hf://OWNER/NAME/FILE` from the hub, kept in its cache (HF_HOME); HF_ENDPOINT and HF_HUB_OFFLINE count.
+    """A weights file by path, or `hf://OWNER/NAME/FILE` from the hub, kept in its cache.
 
     UserError: huggingface_hub is missing, the address is not of that form, or the file cannot be had.
     """
@@ -20,12 +23,57 @@ def weights_file(text: str) -> Path:
     name, _, file = rest.partition("/")
     if not (owner and name and file):
         raise UserError(f"{text}: give hf://OWNER/NAME/FILE, such as hf://FoundationVision/var/vae_ch160v4096z32.pth")
-    try:
+
+    def download() -> str:
         from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(f'{text}: needs huggingface_hub; `pip install "var-scale[hub]"`, or give a file') from None
+
+        return hf_hub_download(f"{owner}/{name}", file)
+
+    return Path(_ask(text, "download the file and give its path", download))
+
+
+def repository(text: str) -> Path:
+    """The folder of `hf://OWNER/NAME`: its newest state, config.json and safetensors alone, kept in the hub's cache."""
+    name = _name(text)
+
+    def download() -> str:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "README.md"])
+
+    return Path(_ask(text, "download the repository and give its folder", download))
+
+
+def push(folder: Path, text: str, private: bool, message: str) -> str:
+    """Put the files of a folder into the repository `hf://OWNER/NAME`, made if it is not there; returns the commit's address."""
+    name = _name(text)
+
+    def upload() -> str:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
+
+    return _ask(text, "log in with `hf auth login`, or set HF_TOKEN", upload)
+
+
+def _name(text: str) -> str:
+    """OWNER/NAME of hf://OWNER/NAME."""
+    name = text.removeprefix(SCHEME)
+    if not text.startswith(SCHEME) or name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"{text}: give hf://OWNER/NAME")
+    return name
+
+
+def _ask(text: str, help: str, ask: Callable[[], T]) -> T:
+    """What the hub's client gives, its errors as one line."""
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", file))
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise UserError(f'{text}: needs huggingface_hub; `pip install "var-scale[hub]"`, or {help}') from None
+    try:
+        return ask()
     except Exception as error:  # its clients raise errors of several packages
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{text}: cannot be had ({why}); download the file and give its path") from None
+        raise UserError(f"{text}: cannot be had ({why}); {help}") from None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,25 +160,23 @@ class OneGenerator:
 
 
 class SeedPerImage:
-    """Every image's numbers from a generator of its own on the CPU: the same on every device. Tokens by the inverse of the distribution."""
+    """Every image's numbers from a stream of its own (Philox, keyed by a whole number of up to 128 bits): the same on every device. Tokens
+    by the inverse of the distribution."""
 
     def __init__(self, seeds: Sequence[int]):
-        self.rngs = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
 
     def tokens(self, logits_BlV: Tensor) -> Tensor:
         l = logits_BlV.shape[1]
-        u_Bl = torch.stack([torch.rand(l, generator=rng, dtype=torch.float64) for rng in self.rngs]).to(logits_BlV.device, torch.float32)
+        u_Bl = torch.from_numpy(np.stack([rng.random(l) for rng in self.rngs])).to(logits_BlV.device, torch.float32)
         cumulated_BlV = logits_BlV.float().softmax(-1).cumsum(-1)
         target_Bl1 = (u_Bl * cumulated_BlV[..., -1]).unsqueeze(-1)
-        return torch.searchsorted(cumulated_BlV, target_Bl1, right=True).squeeze(-1).clamp_max(self._last(cumulated_BlV))
-
-    @staticmethod
-    def _last(cumulated_BlV: Tensor) -> Tensor:
-        """The last token with any probability: rounding must not step past it."""
-        return (cumulated_BlV < cumulated_BlV[..., -1:]).sum(-1)
+        last_Bl1 = (cumulated_BlV < cumulated_BlV[..., -1:]).sum(-1, keepdim=True)  # rounding must not step past what has a probability
+        return torch.searchsorted(cumulated_BlV, target_Bl1, right=True).minimum(last_Bl1).squeeze(-1)
 
     def exponential(self, like_BlV: Tensor) -> Tensor:
-        return torch.stack([torch.empty(like_BlV.shape[1:]).exponential_(generator=rng) for rng in self.rngs]).to(like_BlV)
+        numbers = np.stack([rng.standard_exponential(like_BlV.shape[1:], dtype=np.float32) for rng in self.rngs])
+        return torch.from_numpy(numbers).to(like_BlV)
 
 
 @dataclass

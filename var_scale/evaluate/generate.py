@@ -1,0 +1,263 @@
+"""Many images from one model: to a folder of PNGs, WebDataset shards or the evaluator's npz, in units that are done or not.
+
+Image j of class c has the random numbers of (seed, c, j) alone: batch, processes, devices and interruptions do not change it (but for the
+rounding of matrix products, which may differ with the batch on some devices). So a unit that is missing is made, one that is there is not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from var_scale.data.shards import Sample, ShardSet
+from var_scale.errors import UserError
+from var_scale.evaluate.source import Source
+from var_scale.files import atomic_file, canonical_hash, flat, read_json, remove_tree, write_json
+from var_scale.model.sampling import Hooks, SeedPerImage, Settings, sample
+from var_scale.progress import progress, say
+
+FORMATS = ("png", "shards", "npz")
+UNIT = 256
+"""images that are written together"""
+RECORD = "samples.json"
+ROUNDING = "round(255 x)"
+PAPER = Settings(cfg=1.5, top_k=900, top_p=0.96)
+"""the protocol of the paper's tables: 50 images a class, PNG"""
+
+
+def seed_of(seed: int, label: int, number: int) -> int:
+    """Key of image `number` of class `label` (-1: none): 64, 24 and 40 bits."""
+    if not 0 <= number < 2**40:
+        raise UserError(f"image {number}: at most 2^40 images of a class")
+    return (int(seed) % 2**64) << 64 | (label + 1) % 2**24 << 40 | number
+
+
+def to_uint8(images_B3HW: torch.Tensor) -> np.ndarray:
+    """[0, 1] to uint8 (B, H, W, 3), rounded."""
+    return (images_B3HW.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw(
+    source: Source, labels: Sequence[int], numbers: Sequence[int], seed: int, settings: Settings, hooks: Hooks | None = None
+) -> np.ndarray:
+    """uint8 images (B, H, W, 3) of classes `labels` (-1: none), the `numbers`-th of each."""
+    var = source.var
+    device = var.lvl_1L.device
+    label_B = torch.tensor([var.num_classes if label < 0 else label for label in labels], device=device)
+    seeds = [seed_of(seed, label, number) for label, number in zip(labels, numbers, strict=True)]
+    return to_uint8(sample(var, label_B, settings, SeedPerImage(seeds), hooks).images)
+
+
+def grid_of_classes(source: Source, labels: Sequence[int], per_class: int, seed: int, settings: Settings, batch: int = 32) -> np.ndarray:
+    """uint8 images (classes, per_class, H, W, 3)."""
+    wanted = [(label, number) for label in labels for number in range(per_class)]
+    parts = [wanted[start : start + batch] for start in range(0, len(wanted), batch)]
+    images = np.concatenate([draw(source, [c for c, _ in part], [n for _, n in part], seed, settings) for part in parts])
+    return images.reshape(len(labels), per_class, *images.shape[1:])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make: `count` images of `classes` in equal parts, class after class."""
+
+    classes: tuple[int, ...]
+    count: int
+    seed: int
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not self.classes:
+            raise UserError(f"{self.count} images of {len(self.classes)} classes: nothing to make")
+
+    def image(self, i: int) -> tuple[int, int]:
+        """Class of image i, and its number in the class."""
+        k = i * len(self.classes) // self.count
+        first = -(-k * self.count // len(self.classes))
+        return self.classes[k], i - first
+
+    @property
+    def units(self) -> int:
+        """Units of UNIT images, the last may be smaller."""
+        return -(-self.count // UNIT)
+
+    def unit(self, number: int) -> range:
+        """The images of a unit."""
+        return range(number * UNIT, min((number + 1) * UNIT, self.count))
+
+
+class PngFolder:
+    """000000.png, 000001.png, ... and labels.csv."""
+
+    def __init__(self, out: Path, job: Job):
+        self.out, self.job = out, job
+
+    def missing(self, unit: int) -> list[int]:
+        return [i for i in self.job.unit(unit) if not (self.out / f"{i:06d}.png").exists()]
+
+    def write(self, unit: int, indices: Sequence[int], images: np.ndarray) -> None:
+        for i, image in zip(indices, images, strict=True):
+            with atomic_file(self.out / f"{i:06d}.png") as file:
+                Image.fromarray(image).save(file, "PNG")
+
+    def finish(self) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", "class"])
+        writer.writerows([f"{i:06d}.png", self.job.image(i)[0]] for i in range(self.job.count))
+        with atomic_file(self.out / "labels.csv") as file:
+            file.write(text.getvalue().encode())
+
+
+class Shards:
+    """WebDataset shards of PNGs with manifest, as `data shard` writes them."""
+
+    def __init__(self, out: Path, job: Job, classes: int, what: dict[str, Any]):
+        self.job, self.set = job, ShardSet(out, "image", "samples", classes, UNIT, {"name": "samples", **what})
+
+    def missing(self, unit: int) -> list[int]:
+        return [] if self.set.complete or self.set.record(unit) is not None else list(self.job.unit(unit))
+
+    def write(self, unit: int, indices: Sequence[int], images: np.ndarray) -> None:
+        samples = []
+        for i, image in zip(indices, images, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            samples.append(Sample(buffer.getvalue(), max(self.job.image(i)[0], 0), "png"))
+        self.set.write(unit, samples)
+
+    def finish(self) -> None:
+        if not self.set.complete:
+            self.set.finish(self.job.units)
+
+
+class Npz:
+    """The ADM evaluator's file: arr_0 uint8 (N, H, W, 3) and arr_1 classes, streamed from parts that lie beside it until then."""
+
+    def __init__(self, out: Path, job: Job):
+        self.out, self.job, self.parts = out, job, out.with_name(f"{out.name}.parts")
+
+    def missing(self, unit: int) -> list[int]:
+        return [] if self.out.exists() or (self.parts / f"{unit:06d}.npy").exists() else list(self.job.unit(unit))
+
+    def write(self, unit: int, indices: Sequence[int], images: np.ndarray) -> None:
+        with atomic_file(self.parts / f"{unit:06d}.npy") as file:
+            np.save(file, images)
+
+    def finish(self) -> None:
+        if self.out.exists():
+            return
+        files = [self.parts / f"{unit:06d}.npy" for unit in range(self.job.units)]
+        shape = np.load(files[0], mmap_mode="r").shape[1:]
+        labels = np.array([self.job.image(i)[0] for i in range(self.job.count)], dtype=np.int64)
+        with atomic_file(self.out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                head = {"descr": "|u1", "fortran_order": False, "shape": (self.job.count, *shape)}
+                np.lib.format.write_array_header_1_0(entry, head)  # type: ignore[arg-type]
+                for path in files:
+                    entry.write(np.load(path).tobytes())
+            with archive.open("arr_1.npy", "w") as entry:
+                np.lib.format.write_array(entry, labels)
+        remove_tree(self.parts)
+
+
+Output = PngFolder | Shards | Npz
+
+
+def describe(source: Source, job: Job) -> dict[str, Any]:
+    """What the images depend on: kept beside them, and compared before more are added."""
+    settings = {f"settings.{key}": value for key, value in asdict(job.settings).items()}
+    return {**source.what, "classes": len(job.classes), "classes_hash": canonical_hash(list(job.classes))[:16],
+            "count": job.count, "seed": job.seed, "rounding": ROUNDING, **settings}  # fmt: skip
+
+
+def generate(
+    source: Source, job: Job, out: Path, kind: str, batch: int, part: tuple[int, int] = (0, 1), hooks: Hooks | None = None
+) -> bool:
+    """Make the images that are missing, of every `part[1]`-th unit from `part[0]` on; True when all of the job are there and `out` is
+    complete. UserError: images of another model or other settings are there already."""
+    what = describe(source, job)
+    record = out.with_name(f"{out.name}.json") if kind == "npz" else out / RECORD
+    if record.exists():
+        there, here = flat(read_json(record, "description of samples")), flat(what)
+        if changed := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+            key = changed[0]
+            raise UserError(f"{out}: holds images made otherwise ({key}: {there.get(key)} there, {here.get(key)} here); choose another "
+                            "place")  # fmt: skip
+    elif (out.exists() and (kind == "npz" or any(out.iterdir()))):
+        raise UserError(f"{out}: is there already and was not made by this command (no {record.name}); choose another place")
+    else:
+        write_json(record, what)
+    output: Output = (PngFolder(out, job) if kind == "png" else Npz(out, job) if kind == "npz"
+                      else Shards(out, job, source.classes, {key: str(value) for key, value in what.items()}))  # fmt: skip
+    mine = [(unit, indices) for unit in range(part[0], job.units, part[1]) if (indices := output.missing(unit))]
+    with progress("sample", sum(len(indices) for _, indices in mine), "images") as bar:
+        done = 0
+        for unit, indices in mine:
+            images = []
+            for start in range(0, len(indices), batch):
+                chosen = [job.image(i) for i in indices[start : start + batch]]
+                images.append(draw(source, [c for c, _ in chosen], [n for _, n in chosen], job.seed, job.settings, hooks))
+                done += len(chosen)
+                bar.update(done)
+            output.write(unit, indices, np.concatenate(images))
+    if any(output.missing(unit) for unit in range(job.units)):
+        say(f"{out}: the other parts are not complete yet; the last one to end puts it together")
+        return False
+    output.finish()
+    return True
+
+
+def read_images(path: Path, batch: int = 64) -> Iterator[np.ndarray]:
+    """uint8 images (b, H, W, 3) of an npz, a folder of PNGs or JPEGs, or a folder of image shards, in order. UserError: none of these."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        yield from _npz_images(path, batch)
+        return
+    if (path / "manifest.json").exists():
+        from var_scale.data.loader import ImageData
+
+        data = ImageData(path, None)
+        for start in range(0, data.num_samples, batch):
+            yield data.images(np.arange(start, min(start + batch, data.num_samples)))
+        return
+    files = sorted(p for p in path.glob("**/*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")) if path.is_dir() else []
+    if not files:
+        raise UserError(f"{path}: no images here; give an npz, a folder of PNGs, or a folder of image shards")
+    for start in range(0, len(files), batch):
+        yield _same_size([np.asarray(Image.open(file).convert("RGB")) for file in files[start : start + batch]], path)
+
+
+def _same_size(images: list[np.ndarray], path: Path) -> np.ndarray:
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{path}: holds images of different sizes; bring them to one size first")
+    return np.stack(images)
+
+
+def _npz_images(path: Path, batch: int) -> Iterator[np.ndarray]:
+    """Streamed: the file may be larger than the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
+            version = np.lib.format.read_magic(entry)  # type: ignore[arg-type]
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(entry)  # type: ignore[arg-type]
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
+                raise UserError(f"{path}: arr_0 is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+            size = int(np.prod(shape[1:]))
+            for start in range(0, shape[0], batch):
+                count = min(batch, shape[0] - start)
+                yield np.frombuffer(entry.read(count * size), np.uint8).reshape(count, *shape[1:])
+    except FileNotFoundError:
+        raise UserError(f"{path}: this file does not exist") from None
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise UserError(f"{path}: is not an npz of images (arr_0): {error}") from None
+
+
