@@ -66,7 +66,7 @@ class RunFolder:
 
     def sync_metrics(self) -> None:
         """Put the rows on disk: a checkpoint that comes after them relies on them."""
-        with open(self.metrics, "rb") as file:
+        with open(self.metrics, "ab") as file:  # a first checkpoint may come before the first row
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:

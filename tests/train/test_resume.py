@@ -21,7 +21,7 @@ from var_scale.model.load import build_model, new_tokenizer
 from var_scale.run_folder import EXIT_REQUEUE, RunFolder, take_lock
 from var_scale.train.checkpoint import checkpoints
 from var_scale.train.engine.single import SingleEngine
-from var_scale.train.loop import create_run
+from var_scale.train.loop import create_run, newest_checkpoint
 from var_scale.train.save import CheckpointWriter
 from var_scale.train.step import TrainStep
 
@@ -257,3 +257,14 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path: Path) -> None:
     assert code != 0
     status = folder.status()
     assert status["state"] == "failed" and status["reason"] == "rank 1: ValueError: a broken card", status
+
+
+def test_checkpoints_at_shares_of_the_run_stay(tmp_path: Path) -> None:
+    """Also before the first row of metrics; `newest_checkpoint` finds each by its step, and one that is not there is named."""
+    config = small_config(tmp_path, train={"steps": 20, "keep_at": [0.1, 0.5], "keep_checkpoints": 1}, log={"every": 10})
+    code, folder = run(config, tmp_path / "run")
+    assert code == 0
+    assert [c.step for c in checkpoints(folder.checkpoints)] == [2, 10, 20]
+    assert [newest_checkpoint(folder.path, step)[1].step for step in (2, 10, None)] == [2, 10, 20]
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are those of 2, 10, 20"):
+        newest_checkpoint(folder.path, 3)
