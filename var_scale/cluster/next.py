@@ -99,7 +99,8 @@ def advice(study: Study, result: StudyResult, hours: float, metric: str, depths:
         best = max(affordable, key=lambda c: c.x)
         at = law.at(best.x)
         expected = f"{at.value:.4f} [{at.low:.4f}, {at.high:.4f}]"
-        lines.append(f"largest model for {hours:.3g} {unit}, trained as the others: {best.name} ({best.cost:.3g}), expected {metric} "
+        among = f"the largest that {hours:.3g} {unit} pay among {candidates[0].name} to {candidates[-1].name}, trained as the others"
+        lines.append(f"{among}: {best.name} ({best.cost:.3g}), expected {metric} "
                      f"{expected}")  # fmt: skip
     else:
         cheapest = min(candidates, key=lambda c: c.cost)

@@ -130,7 +130,14 @@ def records(args: argparse.Namespace) -> None:
         item = excluded.get(id(record))
         say(f"{record.name}: d{record.depth}, {record.images:,} images, loss_avg {record.loss_avg:.4f}, loss_last {record.loss_last:.4f}"
             + (f"  [{item.code}: {item.text}]" if item else ""))  # fmt: skip
+    if args.map:
+        taken = [text for name, text in ASSUMED.items() if name not in args.map and not (name == "images" and "tokens" in args.map)]
+        say(f"assumed of mapped tables: parameters of the paper's ladder (C = 64 d); {'; '.join(taken)}")
     say(f"{args.out}: {len(found)} runs; `var-scale fit {args.out} --x params_paper --y loss_avg` fits those that pass the gate")
+
+
+ASSUMED = {"images": "no images or tokens, so no compute", "final_lr_fraction": "learning rates annealed",
+           "data_hash": "all on the same data", "seed": "seed 0", "seconds": "no times"}  # fmt: skip
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -139,11 +146,18 @@ def fit(args: argparse.Namespace) -> None:
 
     law = fit_table(args.table, args.x, args.y, args.form, args.floor, args.json, not args.keep_outliers, args.seed)
     if args.compare:
+        from dataclasses import asdict
+
+        from var_scale.files import read_json, write_json
         from var_scale.progress import say
         from var_scale.study.compare import compare
+        from var_scale.study.laws import plain
 
         other = fit_table(args.compare, args.x, args.y, args.form, args.floor, None, not args.keep_outliers, args.seed)
-        say(compare(law, other).sentence(str(args.table), str(args.compare)))
+        result = compare(law, other)
+        say(result.sentence(str(args.table), str(args.compare)))
+        if args.json:
+            write_json(args.json, read_json(args.json) | {"compare": {"table": str(args.compare), **plain(asdict(result))}})
 
 
 def add(commands: Commands) -> None:

@@ -29,8 +29,8 @@ def config_root() -> Path:
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
-    """A YAML file by path, or by preset name such as `study/tiny` or `engine/zero1`."""
-    names = [name, f"{name}.yaml"]
+    """A YAML file by path, or by preset name such as `study/tiny` or `engine/zero1`; of a study's folder its study.yaml."""
+    names = [name, f"{name}.yaml", f"{name}/study.yaml"]
     roots = [*([beside] if beside else []), Path(), config_root()]
     for root in roots:
         for candidate in names:

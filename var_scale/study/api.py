@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from var_scale.errors import UserError
 from var_scale.study.laws import FORMS, SURFACES, VARIABLES, Array, Form, LawFit, t_factor
+from var_scale.study.next_runs import information_rows
 from var_scale.study.power import NOISE_FLOOR, fit_law
 
 OUTLIER_P = 1e-3
@@ -19,6 +20,8 @@ SUSPECT = 6.0
 """robust standard deviations from a robust line beyond which a point is looked at"""
 LEAST = 5e-3
 """relative deviation below which no point is looked at"""
+FAR = 15.0
+"""the same of a law of size and data, whose fit an outlier moves little"""
 DRAWS = 200
 Left = list[tuple[str, str, str]]
 
@@ -44,8 +47,15 @@ def fit(
         raise UserError(f"law form {form!r} is not known; use one of {', '.join(FORMS)}")
     if (form in SURFACES) != (d is not None) or (form == "repeated") != (unique is not None):
         raise UserError(f"the form {form} is of {', '.join(VARIABLES[form])}: parameters as x, tokens as d, different tokens as unique")
-    columns = [np.asarray(values, dtype=float) for values in (x, d, unique) if values is not None]
-    ys = np.asarray(y, dtype=float)
+    try:
+        columns = [np.asarray(values, dtype=float) for values in (x, d, unique) if values is not None]
+        ys = np.asarray(y, dtype=float)
+    except ValueError:
+        raise UserError(f"{metric}: sizes and values must be numbers") from None
+    if any(column.ndim != 1 for column in (*columns, ys)):
+        raise UserError(f"{metric}: give sizes and values as lists of numbers, one a row")
+    if floor < 0:
+        raise UserError(f"floor: {floor:g} is negative; an irreducible part is 0 or more")
     if any(len(column) != len(ys) for column in columns):
         raise UserError(f"{metric}: {', '.join(str(len(column)) for column in columns)} sizes and {len(ys)} values; give as many of each")
     if not all(np.isfinite(column).all() and (column > 0).all() for column in columns):
@@ -57,7 +67,8 @@ def fit(
     for row in np.flatnonzero(~kept).tolist():
         left.append((labels[row], "non_finite", f"{metric} is {ys[row]:g}, no positive finite number"))
     if outliers:
-        for row, text in _outliers(form, xs, ys, kept, floor):
+        found = _surface_outliers(form, columns, ys, kept) if form in SURFACES else _outliers(form, xs, ys, kept, floor)
+        for row, text in found:
             kept[row] = False
             left.append((labels[row], "outlier", text))
     rows = [labels[row] for row in np.flatnonzero(kept).tolist()]
@@ -95,14 +106,40 @@ def _outliers(form: Form, x: Array, y: Array, kept: NDArray[np.bool_], floor: fl
         level = 1 - OUTLIER_P / len(index)
         if form == "power":
             low, high = (float(end[0]) for end in law.interval(x[row], level))
-        else:  # draws do not reach so far out: Student's t about the fitted law
-            half = t_factor(level, law.freedom) * law.sd * math.sqrt(1 + 3 / len(sound))
+        else:  # draws do not reach so far out: Student's t about the fitted law, with what the others leave open there
+            jacobian, here = information_rows(law, x[sound]), information_rows(law, x[[row]])[0]
+            leverage = float(here @ np.linalg.pinv(jacobian.T @ jacobian) @ here)
+            half = t_factor(level, law.freedom) * law.sd * math.sqrt(1 + leverage)
             middle = float(law.predict(x[row]))
             low, high = middle * math.exp(-half), middle * math.exp(half)
         if not low <= y[row] <= high:
-            miss = y[row] / float(law.predict(x[row])) - 1
-            found.append((row, f"{100 * miss:+.1f} % from the law of the others, which allows {low:.4g} to {high:.4g}"))
+            ratio = y[row] / float(law.predict(x[row]))
+            found.append((row, f"{_times(ratio)} the law of the others, which allows {low:.4g} to {high:.4g}"))
     return found
+
+
+def _surface_outliers(form: Form, columns: Sequence[Array], y: Array, kept: NDArray[np.bool_]) -> list[tuple[int, str]]:
+    """Rows far from the robust fit of all: beyond FAR robust standard deviations and twice what Student's t allows among so many."""
+    from var_scale.study.surface import fit_surface
+
+    index = np.flatnonzero(kept)
+    if len(index) < 12:
+        return []
+    unique = columns[2][index] if form == "repeated" else None
+    law = fit_surface(columns[0][index], columns[1][index], y[index], unique)
+    if not law.converged:
+        return []
+    misses = np.asarray(law.residuals)
+    scale = max(1.4826 * float(np.median(np.abs(misses))) * math.sqrt(len(index) / law.freedom), LEAST / FAR)
+    far = scale * max(FAR, 2 * t_factor(1 - OUTLIER_P / len(index), law.freedom))
+    found = [(int(row), f"{_times(math.exp(miss))} the law of all, {abs(miss) / scale:.0f} times as far as others are")
+             for row, miss in zip(index, misses, strict=True) if abs(miss) > far]  # fmt: skip
+    return found if len(found) <= len(index) // 4 else []
+
+
+def _times(ratio: float) -> str:
+    """1.3 as +30 % of, 300 as 300 times."""
+    return f"{100 * (ratio - 1):+.1f} % from" if 0.2 < ratio < 3 else f"{ratio:.3g} times"
 
 
 def _from_line(u: Array, v: Array) -> Array:

@@ -68,6 +68,9 @@ def fit_broken(x: Array, y: Array, floor: float, seed: int, common: dict[str, An
     if "x_break" in edges:
         reason = "no break inside the sizes: the best one lies at the second from the end; use power or power_floor"
         return LawFit(form="broken_power", status="not-converged", reason=reason, **result, **common)
+    if width > 0.98 * WIDTHS[-1]:
+        reason = "the passage between the exponents is wider than can be told from a bend; use power or power_floor"
+        return LawFit(form="broken_power", status="not-converged", reason=reason, **result, **common)
     params = {"E": floor, "a": math.exp(level), "alpha_1": one, "alpha_2": one + difference, "x_break": math.exp(place), "width": width}
     rng = np.random.default_rng(seed)
     scales = np.minimum(np.sqrt(freedom / rng.chisquare(freedom, DRAWS)), 20)[:, None] * max(sd, common["noise_floor"])

@@ -55,7 +55,10 @@ def compare(one: LawFit, two: LawFit) -> Comparison:
     x, y = np.concatenate(u), np.concatenate(v)
     x = x - x.mean()
     ones = np.ones(n)
-    full, parallel, single = (np.stack(columns, 1) for columns in ((ones, x, group, group * x), (ones, x, group), (ones, x)))
+    root = np.sqrt(np.concatenate([law.weights(np.asarray(law.x)) for law in (one, two)]))
+    designs = ((ones, x, group, group * x), (ones, x, group), (ones, x))
+    full, parallel, single = (root[:, None] * np.stack(columns, 1) for columns in designs)
+    y = y * root
     rss = []
     for design in (full, parallel, single):
         q, _ = np.linalg.qr(design)
@@ -64,6 +67,8 @@ def compare(one: LawFit, two: LawFit) -> Comparison:
     freedom = n - 4
     noise = max(one.noise_floor, two.noise_floor)
     variance = max(rss[0] / freedom, noise**2)
+    if variance == 0:
+        raise UserError("compare: the points lie on their laws exactly, so there is no noise to judge a difference by; is it one table?")
     p_same = float(fdtrc(2, freedom, (rss[2] - rss[0]) / 2 / variance))
     p_exponent = float(fdtrc(1, freedom, (rss[1] - rss[0]) / variance))
     q, r = np.linalg.qr(parallel)

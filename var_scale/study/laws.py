@@ -99,7 +99,8 @@ class LawFit:
     residuals: tuple[float, ...] = ()
     """ln measured - ln fitted (of L - E for the power law, else of L), in row order"""
     residual_sd: float = math.nan
-    """root of the sum of squares over the degrees of freedom, n - parameters; not below `noise_floor` in intervals"""
+    """relative error of a value: root of the (weighted) sum of squares over the degrees of freedom, n - parameters; of broken_power that of
+    L - E. Intervals do not go below `noise_floor`"""
     noise_floor: float = 0.0
     rows: tuple[str, ...] = ()
     excluded: tuple[tuple[str, str, str], ...] = ()
@@ -170,19 +171,25 @@ class LawFit:
         order = np.argsort(u)
         return [float(a) for a in -np.diff(v[order]) / np.diff(u[order])]
 
+    def weights(self, at: Array) -> Array:
+        """Of the form power: ((y - E) / y)^2 of the law at `at`, how much its logs are worth; 1 where E is 0."""
+        reducible = self.params["a"] * at ** -self.params["alpha"]
+        return np.asarray((reducible / (self.params["E"] + reducible)) ** 2)
+
     def curvature(self) -> tuple[float, float]:
         """A bend of the power law: coefficient of (ln x)^2 beside the straight line in ln (L - E), and its two-sided p-value
         (Student's t, n - 3 degrees of freedom). NaN, NaN with fewer than four points."""
         from scipy.special import stdtr
 
         n = len(self.x)
-        if self.form != "power" or n < 4:
+        if self.form != "power" or n < 4 or not self.converged:
             return math.nan, math.nan
-        u = np.log(np.asarray(self.x))
-        basis = np.stack([np.ones(n), u, (u - u.mean()) ** 2], axis=1)
+        u, root = np.log(np.asarray(self.x)), np.sqrt(self.weights(np.asarray(self.x)))
+        basis = np.stack([np.ones(n), u, (u - u.mean()) ** 2], axis=1) * root[:, None]
         q, r = np.linalg.qr(basis)
-        weights = q.T @ np.asarray(self.residuals)
-        left = np.asarray(self.residuals) - q @ weights
+        missed = np.asarray(self.residuals) * root
+        weights = q.T @ missed
+        left = missed - q @ weights
         sd = max(math.sqrt(float(left @ left) / (n - 3)), self.noise_floor)
         bend, error = weights[2] / r[2, 2], sd / abs(r[2, 2])
         return float(bend), float(2 * stdtr(n - 3, -abs(bend) / error))
@@ -204,12 +211,14 @@ class LawFit:
         return Prediction(float(x), float(self.predict(x, d, unique)), float(low[0]), float(high[0]), level)
 
     def _t_interval(self, at: Array, level: float, new_run: bool) -> tuple[Array, Array]:
-        """Exact for normal residuals: u +- t_{n-2} s sqrt([1] + 1/n + (ln x - m)^2 / Sxx) with u = ln (L - E)."""
-        log_x, p = np.log(np.asarray(self.x)), self.params
-        spread = ((log_x - log_x.mean()) ** 2).sum()
-        n = len(log_x)
-        scale = np.sqrt(float(new_run) + 1 / n + (np.log(at) - log_x.mean()) ** 2 / spread)
-        half = t_factor(level, n - 2) * self.sd * scale
+        """u +- t_{n-2} s sqrt([1/w(x)] + sum (1/n + (ln x - m) (ln x_i - m) / Sxx)^2 / w_i), u = ln (L - E), w the weights; with E = 0
+        that is sqrt([1] + 1/n + (ln x - m)^2 / Sxx), exact for normal residuals."""
+        points = np.asarray(self.x)
+        log_x, p = np.log(points), self.params
+        apart = log_x - log_x.mean()
+        pull = 1 / len(points) + (np.log(at) - log_x.mean())[:, None] * apart[None, :] / (apart**2).sum()
+        scale = np.sqrt(float(new_run) / self.weights(at) + (pull**2 / self.weights(points)[None, :]).sum(1))
+        half = t_factor(level, len(points) - 2) * self.sd * scale
         middle = p["a"] * at ** -p["alpha"]
         with np.errstate(over="ignore"):
             return p["E"] + middle * np.exp(-half), p["E"] + middle * np.exp(half)

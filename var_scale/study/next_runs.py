@@ -47,17 +47,21 @@ class Advice:
                 f"interval of the exponent: ±{self.half_before:.2g} now, ±{self.half_after:.2g} expected with them"]  # fmt: skip
 
 
-def information(law: LawFit, x: Array) -> Array:
-    """J'J of the points `x` over the noise of a run, squared."""
+def information_rows(law: LawFit, x: Array) -> Array:
+    """Derivatives of ln y by (E, ln a, alpha), of `power` by the last two, at the points `x`: (n, parameters)."""
     p = law.params
     middle = math.exp(float(np.log(law.x).mean()))
     decay = p["a"] * x ** -p["alpha"]
     logs = np.log(x / middle)
+    value = p["E"] + decay
     if law.form == "power_floor":
-        value = p["E"] + decay
-        jacobian = np.stack([1 / value, decay / value, -decay * logs / value], axis=1)
-    else:
-        jacobian = np.stack([np.ones_like(x), -logs], axis=1)
+        return np.stack([1 / value, decay / value, -decay * logs / value], axis=1)
+    return np.stack([decay / value, -decay * logs / value], axis=1)
+
+
+def information(law: LawFit, x: Array) -> Array:
+    """J'J of the points `x` over the noise of a run, squared."""
+    jacobian = information_rows(law, x)
     return np.asarray(jacobian.T @ jacobian / law.sd**2)
 
 

@@ -15,7 +15,7 @@ from var_scale.study.frontier import Frontier, evaluations
 from var_scale.study.laws import LawFit
 from var_scale.study.power import ridge_regions
 from var_scale.study.record import METRICS
-from var_scale.study.theme import BAND, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
+from var_scale.study.theme import BAND, DARK, FIT, GRID_METRICS, HELD, INK, LABELS, decimal_log_axis, figure, look, save, size_colours
 
 SIZE_LABEL = {"params_paper": "parameters N = 18 d C²", "params_total": "parameters N (all)", "params_per_token": "parameters N = 12 d C²"}
 
@@ -167,7 +167,7 @@ def ridge_figure(result: StudyResult) -> Any:
             continue
         fit, assumed = result.fits[metric, "power_floor"], result.fits[metric, "power"]
         region = ridge_regions(fit)
-        for (low, high), colour, name in ((region.most, BAND, "95 % region"), (region.half, BAND, "50 % region")):
+        for (low, high), colour, name in ((region.most, BAND, "95 % region"), (region.half, DARK, "50 % region")):
             axis.fill_between(region.floors, low, high, color=colour, lw=0.8, label=name)
         inside = np.isfinite(region.most[0])
         axis.plot(region.floors[inside], region.best[inside], color=INK, lw=0.8, ls=(0, (2, 2)), label="best exponent at each E")

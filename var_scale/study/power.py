@@ -7,7 +7,7 @@ Every function returns a LawFit; too few points, a floor above the data or an ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,13 +59,17 @@ def _unfit(form: Form, x: Array, y: Array, floor: float) -> str:
 
 
 def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
-    """ln (y - E) = ln a - alpha ln x by ordinary least squares; t intervals with n - 2 degrees of freedom."""
+    """ln (y - E) = ln a - alpha ln x by ordinary least squares; t intervals with n - 2 degrees of freedom. Noise is a share of y, so that
+    of ln (y - E) is larger where more of y is irreducible: the intervals take it so."""
     u, v = np.log(x), np.log(y - floor)
     n, spread = len(u), float(((u - u.mean()) ** 2).sum())
     slope = float(((u - u.mean()) * (v - v.mean())).sum() / spread)
     intercept = float(v.mean() - slope * u.mean())
     residuals = v - intercept - slope * u
-    sd = math.sqrt(float((residuals**2).sum()) / (n - 2))
+    reducible = np.exp(intercept + slope * u)
+    variance = ((floor + reducible) / reducible) ** 2  # of each log, over that of ln y
+    left = 1 - 1 / n - (u - u.mean()) ** 2 / spread
+    sd = math.sqrt(float((residuals**2).sum() / (variance * left).sum()))
     alpha, a = -slope, math.exp(intercept)
     result: dict[str, Any] = {
         "objective": float((residuals**2).sum()),
@@ -77,11 +81,9 @@ def _power(x: Array, y: Array, floor: float, common: dict[str, Any]) -> LawFit:
         return LawFit(
             form="power", status="not-converged", reason=f"the value does not fall with size (exponent {alpha:.3g})", **result, **common
         )
-    common = common | {"noise_floor": common["noise_floor"] * float(np.mean(y / (y - floor)))}  # relative to y; residuals are of y - E
-    noise = max(sd, common["noise_floor"])
-    quantile = t_factor(LEVEL, n - 2)
-    half = quantile * noise / math.sqrt(spread)
-    half_a = quantile * noise * math.sqrt(1 / n + float(u.mean()) ** 2 / spread)
+    noise = t_factor(LEVEL, n - 2) * max(sd, common["noise_floor"])
+    half = noise * math.sqrt(float((variance * (u - u.mean()) ** 2).sum())) / spread
+    half_a = noise * math.sqrt(float((variance * (1 / n - u.mean() * (u - u.mean()) / spread) ** 2).sum()))
     intervals = {"alpha": (alpha - half, alpha + half), "a": (a * math.exp(-half_a), a * math.exp(half_a))}
     params = {"E": floor, "a": a, "alpha": alpha, "beta": paper_beta(a, alpha, UNITS.get(common["variable"], 1.0))}
     audit = {"method": "least squares on logs, closed form", "gradient_norm": float(np.hypot(residuals.sum(), (residuals * u).sum())),
@@ -153,24 +155,22 @@ def profile_intervals(x: Array, y: Array, best: float, floor: float, log_alpha: 
     degrees of freedom (profile likelihood with unknown noise). An end that the data do not bound is 0 or infinite."""
     limit = best + t_factor(LEVEL, len(x) - 3) ** 2 * sd**2
     low, high = map(math.log, ALPHA_BOUNDS)
-    logs = np.unique(np.concatenate([np.linspace(low, high, 1200), np.clip(log_alpha + np.linspace(-0.3, 0.3, 601), low, high)]))
-    alpha = tuple(math.exp(end) for end in _inside(logs, profile(np.exp(logs), x, y)[2], log_alpha, limit))
-    top = float(y.min())
-    near = floor + (top - floor) * np.linspace(-0.3, 0.999, 400)
-    floors = np.unique(np.concatenate([top * (1 - np.geomspace(1, 1e-5, 400)), near[(near >= 0) & (near < top)]]))
-    coarse = ridge(x, y, floors, np.exp(np.linspace(low, high, 600))).min(1)
-    refined = [float(_best_at(x, y, e)) for e in floors[coarse <= 4 * limit]]
-    coarse[coarse <= 4 * limit] = np.minimum(refined, coarse[coarse <= 4 * limit])
+
+    def at_alpha(log: float) -> float:
+        return float(profile(np.array([math.exp(log)]), x, y)[2][0])
+
+    ends = [math.exp(_end(at_alpha, log_alpha, bound, limit)) for bound in (low, high)]
+    top = float(y.min()) * (1 - 1e-9)
     return {
-        "E": _inside(floors, coarse, floor, limit),
-        "alpha": (0.0 if alpha[0] <= ALPHA_BOUNDS[0] * 1.001 else alpha[0], math.inf if alpha[1] >= ALPHA_BOUNDS[1] / 1.001 else alpha[1]),
+        "E": (_end(lambda e: _best_at(x, y, e), floor, 0.0, limit), _end(lambda e: _best_at(x, y, e), floor, top, limit)),
+        "alpha": (0.0 if ends[0] <= ALPHA_BOUNDS[0] * 1.001 else ends[0], math.inf if ends[1] >= ALPHA_BOUNDS[1] / 1.001 else ends[1]),
     }
 
 
 def _best_at(x: Array, y: Array, floor: float) -> float:
-    """The objective with this floor, exponent and b at their best: by a grid that is made finer twice."""
+    """The objective with this floor, exponent and b at their best: by a grid that is made finer five times."""
     low, high = map(math.log, ALPHA_BOUNDS)
-    for _ in range(3):
+    for _ in range(6):
         logs = np.linspace(low, high, 60)
         values = ridge(x, y, np.array([floor]), np.exp(logs))[0]
         place = int(values.argmin())
@@ -178,20 +178,20 @@ def _best_at(x: Array, y: Array, floor: float) -> float:
     return float(values.min())
 
 
-def _inside(places: Array, values: Array, best: float, limit: float) -> tuple[float, float]:
-    """The ends of the range around `best` in which `values` stay below `limit`, interpolated between places."""
-    start = int(np.abs(places - best).argmin())
-    ends = []
-    for step in (-1, 1):
-        k = start
-        while 0 <= k + step < len(places) and values[k + step] <= limit:
-            k += step
-        if not 0 <= k + step < len(places):
-            ends.append(float(places[k]))
-            continue
-        share = (limit - values[k]) / (values[k + step] - values[k])
-        ends.append(float(places[k] + np.clip(share, 0, 1) * (places[k + step] - places[k])))
-    return ends[0], ends[1]
+def _end(value: Callable[[float], float], start: float, bound: float, limit: float) -> float:
+    """Where `value` crosses `limit` on the way from `start` to `bound`: in steps that grow from a millionth of the way, then halved;
+    `bound` where it does not."""
+    way = bound - start
+    inside, step = 0.0, 1e-6
+    while value(start + step * way) <= limit:
+        if step == 1:
+            return bound
+        inside, step = step, min(1.4 * step, 1.0)
+    outside = step
+    for _ in range(30):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if value(start + middle * way) <= limit else (inside, middle)
+    return start + inside * way
 
 
 def _power_floor(x: Array, y: Array, seed: int, common: dict[str, Any]) -> LawFit:

@@ -19,7 +19,8 @@ CAPTIONS = {
     "laws": "The four laws against model size. Dots: measured. Blue: power law of all sizes with the 95 % band of its line (single runs "
             "scatter more). Orange: the law of all sizes but the largest, its prediction for the largest run, which it never saw, and the "
             "95 % interval of that.",
-    "ridge": "What the points say of E and α together: inside the darker line 50 %, inside the lighter 95 % regions (of both together). "
+    "ridge": "What the points say of E and α together: regions that hold both with 50 % (dark) and 95 % (light); an edge at α = 0.003 is "
+             "where the search ends. "
              "The cross is the best fit, the circle the power law with the assumed E. Along the ridge all laws fit about equally "
              "well, so an exponent without its E means little.",
     "compute": "Values during training against compute, the Pareto frontier over all runs and its power law. Points before the end of a "
@@ -217,7 +218,9 @@ def _isoflop(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -
 def _forms(doc: Document, result: StudyResult) -> None:
     """Which form the points prefer."""
     if not any(sum(math.isfinite(fit.aicc) for fit in fits.values()) > 1 for fits in result.rivals.values()):
-        return  # nothing to compare
+        doc.heading("Which form?")
+        doc.paragraph("Too few sizes to compare forms by AICc: the law with a floor needs six.")
+        return
     doc.heading("Which form?")
     doc.paragraph(
         "Akaike's criterion for small samples (AICc) less the best form's: 0 is the best, below 2 as good as the best, above 10 out of "
@@ -238,11 +241,14 @@ def _data(doc: Document, result: StudyResult, pictures: Mapping[str, Path]) -> N
     ends = " to ".join(f"{e:.3g}" for e in sorted({known[0], known[-1]})) if known else ""
     passes = f" Passes of the runs over their training set: {ends}." if known else ""
     doc.paragraph("The best value of any size at each number of tokens seen, and its power law. Against passes over one training set the "
-                  f"exponent is the same.{passes}")  # fmt: skip
+                  f"exponent is the same.{passes} Values before the end of a run were taken before the learning rate was annealed, so this "
+                  "is a law of the schedule too; runs of several lengths give a cleaner one.")  # fmt: skip
     rows = []
     for metric, front in result.data_frontiers.items():
         fit = front.fit
-        rows.append([metric, f"`{fit.equation}`", number(fit.params["alpha"]), span(front.alpha_interval), len(fit.x)] if fit.converged
+        alone = len({point.run for point in front.points}) < 3
+        interval = "n/a: fewer than three runs hold it" if alone else span(front.alpha_interval)
+        rows.append([metric, f"`{fit.equation}`", number(fit.params["alpha"]), interval, len(fit.x)] if fit.converged
                     else [metric, f"not converged: {fit.reason}", "", "", len(fit.x)])  # fmt: skip
     doc.table(["metric", "law", "α", "α, 95 % bootstrap by run", "points"], rows)
     if "data" in pictures:

@@ -24,6 +24,8 @@ PASSES = (1.0, 4.0, 16.0, 64.0)
 """r_star to start from"""
 BOUNDS = {"A": (-20.0, 20.0), "B": (-20.0, 20.0), "E": (-15.0, 15.0), "alpha": (0.0, 3.0), "beta": (0.0, 3.0),
           "r_star": (math.log(0.05), math.log(1e4))}  # fmt: skip
+MAX_CONDITION = 2000.0
+"""of the Jacobian of ln L, columns of length 1; designs that determine the law have 20 to 130, those that do not 2e4 and more"""
 Objective = Callable[[Array, Any], tuple[float, Array]]
 """of theta and the rows that count: value and gradient"""
 
@@ -94,6 +96,7 @@ def fit_surface(
              "starts": len(EXPONENTS) ** 2 * (1 if unique is None else len(PASSES)), "descents": len(ends),
              "agree": sum(value <= best * (1 + 1e-4) + 1e-12 for value, _ in ends)}  # fmt: skip
     params = _natural(theta, mu, mw)
+    params["split"] = params["beta"] / (params["alpha"] + params["beta"])
     fitted = law_value(form, params, ns, ds, us)
     residuals = np.log(losses / fitted)
     sd = math.sqrt(float((residuals**2).sum()) / (len(losses) - PARAMETERS[form]))
@@ -104,6 +107,9 @@ def fit_surface(
         return LawFit(status="not-converged", reason=why, **common, **result)
     if audit["gradient_norm"] > 1e-2 * (1 + best):
         return LawFit(status="not-converged", reason=f"the gradient at the end is {audit['gradient_norm']:.2g}", **common, **result)
+    audit["condition"] = _condition(form, params, ns, ds, us)
+    if audit["condition"] > MAX_CONDITION:
+        return LawFit(status="not-converged", reason=_undetermined(form, ds, us), **common, **result)
     if audit["agree"] < 2:
         return LawFit(status="not-converged", reason=f"only one of {len(ends)} descents reached the best objective", **common, **result)
     made: Array = np.empty((0, 0))
@@ -113,10 +119,10 @@ def fit_surface(
         columns = dict(zip(NAMES[form], made.T, strict=False))
         columns["split"] = columns["beta"] / (columns["alpha"] + columns["beta"])
         tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-        held = params | {"split": params["beta"] / (params["alpha"] + params["beta"])}
         for name, sample in columns.items():
-            low, high = np.percentile(sample, tails)
-            intervals[name] = (min(float(low), held[name]), max(float(high), held[name]))
+            low, high = (float(end) for end in np.percentile(sample, tails))
+            intervals[name] = (min(low, params[name]), max(high, params[name]))
+        intervals = _open(intervals, float(losses.min()))
     return LawFit(status="converged", params=params, intervals=intervals, draws=tuple(map(tuple, made.tolist())), **common, **result)
 
 
@@ -130,9 +136,58 @@ def _unfit(form: str, n: Array, d: Array, loss: Array, unique: Array) -> str:
     if len(n) < need or len(set(n.tolist())) < 3 or len(set(d.tolist())) < 3:
         counts = f"{len(n)} runs, {len(set(n.tolist()))} sizes, {len(set(d.tolist()))} token counts"
         return f"{counts}; at least {need} runs with 3 of each are needed"
+    if _together(n, d):
+        return "sizes and tokens go together, so nothing tells their parts apart; train sizes for several lengths"
     if form == "repeated" and len(set(d[d > 1.01 * unique].tolist())) < 2:
         return "fewer than two token counts repeat their data; use chinchilla"
     return ""
+
+
+def _condition(form: str, params: dict[str, float], n: Array, d: Array, unique: Array) -> float:
+    """Condition number of the derivatives of ln L by ln E, ln A, ln B, alpha, beta (and ln r_star), N and D about their means: how far the
+    rows are from telling the parameters apart, whatever the noise."""
+    total = law_value(form, params, n, d, unique)
+    data = effective_data(d, unique, params["r_star"]) if form == "repeated" else d
+    sized, fed = params["A"] * n ** -params["alpha"] / total, params["B"] * data ** -params["beta"] / total
+    columns = [params["E"] / total, sized, fed, -sized * (np.log(n) - np.log(n).mean()), -fed * (np.log(data) - np.log(data).mean())]
+    if form == "repeated":
+        columns.append(-params["beta"] * fed * _repeated(d, unique, params["r_star"])[1])
+    matrix = np.stack(columns, axis=1)
+    lengths = np.linalg.norm(matrix, axis=0)
+    if not (lengths > 0).all():
+        return math.inf
+    values = np.linalg.svd(matrix / lengths, compute_uv=False)
+    return float(values[0] / values[-1]) if values[-1] > 0 else math.inf
+
+
+def _together(n: Array, d: Array) -> bool:
+    """Whether D is a power of N, but for a hundredth of its variance: a ladder of one number of tokens a parameter, say."""
+    return float(np.corrcoef(np.log(n), np.log(d))[0, 1]) ** 2 > 0.99
+
+
+def _undetermined(form: str, d: Array, unique: Array) -> str:
+    """Why the parameters cannot be told apart, as far as the design shows it."""
+    text = "these rows do not determine the law, other parameters fit them as well"
+    if form == "repeated":
+        passes = sorted({round(float(p), 3) for p in d / unique})
+        return f"{text}: with {passes[0]:g} to {passes[-1]:g} passes, {len(passes)} lengths; add runs of one pass or less, and longer ones"
+    return f"{text}: add sizes or lengths further apart"
+
+
+def _open(intervals: dict[str, tuple[float, float]], least: float) -> dict[str, tuple[float, float]]:
+    """Ends where a search bound stopped the draws are open: 0 or infinite, and with an exponent its coefficient."""
+    found = dict(intervals)
+    for exponent, factor in (("alpha", "A"), ("beta", "B")):
+        low, high = found[exponent]
+        if high > 0.98 * BOUNDS[exponent][1]:
+            found[exponent], found[factor] = (low, math.inf), (found[factor][0], math.inf)
+        if low < 1e-3:
+            found[exponent], found[factor] = (0.0, found[exponent][1]), (0.0, found[factor][1])
+    if found["E"][0] < 1e-3 * least:
+        found["E"] = (0.0, found["E"][1])
+    if "r_star" in found and math.log(found["r_star"][1]) > 0.98 * BOUNDS["r_star"][1]:
+        found["r_star"] = (found["r_star"][0], math.inf)
+    return found
 
 
 def _repeated(d: Array, unique: Array, r_star: float) -> tuple[Array, Array]:

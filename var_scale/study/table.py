@@ -49,8 +49,12 @@ def read_columns(path: Path, names: list[str], y: str) -> tuple[list[list[float]
     NaN; anything else that is no number is an error."""
     reader = csv.DictReader(io.StringIO(read_table(path)))
     reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
+    if not columns:
+        raise UserError(f"{path}: is empty; give a CSV file with a line of column names")
     for name in (*names, y):
         if columns.count(name) != 1:
+            if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+                raise UserError(f"{path}: its columns are not separated by commas; write it as a CSV with commas")
             text = "has no column" if name not in columns else "has more than one column"
             raise UserError(f"{path}: {text} {name}; columns: {', '.join(columns)}")
     xs: list[list[float]] = [[] for _ in names]
@@ -129,6 +133,11 @@ def show(law: LawFit, form: Form, floor: float) -> None:
         audit = law.audit
         say(f"  {audit['starts']} starts, {audit['descents']} descents, {audit['agree']} of them to this optimum; split: the exponent of N "
             "in compute-optimal training, N ~ C^split")  # fmt: skip
+    if form == "broken_power":
+        straight = fit(law.x, law.y, "power", floor=floor, outliers=False)
+        if not law.aicc < straight.aicc - 2:
+            say("  a power law without a break does as well on these points" if math.isfinite(law.aicc) else
+                f"  {len(law.x)} points are too few to tell this from a power law without a break")  # fmt: skip
     if math.isfinite(law.aicc):
         say(f"  AICc {law.aicc:.2f}: of forms fitted to the same rows the smaller is the better one; less than 2 apart says nothing")
     bend, p = law.curvature()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 INK, FIT, HELD, BAND = "#1b2733", "#1f6fb2", "#c8501e", "#1f6fb233"
+DARK = "#1f6fb277"
 GRID_METRICS = ("loss_last", "loss_avg", "err_last", "err_avg")
 LABELS = {
     "loss_last": "$L_{last}$: loss of the last scale, nats", "loss_avg": "$L_{avg}$: loss of all scales, nats",
