@@ -103,7 +103,8 @@ def fit_surface(
     result: dict[str, Any] = {"objective": best * DELTA**2, "residuals": tuple(residuals), "audit": audit, "residual_sd": sd}
     if bounds:
         free = "r_star" in bounds and theta[5] > 0
-        why = "repeated data are as good as new ones here; use chinchilla" if free else f"at a bound: {', '.join(bounds)}"
+        lost = "r_star is at its upper bound: these rows show nothing lost by repetition; use chinchilla, or add runs of one pass"
+        why = lost if free else f"at a bound: {', '.join(bounds)}"
         return LawFit(status="not-converged", reason=why, **common, **result)
     if audit["gradient_norm"] > 1e-2 * (1 + best):
         return LawFit(status="not-converged", reason=f"the gradient at the end is {audit['gradient_norm']:.2g}", **common, **result)
