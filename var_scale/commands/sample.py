@@ -95,7 +95,7 @@ def sample(args: argparse.Namespace) -> None:
         say(f"coarse to fine: {args.steps_picture}")
     if kind == "grid":
         images = grid_of_classes(source, classes, args.per_class, args.seed, settings, args.batch)
-        write_grid(images, out, zoom=args.zoom, names=[source.label(c) if c >= 0 else "no class" for c in classes])
+        write_grid(images, out, zoom=args.zoom, names=[source.label(c) for c in classes])
         say(f"{len(classes)} classes x {args.per_class} images: {out}")
         return
     job = Job(tuple(classes), args.count or args.per_class * len(classes), args.seed, settings)

@@ -35,6 +35,8 @@ class Source:
 
     def label(self, number: int) -> str:
         """A class for a picture."""
+        if number < 0:
+            return "no class"
         return f"{number} {self.class_names[number]}" if number < len(self.class_names) else f"class {number}"
 
     def find(self, texts: Sequence[str]) -> list[int]:

@@ -285,7 +285,7 @@ def _sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: 
         ratio = ratio_of(si, scales)
         logits_BlV = guide(stepper.step(inputs), B, settings.guidance(si, scales))
         if hooks.logits:
-            logits_BlV = hooks.logits(si, logits_BlV)
+            logits_BlV = hooks.logits(si, logits_BlV).clone()  # the filters change them in place
         temperature = settings.at("temperature", si)
         if temperature != 1:
             logits_BlV = logits_BlV / temperature

@@ -1,0 +1,177 @@
+"""Models by any name, and many images of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.runs import run, small_config
+from var_scale.cli import main
+from var_scale.data.shards import verify_folder
+from var_scale.errors import UserError
+from var_scale.evaluate import generate as g
+from var_scale.evaluate.source import Source, load_source
+from var_scale.model.sampling import Settings
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run with averaged weights and two checkpoints."""
+    root = tmp_path_factory.mktemp("run")
+    config = small_config(root, train={"steps": 6, "keep_steps": [3], "ema": 0.9})
+    code, made = run(config, root / "r")
+    assert code == 0
+    return made.path
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> Source:
+    return load_source(str(folder), torch.device("cpu"))
+
+
+def images(path: Path) -> np.ndarray:
+    return np.concatenate(list(g.read_images(path, 7)))
+
+
+def test_sources(folder: Path, source: Source, tmp_path: Path) -> None:
+    """A run by its newest checkpoint, another, its averaged weights; the same model as our folder, as official files, as VARHF; lower
+    precision; what is none of these is one line."""
+    cpu = torch.device("cpu")
+    logits = lambda s: s.var(torch.tensor([1]), torch.zeros(1, 13, 8))  # noqa: E731
+    with torch.no_grad():
+        whole = logits(source)
+        assert not torch.equal(logits(load_source(str(folder), cpu, step=3)), whole)
+        assert not torch.equal(logits(load_source(str(folder), cpu, averaged=True)), whole)
+        main(["hub", "convert", str(folder), str(tmp_path / "ours")])
+        ours = load_source(str(tmp_path / "ours"), cpu)
+        assert torch.equal(logits(ours), whole) and ours.classes == 4
+        main(["hub", "convert", str(tmp_path / "ours"), str(tmp_path / "official"), "--to", "official"])
+        var, vae = sorted(tmp_path.glob("official/*.pth"), reverse=True)[1], sorted(tmp_path.glob("official/*.pth"))[0]
+        files = {p.name.split("_")[0]: p for p in tmp_path.glob("official/*.pth")}
+        var, vae = files["var"], files["vae"]
+        assert torch.equal(logits(load_source(str(var), cpu, vae=str(vae))), whole)
+        assert load_source(str(folder), cpu, precision="bf16").var.head.weight.dtype == torch.bfloat16
+    first, second = (torch.load(p, weights_only=True) for p in (var, vae))
+    assert all(torch.equal(first[k], v) for k, v in source.var.state_dict().items()) and "encoder.1.weight" in second
+    with pytest.raises(UserError, match="form has square scales and the official tokenizer's network alone"):
+        main_error(["hub", "convert", str(folder), str(tmp_path / "hf"), "--to", "varhf"])
+    for text, more, words in ((str(tmp_path / "no"), {}, "does not exist"), (str(tmp_path), {}, "neither a run folder"),
+                              (str(var), {}, "no tokenizer in it"), (str(folder), {"step": 4}, "no checkpoint of step 4"),
+                              (str(var), {"step": 3, "vae": str(vae)}, "no checkpoints to choose"),
+                              (str(folder), {"precision": "int4"}, "not known")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            load_source(text, cpu, **more)  # type: ignore[arg-type]
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: var-scale") and "loss_avg, validation" in card
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config["format"] = 9
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="format 9 is not known"):
+        load_source(str(tmp_path / "ours"), cpu)
+
+
+def main_error(argv: list[str]) -> None:
+    """The UserError of a command."""
+    from var_scale.cli import build_parser
+
+    args = build_parser().parse_args(argv)
+    args.function(args)
+
+
+def test_classes_by_name() -> None:
+    named = Source(None, 4, ["tench, Tinca tinca", "goldfish", "great white shark", "tiger shark"])  # type: ignore[arg-type]
+    assert named.find(["0", "-1", "goldfish", "tinca tinca", "tiger"]) == [0, -1, 1, 0, 3]
+    for text, words in (("shark", "fits great white shark, tiger shark"), ("cat", "no class"), ("4", "classes 0 to 3")):
+        with pytest.raises(UserError, match=words):
+            named.find([text])
+
+
+def test_images_are_shared_out_evenly() -> None:
+    """Every image has its class and number; equal parts of the classes; seeds differ."""
+    job = g.Job((3, 1, 7), 10, 5, Settings())
+    placed = [job.image(i) for i in range(10)]
+    assert [sum(label == c for label, _ in placed) for c in (3, 1, 7)] == [4, 3, 3] and len(set(placed)) == 10
+    assert placed[:5] == [(3, 0), (3, 1), (3, 2), (3, 3), (1, 0)]
+    keys = {g.seed_of(seed, label, number) for seed in (0, 1) for label in (-1, 0, 5) for number in range(50)}
+    assert len(keys) == 300 and max(keys) < 2**128
+
+
+def test_the_same_images_in_every_form_batch_and_part(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNGs, shards and npz hold the same; parts, batches and an interruption change nothing; a finished job is not made again; another job
+    in its place is refused."""
+    monkeypatch.setattr(g, "UNIT", 8)
+    job = g.Job((0, 1, 3), 30, 7, Settings(2.0, 10, 0.9))
+    assert g.generate(source, job, tmp_path / "png", "png", 8)
+    whole = images(tmp_path / "png")
+    assert whole.shape == (30, *source.var.vae_proxy[0].image_size, 3) and len(np.unique(whole, axis=0)) > 20
+    assert (tmp_path / "png" / "labels.csv").read_text().splitlines()[11:13] == ["000010.png,1", "000011.png,1"]
+    assert not g.generate(source, job, tmp_path / "a.npz", "npz", 3, (1, 2))
+    assert g.generate(source, job, tmp_path / "a.npz", "npz", 5, (0, 2))
+    assert g.generate(source, job, tmp_path / "s", "shards", 4)
+    assert np.array_equal(images(tmp_path / "a.npz"), whole) and np.array_equal(images(tmp_path / "s"), whole)
+    assert verify_folder(tmp_path / "s") == [] and not (tmp_path / "a.npz.parts").exists()
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["arr_0"].dtype == np.uint8 and file["arr_1"].tolist() == [job.image(i)[0] for i in range(30)]
+    for lost in (3, 17):
+        (tmp_path / "png" / f"{lost:06d}.png").unlink()
+    made: list[int] = []
+    draw = g.draw
+    monkeypatch.setattr(g, "draw", lambda source, labels, *rest: (made.append(len(labels)), draw(source, labels, *rest))[1])
+    assert g.generate(source, job, tmp_path / "png", "png", 8) and sum(made) == 2
+    assert np.array_equal(images(tmp_path / "png"), whole)
+    for kind, name in (("png", "png"), ("npz", "a.npz"), ("shards", "s")):
+        assert g.generate(source, job, tmp_path / name, kind, 8) and sum(made) == 2
+        with pytest.raises(UserError, match="seed: 7 there, 8 here"):
+            g.generate(source, g.Job((0, 1, 3), 30, 8, job.settings), tmp_path / name, kind, 8)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    with pytest.raises(UserError, match="not made by this command"):
+        g.generate(source, job, tmp_path / "mine", "png", 8)
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    """A grid with a picture of the scales, two processes into one npz, bad calls in one line."""
+    command = [sys.executable, "-m", "var_scale.cli", "sample", str(folder)]
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    done = call("--out", "g.png", "--classes", "1,-1", "--per-class", "3", "--cfg", "0,1,2", "--steps-picture", "steps.png")
+    assert done.returncode == 0, done.stderr
+    side = small_side(folder)
+    assert Image.open(tmp_path / "g.png").size == (3 * (side + 2) - 2, 2 * (side + 2 + 14) - 2)
+    assert Image.open(tmp_path / "steps.png").size[0] == 3 * (side + 2) - 2
+    done = call("--out", "x.npz", "--count", "300", "--processes", "2", "--top-k", "5")
+    assert done.returncode == 0 and (tmp_path / "x.npz").exists(), done.stderr
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape[0] == 300
+    for arguments, words in ((["--out", "g.png", "--count", "5"], "is one picture"), (["--out", "f", "--format", "npz"], "npz a .npz file"),
+                             (["--out", "f", "--part", "4/4"], "is not a part"), (["--cfg", "1,2"], "one a scale"),
+                             (["--device", "gpu"], "is not a device"), (["--classes", "9"], "classes 0 to 3")):  # fmt: skip
+        bad = call(*arguments)
+        assert bad.returncode == 2 and words in bad.stderr and len(bad.stderr.strip().splitlines()) == 1, bad.stderr
+
+
+def small_side(folder: Path) -> int:
+    return load_source(str(folder), torch.device("cpu")).var.vae_proxy[0].image_size[0]
+
+
+def test_files_that_hold_no_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", arr_0=np.zeros((2, 4), np.float32))
+    (tmp_path / "t.npz").write_text("x")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "two").mkdir()
+    for size in (8, 9):
+        Image.new("RGB", (size, size)).save(tmp_path / "two" / f"{size}.png")
+    for name, words in (("f.npz", r"uint8 \(N, H, W, 3\)"), ("t.npz", "not an npz"), ("e", "no images here"), ("two", "different sizes"),
+                        ("no.npz", "does not exist")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            list(g.read_images(tmp_path / name))

@@ -1,0 +1,50 @@
+"""README.md of a published model: what it is, the study's numbers, how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from var_scale.cost.flops import count_flops
+from var_scale.cost.params import count_params
+from var_scale.cost.shape import ModelShape
+from var_scale.files import read_json, write_text
+from var_scale.model.var import VAR
+from var_scale.study.plan import short
+from var_scale.study.record import METRICS, read_run
+
+
+def shape_of_model(var: VAR) -> ModelShape:
+    """The numbers that fix a model's cost."""
+    return ModelShape(var.depth, var.C, var.num_heads, round(var.C * var.mlp_ratio), var.patch_nums, var.V, var.Cvae, var.num_classes,
+                      var.shared_aln, var.attn_l2_norm)  # fmt: skip
+
+
+def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Path | None = None) -> None:
+    """Write README.md with the hub's front matter; numbers of a `run` folder and the law of its study where there are some."""
+    shape = shape_of_model(var)
+    params, flops = count_params(shape), count_flops(shape)
+    lines = ["---", "library_name: var-scale", "license: mit", "tags: [image-generation, visual-autoregressive, var]", "---", ""]
+    lines += [
+        f"# {name}", "",
+        f"A VAR image model (next-scale prediction, arXiv 2404.02905): depth {var.depth}, width {var.C}, {short(params.total)} parameters, "
+        f"{short(params.paper)} by the paper's count, {var.num_classes} classes, scales {', '.join(map(str, var.patch_nums))}, "
+        f"{2 * flops.forward_macs:.3g} FLOP an image forward.", "",
+        "```python", "from pathlib import Path", "from var_scale.model.pretrained import load_pretrained", "",
+        'var, vae, _ = load_pretrained(Path("FOLDER"))',
+        "images = var.autoregressive_infer_cfg(B=8, label_B=None, g_seed=0, cfg=1.5, top_k=900, top_p=0.96)  # [0, 1]", "```", "",
+    ]  # fmt: skip
+    if run is not None and (run / "run.json").exists():
+        record = read_run(run)
+        lines += ["| | |", "|---|---|", f"| images seen | {record.images:,} |", f"| training FLOP | {record.flops_exact:.3g} |"]
+        lines += [f"| {metric}, validation | {record.metric(metric):.4f} |" for metric in METRICS]
+        fits = run.parent / "report" / "fit.json"
+        if fits.exists():
+            for fit in read_json(fits, "fits")["fits"]:
+                if fit["metric"] == "loss_avg" and fit["form"] == "power" and fit["status"] == "converged":
+                    low, high = fit["intervals"]["alpha"]
+                    lines.append(f"| exponent of its study's average loss | {fit['params']['alpha']:.4f} ({low:.4f} to {high:.4f}), E = "
+                                 f"{fit['params']['E']:g} |")  # fmt: skip
+        lines.append("")
+    lines += ["Made from:", "", *(f"- {key}: `{value}`" for key, value in what.items()), ""]
+    write_text(folder / "README.md", "\n".join(lines))
