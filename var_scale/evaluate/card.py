@@ -24,7 +24,7 @@ def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Pat
     """Write README.md with the hub's front matter; numbers of a `run` folder and the law of its study where there are some."""
     shape = shape_of_model(var)
     params, flops = count_params(shape), count_flops(shape)
-    lines = ["---", "library_name: var-scale", "license: mit", "tags: [image-generation, visual-autoregressive, var]", "---", ""]
+    lines = ["---", "library_name: var-scale", "tags: [image-generation, visual-autoregressive, var]", "---", ""]
     lines += [
         f"# {name}", "",
         f"A VAR image model (next-scale prediction, arXiv 2404.02905): depth {var.depth}, width {var.C}, {short(params.total)} parameters, "
