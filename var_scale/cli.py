@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from var_scale.commands import bench, data, hub, sample, study, train
+from var_scale.commands import bench, data, evaluate, hub, sample, study, train
 from var_scale.commands.arguments import EXIT_USER_ERROR, OneLineParser, command
 from var_scale.errors import Preempted, UserError
 from var_scale.run_folder import EXIT_REQUEUE
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
     command(commands, "doctor", doctor)
-    for module in (data, train, study, sample, hub, bench):
+    for module in (data, train, study, sample, evaluate, hub, bench):
         module.add(commands)
     return parser
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from var_scale.commands.arguments import Commands, Parser, command, number_in
+from var_scale.commands.arguments import Commands, Parser, command, number_in, picture_file
 from var_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,6 +138,37 @@ def _spawn(args: argparse.Namespace) -> None:
     atexit.register(lambda: [child.wait() for child in children])
 
 
+def edit(args: argparse.Namespace) -> None:
+    """Draw a part of a picture anew: in-painting, out-painting, or as another class (zero-shot, as the official notebook)."""
+    import numpy as np
+
+    from var_scale.evaluate.edit import box_mask, edit, image_mask, read_picture
+    from var_scale.evaluate.pictures import write_grid
+    from var_scale.progress import say
+    from var_scale.scales import grid
+
+    if (args.box is None) == (args.mask is None):
+        raise UserError("edit: give --box TOP,LEFT,BOTTOM,RIGHT or --mask PICTURE, one of them")
+    source = load_model(args)
+    (label,) = source.find([args.as_class]) if args.as_class else [-1]
+    image = read_picture(args.image, source.var.vae_proxy[0].image_size)
+    mask = box_mask(args.box, grid(source.var.patch_nums[-1])) if args.box else image_mask(args.mask)
+    drawn = edit(source, image, mask if not args.keep else 1 - mask, label, args.count, args.seed, settings_of(args))
+    write_grid(np.concatenate([image[None], drawn])[None], args.out, zoom=args.zoom, names=[{0: "given", 1: source.label(label)}])
+    say(f"{args.count} edits, {source.label(label)}: {args.out}")
+
+
+def _box(text: str) -> tuple[float, ...]:
+    """Four numbers."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text} is not TOP,LEFT,BOTTOM,RIGHT, such as 0.25,0.25,0.75,0.75")
+    return numbers
+
+
 def add(commands: Commands) -> None:
     """Add these commands."""
     sub = command(commands, "sample", sample)
@@ -153,3 +184,16 @@ def add(commands: Commands) -> None:
     sub.add_argument("--part", type=_part, default=(0, 1), metavar="R/N", help="make only the R-th of N parts, such as in a job array")
     sub.add_argument("--steps-picture", type=Path, default=None, metavar="FILE.png", help="also a picture of every scale, coarse to fine")
     sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the pictures")
+
+    sub = command(commands, "edit", edit)
+    model_arguments(sub)
+    sub.add_argument("image", type=Path, help="picture; resized and cropped in the middle where it has another size")
+    sub.add_argument("--box", type=_box, default=None, metavar="T,L,B,R", help="part to draw anew, as shares of height and width")
+    sub.add_argument("--mask", type=Path, default=None, metavar="PICTURE", help="draw anew where this picture is light")
+    sub.add_argument("--keep", action="store_true", help="the other way round: keep that part and draw the rest (out-painting)")
+    sub.add_argument("--as-class", default=None, metavar="CLASS", help="number or name; default none")
+    sub.add_argument("--count", type=number_in(int, 1), default=4, help="edits, each with other random numbers")
+    sub.add_argument("--out", type=picture_file, default=Path("edit.png"), metavar="FILE.png", help="the given picture, then the edits")
+    drawing_arguments(sub, cfg=3.0)
+    sub.set_defaults(top_k=900, top_p=0.95)
+    sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the picture")

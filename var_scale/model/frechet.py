@@ -39,9 +39,15 @@ class Moments:
 
 
 def frechet(one: Moments, two: Moments) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), the root by symmetric eigenvalues, so that it is real."""
-    values_D, vectors_DD = torch.linalg.eigh(one.covariance_DD)
+    """Of two sets of features; see `frechet_distance`."""
+    return frechet_distance(one.mean_D, one.covariance_DD, two.mean_D, two.covariance_DD)
+
+
+def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD: Tensor) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) in float64, the root by symmetric eigenvalues, so that it is real."""
+    mean1_D, cov1_DD, mean2_D, cov2_DD = (t.double() for t in (mean1_D, cov1_DD, mean2_D, cov2_DD))
+    values_D, vectors_DD = torch.linalg.eigh(cov1_DD)
     root_DD = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
-    crossed_D = torch.linalg.eigvalsh(root_DD @ two.covariance_DD @ root_DD).clamp(min=0).sqrt()
-    distance = (one.mean_D - two.mean_D).square().sum() + one.covariance_DD.trace() + two.covariance_DD.trace() - 2 * crossed_D.sum()
+    crossed_D = torch.linalg.eigvalsh(root_DD @ cov2_DD @ root_DD).clamp(min=0).sqrt()
+    distance = (mean1_D - mean2_D).square().sum() + cov1_DD.trace() + cov2_DD.trace() - 2 * crossed_D.sum()
     return float(distance.clamp(min=0))
