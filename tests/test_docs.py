@@ -11,9 +11,9 @@ from var_scale.study.record import METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLAGS = [
-    "data_path", "exp_name", "vfast", "tfast", "depth", "ini", "hd", "aln", "alng", "fp16", "tblr", "tlr", "twd", "twde", "tclip", "ls", "bs",
-    "ac", "ep", "wp", "wp0", "wpe", "sche", "opt", "afuse", "saln", "anorm", "fuse", "pn", "patch_size", "mid_reso", "hflip", "workers", "pg",
-    "pg0", "pgwp", "tf32", "seed", "same_seed_for_all_ranks", "local_out_dir_path",
+    "data_path", "exp_name", "vfast", "tfast", "depth", "ini", "hd", "aln", "alng", "fp16", "tblr", "tlr", "twd", "twde",
+    "tclip", "ls", "bs", "ac", "ep", "wp", "wp0", "wpe", "sche", "opt", "afuse", "saln", "anorm", "fuse", "pn", "patch_size",
+    "mid_reso", "hflip", "workers", "pg", "pg0", "pgwp", "tf32", "seed", "same_seed_for_all_ranks", "local_out_dir_path",
 ]  # fmt: skip
 """what a user may set of the official train.py"""
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from var_scale.cli import main
 from var_scale.cluster.pipeline import Study, prepare_data, run_study
 from var_scale.config.load import load
 from var_scale.data.embedded import png_bytes
@@ -178,5 +179,12 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     assert len(final["loss_per_scale"]) == 4 and np.isfinite(final["loss_avg"])
     zoom = 96 // 16
     assert Image.open(folder / "report" / "samples.png").size == (2 * (40 * zoom + 2) - 2, 3 * (16 * zoom + 2) - 2)
+    command = ["study", "quality", MINI[0], *MINI[1:], *wide, "--runs", str(tmp_path), "--count", "40"]
+    main(command)
+    quality = json.loads((folder / "report" / "quality.json").read_text())
+    assert [row["run"] for row in quality["runs"]] == ["d01-s0", "d02-s0"] and all(row["FD-tok"] > 0 for row in quality["runs"])
+    before = (folder / "quality" / "d01-s0.npz").stat().st_mtime_ns
+    main(command)
+    assert (folder / "quality" / "d01-s0.npz").stat().st_mtime_ns == before and (folder / "report" / "quality.png").exists()
     with pytest.raises(UserError, match=r"set data.leaves.size=\[16, 40\]"):
         Study(load(MINI[0], [*MINI[1:], *wide, "data.leaves.size=32"]), tmp_path)

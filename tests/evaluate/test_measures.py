@@ -200,3 +200,17 @@ def test_edit_keeps_what_the_mask_keeps(source: Source, folder: Path, tmp_path: 
     with pytest.raises(SystemExit):
         main(["edit", str(folder), str(tmp_path / "i.png")])
     assert "one of them" in capsys.readouterr().err
+
+
+def test_quality_over_a_study() -> None:
+    """A law between loss and distance is found, with its data in the picture; two runs have none and the picture still shows them."""
+    from var_scale.study.plots import figure_data
+    from var_scale.study.quality import Quality, fit_quality, quality_figure
+
+    rows = [Quality(f"d{k}", 1e6 * k**3, 5 - 0.2 * k, 0.01 * (5 - 0.2 * k) ** 4) for k in (1, 2, 3, 4)]
+    fits = fit_quality(rows, "FD-tok")
+    assert float(fits[0].predict(1 / 4.5)) == pytest.approx(0.01 * 4.5**4)
+    assert fits[1].converged and fits[1].params["alpha"] > 0
+    assert figure_data(quality_figure(rows, fits, "FD-tok")).count("line") >= 8
+    few = fit_quality(rows[:2], "FD-tok")
+    assert not few[0].converged and figure_data(quality_figure(rows[:2], few, "FD-tok")).count("line") == 4

@@ -43,6 +43,8 @@ def build_report(study: Study) -> StudyResult:
     for name, picture in (("samples", samples(study, kept)), ("growth", growth(study, kept))):
         if picture:
             pictures[name] = picture
+    if (quality := study.report / "quality.png").exists():
+        pictures["quality"] = quality
     if (reconstructions := study.folder / "tokenizer" / "reconstructions.png").exists():
         pictures["reconstructions"] = reconstructions
     write_report(study.folder, result, _facts(study) | missing, pictures, _plan(study, result))

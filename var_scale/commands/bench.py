@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from var_scale.commands.arguments import Commands, command, config_argument, family, load_config, number_in
+from var_scale.commands.arguments import Commands, command, config_argument, family, load_config, number_in, whole_numbers
 from var_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ def bench_official(args: argparse.Namespace) -> None:
     bench_official(load_config(args), args.checkout, args.steps, args.warmup, args.compile_official, args.out)
 
 
+def bench_sample(args: argparse.Namespace) -> None:
+    """Compare sampling with the official loop, from a checkout of its code, on this device: the same weights, greedy, in turns."""
+    import torch
+
+    from var_scale.evaluate.bench_sample import bench_sample
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench_sample(args.checkout, args.depth, args.batch, args.precision, args.warmup, args.repeats, device, args.out)
+
+
 def bench_data(args: argparse.Namespace) -> None:
     """Time how fast one core makes training images of JPEGs, and reads tokens."""
     from var_scale.data.bench import bench_data
@@ -65,7 +75,7 @@ def bench_train(args: argparse.Namespace) -> None:
 
 def add(commands: Commands) -> None:
     """Add these commands."""
-    bench = family(commands, "bench", "timings of this machine: kernels, data, step, train, official")
+    bench = family(commands, "bench", "timings of this machine: kernels, data, step, train, official, sample")
     sub = command(bench, "data", bench_data)
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
     sub = command(bench, "kernels", bench_kernels)
@@ -87,6 +97,16 @@ def add(commands: Commands) -> None:
     sub.add_argument("--warmup", type=number_in(int, 1), default=3, help="steps before them")
     sub.add_argument("--compile-official", action="store_true", help="torch.compile the official transformer (its tfast)")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
+
+    sub = command(bench, "sample", bench_sample)
+    sub.add_argument("checkout", type=Path, help="folder of the official code, FoundationVision/VAR")
+    sub.add_argument("--depth", type=number_in(int, 1), default=16, help="size of the model, official tokenizer, 256 pixels")
+    sub.add_argument("--batch", type=whole_numbers, default=[1, 64], help="batch sizes, such as 1,64")
+    sub.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], help="of both sides")
+    sub.add_argument("--repeats", type=number_in(int, 1), default=3, help="calls to time")
+    sub.add_argument("--warmup", type=number_in(int, 0), default=1, help="calls before them")
+    sub.add_argument("--device", default=None, help="default the first GPU, else the CPU")
+    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
 
     sub = command(bench, "train", bench_train)
     config_argument(sub)

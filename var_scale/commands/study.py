@@ -73,6 +73,17 @@ def study_next(args: argparse.Namespace) -> None:
     next_runs(Study(load_config(args), args.runs), args.hours, args.metric, args.depths or ())
 
 
+def study_quality(args: argparse.Namespace) -> None:
+    """Samples of every healthy run against validation images: distance (FID, or FD-tok) against loss and size, with fits and a picture."""
+    from var_scale.cluster.pipeline import Study
+    from var_scale.cluster.quality import study_quality
+    from var_scale.model.sampling import Settings
+
+    study = Study(load_config(args), args.runs)
+    settings = Settings(args.cfg, study.spec.top_k, study.spec.top_p)
+    study_quality(study, args.count, args.extractor, args.reference, settings, args.batch)
+
+
 def study_stop(args: argparse.Namespace) -> None:
     """Stop runs of a study: those that train save first, queued jobs are taken back. Running the study again goes on."""
     from var_scale.cluster.pipeline import Study
@@ -162,9 +173,10 @@ def fit(args: argparse.Namespace) -> None:
 
 def add(commands: Commands) -> None:
     """Add these commands."""
-    study = family(commands, "study", "a ladder of models and its laws: plan, run, status, stop, retry, report, next")
+    study = family(commands, "study", "a ladder of models and its laws: plan, run, status, stop, retry, report, next, quality")
     for name, function in (("plan", study_plan), ("run", study_run), ("status", study_status), ("stop", study_stop),
-                           ("next", study_next), ("report", study_report), ("prepare", study_prepare)):  # fmt: skip
+                           ("next", study_next), ("quality", study_quality), ("report", study_report),
+                           ("prepare", study_prepare)):  # fmt: skip
         sub = command(study, name, function)
         config_argument(sub)
         runs_argument(sub)
@@ -179,6 +191,12 @@ def add(commands: Commands) -> None:
             sub.add_argument("--hours", type=number_in(float, 1e-9), required=True, help="device-hours to spend (CPU: of the machine)")
             sub.add_argument("--metric", choices=("loss_last", "loss_avg", "err_last", "err_avg"), default="loss_avg", help="whose law")
             sub.add_argument("--depths", type=whole_numbers, default=None, help="sizes such as 6,8; default its own and larger")
+        elif name == "quality":
+            sub.add_argument("--count", type=number_in(int, 2), default=2000, help="images of every run")
+            sub.add_argument("--extractor", default=None, help="as of `evaluate samples`; default the study's tokenizer, FD-tok")
+            sub.add_argument("--reference", type=Path, default=None, help="images or statistics; default the study's validation images")
+            sub.add_argument("--cfg", type=number_in(float, 0), default=0.0, help="guidance; 0, the model's own distribution")
+            sub.add_argument("--batch", type=number_in(int, 1), default=64, help="images at a time")
         elif name == "report":
             sub.add_argument("--whole", action="store_true", help="fail where a run has not ended")
     sub = command(study, "retry", study_retry)

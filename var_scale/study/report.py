@@ -25,6 +25,7 @@ CAPTIONS = {
     "residuals": "Residuals of the fits on all sizes. A bend means that the form is wrong over this range.",
     "per_scale": "Loss and error rate of each scale.",
     "growth": "The same classes and random numbers from every size (down) at several points of its training (across).",
+    "quality": "Distance of the models' samples from validation images, against average loss and size (`var-scale study quality`).",
     "samples": "Samples of the largest healthy model, a row a class.",
     "reconstructions": "Validation images above what the tokenizer makes of them: the best that any model on these tokens can draw.",
 }  # fmt: skip
@@ -70,8 +71,8 @@ def build_document(name: str, result: StudyResult, pictures: Mapping[str, Path],
     compute_and_data(doc, result, pictures)
     if plan:
         _plan(doc, result, plan)
-    titles = {"residuals": "Residuals", "per_scale": "Scales", "growth": "Samples by size and compute", "samples": "Samples",
-              "reconstructions": "Tokenizer"}  # fmt: skip
+    titles = {"residuals": "Residuals", "per_scale": "Scales", "quality": "Sample quality", "growth": "Samples by size and compute",
+              "samples": "Samples", "reconstructions": "Tokenizer"}  # fmt: skip
     for picture, title in titles.items():
         if picture in pictures:
             doc.heading(title)
