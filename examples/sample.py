@@ -1,0 +1,31 @@
+"""Images of a trained run, how likely each class finds them, and a smaller model for the last scales."""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from var_scale.evaluate.generate import to_uint8
+from var_scale.evaluate.source import load_source
+from var_scale.model.sampling import Hooks, SeedPerImage, Settings, class_log_likelihoods, sample
+
+run = Path(sys.argv[1])
+source = load_source(str(run), torch.device("cpu"))
+var = source.var
+
+label_B = torch.tensor([0, 1, 2, 3])
+settings = Settings(cfg=2.0, top_k=100, top_p=0.95)
+out = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]))  # a seed an image: the same in any batch
+pictures = to_uint8(out.images)
+
+scores = class_log_likelihoods(var, out.tokens, range(source.classes))
+print("drawn as", label_B.tolist(), "likeliest under", scores.argmax(1).tolist())
+
+smallest = sorted(run.resolve().parent.glob("d*/config.yaml"))[0].parent
+helper = load_source(str(smallest), torch.device("cpu")).var
+mixed = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]), Hooks(models={len(var.patch_nums) - 1: helper}))
+print(f"last scale by {smallest.name}: {int((mixed.tokens[-1] != out.tokens[-1]).sum())} of {out.tokens[-1].numel()} tokens differ")
+
+Image.fromarray(pictures.transpose(1, 0, 2, 3).reshape(pictures.shape[1], -1, 3)).save("example-samples.png")
+print("example-samples.png")
