@@ -170,7 +170,7 @@ def test_fit_of_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_sample_of_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Not a run folder."""
-    assert "not a run folder" in fails(capsys, "sample", str(tmp_path))
+    assert "neither a run folder" in fails(capsys, "sample", str(tmp_path))
 
 
 @pytest.mark.parametrize("argument", ["--cfg=nan", "--cfg=-5", "--top-k=-3", "--top-p=1.5", "--seed=99999999999999999999", "--per-class=0",

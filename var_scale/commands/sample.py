@@ -105,6 +105,10 @@ def sample(args: argparse.Namespace) -> None:
 
 def _kind_of(args: argparse.Namespace) -> str:
     """grid, png, shards or npz; UserError for a combination that means nothing."""
+    if args.out.suffix.lower() not in ("", ".png", ".npz"):
+        raise UserError(f"--out {args.out}: a grid is a .png file, an npz a .npz file, png and shards are folders")
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "samples.json").exists():
+        raise UserError(f"--out {args.out}: is a folder with other things in it; choose another place")
     kind = args.format or ("npz" if args.out.suffix == ".npz" else "grid" if args.out.suffix == ".png" else "png")
     if (kind == "npz") != (args.out.suffix == ".npz") or (kind == "grid") != (args.out.suffix.lower() == ".png"):
         raise UserError(f"--out {args.out}: a grid is a .png file, an npz a .npz file, png and shards are folders")
