@@ -320,7 +320,7 @@ def test_a_law_that_breaks() -> None:
     for name, value in truth.items():
         assert law.params[name] == pytest.approx(value, rel=1e-4), name
     held = dict.fromkeys(("alpha_1", "alpha_2", "x_break", "new"), 0)
-    for _ in range(40):
+    for _ in range(25):
         y = 1 + (exact - 1) * np.exp(3e-3 * rng.standard_normal(14))
         law = fit(x, y, "broken_power", floor=1.0)
         assert law.converged and law.aicc < min(fit(x, y, form, floor=1.0 if form == "power" else 0.0).aicc  # type: ignore[arg-type]
@@ -330,7 +330,7 @@ def test_a_law_that_breaks() -> None:
         at = law.at(6e9)
         new = 1 + float(law_value("broken_power", truth, 6e9) - 1) * math.exp(3e-3 * rng.standard_normal())
         held["new"] += at.low <= new <= at.high
-    assert min(held.values()) >= 34, held
+    assert min(held.values()) >= 20, held
     straight = 4 * x**-0.1 * np.exp(3e-3 * rng.standard_normal(14))
     broken = fit(x, straight, "broken_power")
     assert not broken.converged or broken.aicc > fit(x, straight).aicc
@@ -370,19 +370,19 @@ def test_a_law_of_repeated_data() -> None:
 
 
 def test_intervals_of_a_surface_cover() -> None:
-    """Bootstrap by run, 25 runs of five sizes: 95 % intervals hold the truth in most of 40 studies."""
+    """Bootstrap by run, 25 runs of five sizes: 95 % intervals hold the truth in most of 24 studies."""
     truth = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
     rng, held = np.random.default_rng(5), dict.fromkeys(("E", "alpha", "beta", "split", "new"), 0)
     n, d = np.repeat(np.geomspace(5e7, 5e9, 5), 5), np.tile(np.geomspace(1e9, 1e11, 5), 5)
-    for _ in range(40):
-        law = fit_surface(n, d, law_value("chinchilla", truth, n, d) * np.exp(5e-3 * rng.standard_normal(25)), draws=60)
+    for _ in range(24):
+        law = fit_surface(n, d, law_value("chinchilla", truth, n, d) * np.exp(5e-3 * rng.standard_normal(25)), draws=50)
         assert law.converged, law.reason
         for name, value in (truth | {"split": 0.37 / 0.71}).items():
             if name in held:
                 held[name] += law.intervals[name][0] <= value <= law.intervals[name][1]
         at = law.at(1e10, d=2e11)
         held["new"] += at.low <= float(law_value("chinchilla", truth, 1e10, 2e11)) * math.exp(5e-3 * rng.standard_normal()) <= at.high
-    assert min(held.values()) >= 33, held
+    assert min(held.values()) >= 19, held
 
 
 def test_an_interval_holds_its_own_estimate_however_small_the_noise() -> None:
@@ -398,10 +398,10 @@ def test_an_interval_holds_its_own_estimate_however_small_the_noise() -> None:
                 low, high = law.intervals[name]
                 assert low <= law.params[name] <= high, (n, noise, name)
     held = 0
-    for _ in range(100):
+    for _ in range(60):
         law = fit(x, exact * np.exp(2e-4 * rng.standard_normal(60)), "power_floor", outliers=False)
         held += law.intervals["E"][0] <= 2 <= law.intervals["E"][1]
-    assert held >= 89
+    assert held >= 52
 
 
 def test_a_known_floor_gives_intervals_of_the_losss_own_noise() -> None:
@@ -427,7 +427,7 @@ def test_what_does_not_determine_the_law_is_no_result() -> None:
         assert not law.converged
     unique = 8.7e8
     for passes in ((1, 8, 64), (50, 100, 200, 400)):
-        for _ in range(4):
+        for _ in range(2):
             n, d = np.repeat(np.geomspace(2e7, 2e9, 5), len(passes)), np.tile(unique * np.array(passes), 5)
             us = np.full(len(n), unique)
             law = fit(n, law_value("repeated", truth, n, d, us) * np.exp(1e-3 * rng.standard_normal(len(n))), "repeated", d=d, unique=us)
@@ -463,8 +463,8 @@ def test_outliers_of_a_surface_and_none_where_there_is_none() -> None:
     assert fit(n, loss, "chinchilla", d=d).excluded == ()
     ladder = 73728.0 * np.array([6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30]) ** 3
     lost = sum(bool(fit(ladder, (4.5 + (2 * ladder / 1e9) ** -0.23) * np.exp(2e-3 * rng.standard_normal(12)), "power_floor").excluded)
-               for _ in range(150))  # fmt: skip
-    assert lost <= 3
+               for _ in range(60))  # fmt: skip
+    assert lost <= 2
 
 
 def test_bad_calls_of_the_api() -> None:
