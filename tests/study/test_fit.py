@@ -349,7 +349,7 @@ def test_a_law_of_repeated_data() -> None:
     assert float(effective_data(0.5 * unique, unique, 12.0)) == 0.5 * unique
     assert float(effective_data(1e6 * unique, unique, 12.0)) == pytest.approx(13 * unique)
     us = np.full(30, unique)
-    exact = fit(n, law_value("repeated", truth, n, d, us), "repeated", d=d, unique=us)
+    exact = fit_surface(n, d, law_value("repeated", truth, n, d, us), us)
     for name, value in truth.items():
         assert exact.params[name] == pytest.approx(value, rel=1e-3), name
     y = law_value("repeated", truth, n, d, us) * np.exp(1e-3 * rng.standard_normal(30))
@@ -357,14 +357,14 @@ def test_a_law_of_repeated_data() -> None:
     assert law.converged, law.reason
     for name in ("r_star", "alpha", "beta", "E"):
         assert law.intervals[name][0] <= truth[name] <= law.intervals[name][1], name
-    assert law.aicc < fit(n, y, "chinchilla", d=d).aicc - 10
+    assert law.aicc < fit_surface(n, d, y).aicc - 10
     at = law.at(4e9, d=400 * unique, unique=unique)
     assert at.low < float(law_value("repeated", truth, 4e9, 400 * unique, unique)) < at.high
     with pytest.raises(UserError, match="is of x, d, unique"):
         law.predict(1e9)
     fresh = fit(n, y, "repeated", d=d, unique=np.full(30, 1e13))
     assert "fewer than two token counts repeat" in fresh.reason
-    free = fit(n, law_value("chinchilla", truth, n, d), "repeated", d=d, unique=us)
+    free = fit_surface(n, d, law_value("chinchilla", truth, n, d), us)
     assert "nothing lost by repetition" in free.reason
     json.dumps(to_json(law), allow_nan=False)
 
@@ -430,7 +430,7 @@ def test_what_does_not_determine_the_law_is_no_result() -> None:
         for _ in range(2):
             n, d = np.repeat(np.geomspace(2e7, 2e9, 5), len(passes)), np.tile(unique * np.array(passes), 5)
             us = np.full(len(n), unique)
-            law = fit(n, law_value("repeated", truth, n, d, us) * np.exp(1e-3 * rng.standard_normal(len(n))), "repeated", d=d, unique=us)
+            law = fit_surface(n, d, law_value("repeated", truth, n, d, us) * np.exp(1e-3 * rng.standard_normal(len(n))), us)
             assert not law.converged, (passes, law.params)
             assert any(words in law.reason for words in ("do not determine", "at a bound", "at its upper bound")), law.reason
 
