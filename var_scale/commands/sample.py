@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +87,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.paper:
         args.count, args.cfg, args.top_k, args.top_p = args.count or 50000, PAPER.cfg, PAPER.top_k, PAPER.top_p
     settings = replace(PAPER) if args.paper else settings_of(args)
-    if args.processes > 1:
-        _spawn(args)
+    children = _spawn(args) if args.processes > 1 else []
     source = load_model(args)
     first = source.classes if args.count else min(10, source.classes)
     classes = source.find(args.classes.split(",")) if args.classes else list(range(first))
@@ -99,7 +100,12 @@ def sample(args: argparse.Namespace) -> None:
         say(f"{len(classes)} classes x {args.per_class} images: {out}")
         return
     job = Job(tuple(classes), args.count or args.per_class * len(classes), args.seed, settings)
-    if generate(source, job, out, kind, args.batch, args.part):
+    done = generate(source, job, out, kind, args.batch, args.part)
+    if children:
+        if failed := [child.args for child in children if child.wait()]:
+            raise UserError(f"{out}: {len(failed)} of {args.processes} processes failed; the same command makes what is missing")
+        done = done or generate(source, job, out, kind, args.batch, args.part)
+    if done:
         say(f"{job.count:,} images of {len(classes)} classes: {out}")
 
 
@@ -119,27 +125,22 @@ def _kind_of(args: argparse.Namespace) -> str:
     return kind
 
 
-def _spawn(args: argparse.Namespace) -> None:
-    """Run the parts 1/N, 2/N, ... as processes of their own, a GPU each where there are some, and take part 0 here; all are then waited for
-    at the end of the program's work, since the last to end puts the file together."""
-    import atexit
-    import subprocess
-    import sys
-
+def _spawn(args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+    """Start the parts 1/N, 2/N, ... as processes of their own, a GPU each where there are some; part 0 is left for this one."""
     import torch
 
     gpus = torch.cuda.device_count()
-    command = [part for part in sys.argv[1:]]
-    where = command.index("--processes") if "--processes" in command else -1
-    if where >= 0:
-        del command[where : where + 2]
-    command = [part for part in command if not part.startswith("--processes=")]
+    command, skip = [], False
+    for word in sys.argv[1:]:  # this very command, but for --processes
+        skip, dropped = word == "--processes", skip
+        if not (skip or dropped or word.startswith("--processes=")):
+            command.append(word)
     children = []
     for rank in range(1, args.processes):
         device = ["--device", f"cuda:{rank % gpus}"] if gpus and not args.device else []
         children.append(subprocess.Popen([sys.executable, "-m", "var_scale.cli", *command, "--part", f"{rank}/{args.processes}", *device]))
     args.part = (0, args.processes)
-    atexit.register(lambda: [child.wait() for child in children])
+    return children
 
 
 def edit(args: argparse.Namespace) -> None:

@@ -192,7 +192,7 @@ def generate(
             key = changed[0]
             raise UserError(f"{out}: holds images made otherwise ({key}: {there.get(key)} there, {here.get(key)} here); choose another "
                             "place")  # fmt: skip
-    elif (out.exists() and (kind == "npz" or any(out.iterdir()))):
+    elif out.is_file() or (out.is_dir() and any(not p.name.startswith(".") and p.name != RECORD for p in out.iterdir())):
         raise UserError(f"{out}: is there already and was not made by this command (no {record.name}); choose another place")
     else:
         write_json(record, what)
