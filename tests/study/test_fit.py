@@ -274,6 +274,9 @@ def test_comparing_two_laws() -> None:
     shifted, bent = compare(one(), one(0.02)), compare(one(), one(alpha=0.11))
     assert shifted.p_same < 1e-3 < shifted.p_exponent and shifted.ratio == pytest.approx(1.02, abs=0.004) and "+2." in shifted.sentence()
     assert bent.p_exponent < 1e-3
+    law = one()
+    itself = compare(law, law)
+    assert itself.p_same == pytest.approx(1) and itself.p_exponent == pytest.approx(1)
     with pytest.raises(UserError, match="form power"):
         compare(one(), fit_law("power", [1.0], [1.0]))
 

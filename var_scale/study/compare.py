@@ -69,8 +69,8 @@ def compare(one: LawFit, two: LawFit) -> Comparison:
     variance = max(rss[0] / freedom, noise**2)
     if variance == 0:
         raise UserError("compare: the points lie on their laws exactly, so there is no noise to judge a difference by; is it one table?")
-    p_same = float(fdtrc(2, freedom, (rss[2] - rss[0]) / 2 / variance))
-    p_exponent = float(fdtrc(1, freedom, (rss[1] - rss[0]) / variance))
+    p_same = float(fdtrc(2, freedom, max(rss[2] - rss[0], 0) / 2 / variance))
+    p_exponent = float(fdtrc(1, freedom, max(rss[1] - rss[0], 0) / variance))
     q, r = np.linalg.qr(parallel)
     weights = np.linalg.solve(r, q.T @ y)
     inverse = np.linalg.inv(r)

@@ -171,7 +171,7 @@ def _undetermined(form: str, d: Array, unique: Array) -> str:
     text = "these rows do not determine the law, other parameters fit them as well"
     if form == "repeated":
         passes = sorted({round(float(p), 3) for p in d / unique})
-        return f"{text}: with {passes[0]:g} to {passes[-1]:g} passes, {len(passes)} lengths; add runs of one pass or less, and longer ones"
+        return f"{text}: with {passes[0]:g} to {passes[-1]:g} passes, {len(passes)} lengths; add lengths, among them one of a pass or less"
     return f"{text}: add sizes or lengths further apart"
 
 
