@@ -194,8 +194,7 @@ def test_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     """The signal before the end comes by itself, the run saves and waits for its next life."""
     _, there = job(tmp_path, "run", train={"steps": 100000, "checkpoint_seconds": 1000}, cluster={"time": "00:02:00", "stop_seconds": 15})
     number = cluster.submit(there)
-    cluster.wait(number, "PENDING", seconds=30)
-    cluster.wait(number, "RUNNING", seconds=30)
+    cluster.wait(number, "RUNNING", seconds=60)
     cluster.wait(number, "PENDING", seconds=150)
     status = there.status()
     assert status["state"] == "preempted" and status["step"] == checkpoints(there.checkpoints)[-1].step > 0, said(there)
