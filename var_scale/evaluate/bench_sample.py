@@ -92,7 +92,8 @@ def bench_sample(
                        "seconds": {side: found["seconds"] for side, found in sides.items()},
                        "threads": job["threads"],
                        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor_name(),
-                       "torch": torch.__version__}  # fmt: skip
+                       "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                       "command": " ".join(["var-scale", *sys.argv[1:]]).replace(str(checkout), "CHECKOUT")}  # fmt: skip
                 rows.append(row)
                 say(f"d{depth} batch {batch} {precision}: ours {speed['ours']:.3g}, official {speed['official']:.3g} images/s, ratio "
                     f"{row['ratio']:.2f}; pictures differ by at most {apart:.2g}")  # fmt: skip
