@@ -38,8 +38,7 @@ def hours_per_flop(study: Study) -> tuple[list[tuple[float, float]], str]:
     for config, run in study.runs():
         status = run.status()
         if status["state"] == "complete":
-            seconds = max((float(row.get("seconds", 0)) for row in run.read_metrics()), default=0.0)
-            seen.append((flops_of(config), seconds * _devices(config, run) / 3600 / flops_of(config)))
+            seen.append((flops_of(config), _hours(config, run) / flops_of(config)))
     if seen:
         return sorted(seen), f"measured on {len(seen)} runs of this study"
     if study.spec.device == "auto":
@@ -51,8 +50,13 @@ def hours_per_flop(study: Study) -> tuple[list[tuple[float, float]], str]:
 
 def hours_spent(study: Study) -> float:
     """Device-hours that the runs took so far."""
-    return sum(max((float(row.get("seconds", 0)) for row in run.read_metrics()), default=0.0) * _devices(config, run) / 3600
-               for config, run in study.runs() if run.metrics.exists())  # fmt: skip
+    return sum(_hours(config, run) for config, run in study.runs())
+
+
+def _hours(config: Config, run: RunFolder) -> float:
+    """Device-hours that a run took so far."""
+    seconds = max((float(row.get("seconds", 0)) for row in run.read_metrics()), default=0.0)
+    return seconds * _devices(config, run) / 3600
 
 
 def _devices(config: Config, run: RunFolder) -> int:

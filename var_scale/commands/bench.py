@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from var_scale.commands.arguments import Commands, command, config_argument, family, load_config, number_in, whole_numbers
+from var_scale.commands.sample import device_of
 from var_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,11 +40,9 @@ def bench_official(args: argparse.Namespace) -> None:
 
 def bench_sample(args: argparse.Namespace) -> None:
     """Compare sampling with the official loop, from a checkout of its code, on this device: the same weights, greedy, in turns."""
-    import torch
-
     from var_scale.evaluate.bench_sample import bench_sample
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device_of(args))
     bench_sample(args.checkout, args.depth, args.batch, args.precision, args.warmup, args.repeats, device, args.out)
 
 

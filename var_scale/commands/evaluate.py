@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from var_scale.commands.arguments import Commands, Parser, command, family, number_in
-from var_scale.commands.sample import load_model, model_arguments
+from var_scale.commands.sample import device_of, load_model, model_arguments
 
 
 def _say(found: dict[str, object], out: Path | None) -> None:
@@ -46,13 +46,11 @@ def _extractor(sub: Parser) -> None:
 
 def evaluate_stats(args: argparse.Namespace) -> None:
     """Reference statistics of images (npz, folder of PNGs or JPEGs, image shards) as one npz in the ADM form."""
-    import torch
-
     from var_scale.evaluate.extract import load_extractor, statistics
     from var_scale.evaluate.generate import read_images
     from var_scale.progress import say
 
-    extractor = load_extractor(args.extractor, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    extractor = load_extractor(args.extractor, device_of(args))
     found = statistics(read_images(args.images), extractor, label=f"features of {args.images.name}")
     found.save(args.out, extractor.name)
     say(f"{args.out}: {found.count:,} images, {len(found.mean_D)} features, {extractor.name}")
@@ -60,13 +58,11 @@ def evaluate_stats(args: argparse.Namespace) -> None:
 
 def evaluate_samples(args: argparse.Namespace) -> None:
     """FID, sFID, IS, precision and recall of samples against a reference, those of them that the extractor's features allow."""
-    import torch
-
     from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, statistics
     from var_scale.evaluate.generate import RECORD, read_images
     from var_scale.files import read_json
 
-    extractor = load_extractor(args.extractor, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    extractor = load_extractor(args.extractor, device_of(args))
     reference = read_reference(args.reference, extractor)
     samples = statistics(read_images(args.samples), extractor, label=f"features of {args.samples.name}")
     record = args.samples / RECORD if args.samples.is_dir() else args.samples.with_name(f"{args.samples.name}.json")

@@ -13,6 +13,8 @@ from var_scale.commands.arguments import Commands, Parser, command, number_in, p
 from var_scale.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from var_scale.evaluate.source import Source
     from var_scale.model.sampling import Settings
 
@@ -33,17 +35,21 @@ def model_arguments(sub: Parser) -> None:
     sub.add_argument("--device", default=None, help="such as cuda:1; default the first GPU, else the CPU")
 
 
-def load_model(args: argparse.Namespace) -> Source:
-    """The model of `model_arguments`."""
+def device_of(args: argparse.Namespace) -> torch.device:
+    """--device, by default the first GPU, else the CPU."""
     import torch
 
-    from var_scale.evaluate.source import load_source
-
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {args.device}: is not a device; use cpu, cuda or cuda:N") from None
-    return load_source(args.model, device, step=args.step, vae=args.vae, precision=args.precision, averaged=args.averaged)
+
+
+def load_model(args: argparse.Namespace) -> Source:
+    """The model of `model_arguments`."""
+    from var_scale.evaluate.source import load_source
+
+    return load_source(args.model, device_of(args), step=args.step, vae=args.vae, precision=args.precision, averaged=args.averaged)
 
 
 def drawing_arguments(sub: Parser, cfg: float = 1.5) -> None:

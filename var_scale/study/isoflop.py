@@ -50,8 +50,7 @@ class IsoFlop:
     @property
     def split(self) -> float:
         """The surface's exponent of N, NaN where it did not converge."""
-        p = self.surface.params
-        return p["beta"] / (p["alpha"] + p["beta"]) if self.surface.converged else math.nan
+        return self.surface.params.get("split", math.nan)
 
     def to_json(self) -> dict[str, Any]:
         """Entry of fit.json."""
