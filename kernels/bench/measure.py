@@ -21,12 +21,13 @@ class Time:
     p80: float
 
 
-def measure(function: Callable[[], object], device: torch.device, milliseconds: float = 200.0) -> Time:
-    """Time `function` after a warm-up. On a GPU through triton.testing.do_bench, which empties the L2 cache before each call."""
+def measure(function: Callable[[], object], device: torch.device, milliseconds: float = 100.0, graph: bool = True) -> Time:
+    """Time `function` after a warm-up. On a GPU by triton.testing.do_bench, which empties the L2 cache before each call: the time of the
+    GPU, without that of launching, where `function` can be recorded as a CUDA graph (on a stream of its own), else of the whole call."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return Time(*do_bench(function, warmup=25, rep=milliseconds, quantiles=list(QUANTILES)))
+        return Time(*do_bench(recorded(function) if graph else function, warmup=25, rep=milliseconds, quantiles=list(QUANTILES)))
     function()
     times, end = [], time.perf_counter() + milliseconds / 1e3
     while len(times) < 3 or time.perf_counter() < end:
@@ -35,6 +36,22 @@ def measure(function: Callable[[], object], device: torch.device, milliseconds: 
         times.append(1e3 * (time.perf_counter() - start))
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return Time(cuts[1], statistics.median(times), cuts[7])
+
+
+def recorded(function: Callable[[], object]) -> Callable[[], object]:
+    """`function` as a CUDA graph; itself where it cannot be one, since it waits for the GPU or no stream of its own is current."""
+    function()
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        return function
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+    except Exception:  # whatever the library behind it raises
+        torch.cuda.synchronize()
+        return function
+    return graph.replay
 
 
 def copy_rate(device: torch.device) -> float:

@@ -5,13 +5,14 @@ Each form is first compared with the eager one in float32; a form that is wrong 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def everything(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]
 
 
 def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) -> dict[str, Any]:
-    """Forward (with what it keeps for the backward), backward, both; and the peak of memory beyond the inputs."""
+    """Forward (with what it keeps for the backward), backward, both, a whole call with its launches; and the peak of memory beyond the
+    inputs."""
     result: dict[str, Any] = {"forward": asdict(measure(lambda: form(*problem.inputs), device))}
     if problem.gradients:
         wanted = [t for t in problem.inputs if t.requires_grad]
@@ -71,6 +73,8 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
         result["backward"] = asdict(measure(backward, device))
         del outs
         result["both"] = asdict(measure(both, device))
+        if device.type == "cuda":
+            result["called"] = asdict(measure(both, device, graph=False))
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -83,12 +87,14 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
     return result
 
 
-def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, float]) -> dict[str, Any]:
-    """All forms of one operator at one shape."""
+def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, float], forms: Sequence[str] = ()) -> dict[str, Any]:
+    """The forms of one operator at one shape, all where none is named."""
     row: dict[str, Any] = {"operator": problem.name, "shape": problem.shape.name, "bytes": problem.bytes, "flops": problem.flops,
                            "serial": problem.serial}  # fmt: skip
     row["forms"] = {}
     for name, form in problem.forms.items():
+        if forms and not any(name.startswith(text) for text in forms):
+            continue
         try:
             reason = "" if name in problem.parts else wrong(form, problem)
             row["forms"][name] = {"wrong": reason} if reason else time_form(form, problem, device)
@@ -104,7 +110,7 @@ def line(row: dict[str, Any], name: str, ceilings: dict[str, float]) -> str:
     head = f"{row['shape']:16} {row['operator']:26} {name:10}"
     if "failed" in form or "wrong" in form:
         return f"{head} {form.get('failed') or 'WRONG: ' + form['wrong']}"
-    parts = [f"{what} {Time(**form[what]).p50:9.4f} ms" for what in ("forward", "backward", "both") if what in form]
+    parts = [f"{what} {Time(**form[what]).p50:9.4f} ms" for what in ("forward", "backward", "both", "called") if what in form]
     return f"{head} {'  '.join(parts)}  {share(row, form, ceilings)}"
 
 
@@ -190,7 +196,9 @@ def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
         tune.choice.cache_clear()
 
 
-def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: bool = False) -> list[dict[str, Any]]:
+def run(
+    operators: list[str], shapes: list[str], out: Path | None, tune_first: bool = False, forms: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU. `tune_first` decides the
     form of the MLP at each width and keeps the decision on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,15 +219,16 @@ def run(operators: list[str], shapes: list[str], out: Path | None, tune_first: b
 
         functorch.donated_buffer = False
     rows = []
-    for shape in chosen:
-        if tune_first:
-            entry = tune_mlp(shape, device, dtype)
-            times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
-            print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
-        for problem in problems(shape, device, dtype):
-            if not operators or any(problem.name.startswith(name) for name in operators):
-                torch._dynamo.reset()  # each shape compiled for itself
-                rows.append(run_problem(problem, device, ceilings))
+    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext():  # where graphs can be recorded
+        for shape in chosen:
+            if tune_first:
+                entry = tune_mlp(shape, device, dtype)
+                times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
+                print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
+            for problem in problems(shape, device, dtype):
+                if not operators or any(problem.name.startswith(name) for name in operators):
+                    torch._dynamo.reset()  # each shape compiled for itself
+                    rows.append(run_problem(problem, device, ceilings, forms or []))
     if out:
         out.write_text(json.dumps({**about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
         from var_kernels.bench.roofline import draw

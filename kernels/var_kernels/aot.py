@@ -87,28 +87,22 @@ def cases(architecture: str) -> Iterator[Case]:
         yield Case(f"adaln.backward C={C} {kind}", adaln.backward, typed, constants, s.backward_warps)
     yield Case("adaln.finish", adaln.finish, rows, {"GATED": True, "BLOCK": 256}, 4)
 
-    a = attention_config.config_for(64, int(architecture.removeprefix("sm_")) // 10)
     heads = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "y"), "bf16")
     heads |= dict.fromkeys(("lse", "delta", "inv_q", "inv_k", "log_scale", "dscale", "out"), "fp32")
     heads |= dict.fromkeys(("tiles", "row_lo", "row_hi", "key_lo", "key_hi"), "i32") | {"sm_scale": "f"}
     heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
-    shared = {"NORM": True, "D": 64, "BLOCK_D": 64, "UPCAST": False, "PRECISION": "ieee", "BLOCK_M": a.block_m, "BLOCK_N": a.block_n}
-    yield Case("attention.forward", attention.forward, heads, shared | {"STAGES": a.stages}, a.warps, matrix=True)
-    wide = attention_config.config_for(64, int(architecture.removeprefix("sm_")) // 10, itemsize=4)
-    singles = heads | {name: "fp32" for name, kind in heads.items() if kind == "bf16"}
-    tiles = {"BLOCK_M": wide.block_m, "BLOCK_N": wide.block_n, "STAGES": wide.stages}
-    yield Case("attention.forward float32", attention.forward, singles, shared | tiles, wide.warps)
-    for name, kernel, inner in (("keys", attention.backward_keys, "BLOCK_M"), ("queries", attention.backward_queries, "BLOCK_N")):
-        back = shared | {"STAGES": a.backward_stages, inner: a.backward_inner}
-        yield Case(f"attention.backward_{name}", kernel, heads, back, a.backward_warps, matrix=True)
-    for kind, D, spilled in (("fp16", 64, 16), ("fp32", 64, 24), ("bf16", 128, 0)):
-        typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
+    kernels = {"forward": (attention.forward, "BLOCK_M", "BLOCK_N"), "keys": (attention.backward_keys, "BLOCK_N", "BLOCK_M"),
+               "queries": (attention.backward_queries, "BLOCK_M", "BLOCK_N")}  # fmt: skip
+    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 16), ("fp32", 64, 24), ("bf16", 128, 0)):
         c = attention_config.config_for(D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2)
-        settings: dict[str, Any] = shared | {"D": D, "BLOCK_D": D, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "STAGES": c.backward_stages}
-        for name, kernel, inner in (("keys", attention.backward_keys, "BLOCK_M"), ("queries", attention.backward_queries, "BLOCK_N")):
-            constants = settings | {inner: c.backward_inner}
-            matrix = kind == "fp16"  # at 128 channels Triton takes mma, not wgmma, on Hopper
-            yield Case(f"attention.backward_{name} {kind} D={D}", kernel, typed, constants, c.backward_warps, matrix=matrix, stack=spilled)
+        typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
+        for name, (kernel, rows_name, inner_name) in kernels.items():
+            t: attention_config.Tile = getattr(c, name)
+            settings: dict[str, Any] = {"NORM": True, "D": D, "BLOCK_D": D, "UPCAST": False, "PRECISION": "ieee", rows_name: t.rows,
+                                        inner_name: t.inner, "STAGES": t.stages}  # fmt: skip
+            settings |= {"BOUND": kind == "bf16"} if name == "forward" else {}
+            matrix = kind != "fp32" and D == 64  # at 128 channels Triton takes mma, not wgmma, on Hopper
+            yield Case(f"attention.{name} {kind} D={D}", kernel, typed, settings, t.warps, matrix=matrix, stack=spilled)
     yield Case("attention.inverse_norms", attention.inverse_norms, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
     yield Case("attention.weighted_dots", attention.weighted_dots, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
 

@@ -19,6 +19,8 @@ from var_kernels.vq import reference as vq
 from var_scale.config.schema import TrainConfig
 from var_scale.model import build_vae, build_var
 from var_scale.model.attention import ScaleMask, attend, block_causal_bias
+from var_scale.model.graphs import Graphs
+from var_scale.model.sampling import Hooks, OneGenerator, SeedPerImage, Settings, sample
 from var_scale.train.step import TrainStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -141,3 +143,50 @@ def test_other_back_ends_sample(backend: str) -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         images = [var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5, top_k=1) for var in (plain, other)]
     assert float((images[0] - images[1]).abs().mean()) < 0.05
+
+
+def small_models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model twice, for sampling: the second keeps its steps as graphs."""
+    torch.manual_seed(0)
+    vae = build_vae(ch=32, device="cuda")
+    plain, recorded = (build_var(vae, depth=3, init_adaln_gamma=0.5, device="cuda").eval() for _ in range(2))
+    recorded.load_state_dict(plain.state_dict())
+    recorded.graphs = Graphs()
+    return plain, recorded
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float32])
+def test_sampling_by_graphs(half: torch.dtype) -> None:
+    """The same bits as without: other labels, seeds and settings than when recorded, another batch between, new weights, hooks."""
+    plain, recorded = (model.to(half) for model in small_models())
+
+    def same(labels: list[int], hooks: Hooks | None = None, **settings: float) -> None:
+        label_B = torch.tensor(labels, device="cuda")
+        seeds = [7 * label for label in labels]
+        made = [sample(model, label_B, Settings(**settings), SeedPerImage(seeds), hooks) for model in (plain, recorded)]
+        assert torch.equal(made[0].images, made[1].images)
+        assert all(torch.equal(a, b) for a, b in zip(made[0].tokens, made[1].tokens, strict=True))
+
+    for labels in ([1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2], [3, 2, 1]):
+        same(labels)
+    assert recorded.graphs._recorded is not None
+    same([9, 9, 9], cfg=4.0, top_k=50, top_p=0.9, temperature=0.8)
+    same([1, 2, 3], Hooks(logits=lambda si, logits: logits * 0.5))
+    same([1, 2, 3], Hooks(models={6: recorded}))
+    for model in (plain, recorded):
+        with torch.no_grad():
+            model.blocks[0].ffn.fc1.weight.mul_(0.5)
+    same([4, 5, 6])
+    for model in (plain, recorded):
+        model.to(torch.float16)
+    for labels in ([1, 2, 3], [4, 5, 6], [7, 8, 9]):
+        same(labels)
+    same([5, 6, 7], cfg=0.0)
+
+
+def test_a_seed_draws_as_multinomial_does() -> None:
+    logits = randn(3, 5, 4096)
+    ours, theirs = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
+    draws = [OneGenerator(ours).tokens(logits) for _ in range(3)]
+    wanted = [torch.multinomial(logits.softmax(-1).view(-1, 4096), 1, True, generator=theirs).view(3, 5) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(draws, wanted, strict=True))

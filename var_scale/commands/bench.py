@@ -19,7 +19,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
     from var_kernels.bench.run import run
 
     try:
-        run(args.operators, args.shapes, args.out, args.tune)
+        run(args.operators, args.shapes, args.out, args.tune, args.forms)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -80,6 +80,7 @@ def add(commands: Commands) -> None:
     sub = command(bench, "kernels", bench_kernels)
     sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
     sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")
+    sub.add_argument("--forms", nargs="*", default=[], metavar="START", help="how names of forms begin, such as eager ours; default all")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results, and a roofline plot beside them")
     sub.add_argument("--tune", action="store_true", help="decide first which form of the MLP runs at each width, and keep that")
 
@@ -103,7 +104,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--batch", type=whole_numbers, default=[1, 64], help="batch sizes, such as 1,64")
     sub.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], help="of both sides")
     sub.add_argument("--repeats", type=number_in(int, 1), default=3, help="calls to time")
-    sub.add_argument("--warmup", type=number_in(int, 0), default=1, help="calls before them")
+    sub.add_argument("--warmup", type=number_in(int, 0), default=2, help="calls before them; on a GPU the second records the graphs")
     sub.add_argument("--device", default=None, help="default the first GPU, else the CPU")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
 

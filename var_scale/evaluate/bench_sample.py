@@ -23,6 +23,7 @@ from var_scale.errors import UserError
 from var_scale.files import read_json, write_json
 from var_scale.machine import processor_name
 from var_scale.model.build import PATCH_NUMS_256, build_vae_var
+from var_scale.model.graphs import Graphs
 from var_scale.progress import say
 
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,8 +48,9 @@ def one_side(job: dict[str, Any]) -> dict[str, Any]:
         module.load_state_dict({key: value.to(device) for key, value in load_file(f"{job['weights']}/{name}.safetensors").items()})
         module.eval()
     half = HALF[job["precision"]]
-    if half and not job["official"]:
-        var.to(half)
+    if not job["official"]:
+        var.graphs = Graphs()
+        var.to(half or torch.float32)
     cast = torch.autocast(device.type, half, cache_enabled=True) if half and job["official"] else nullcontext()
     label_B, times = torch.arange(job["batch"], device=device) % 1000, []
     with torch.inference_mode(), cast:

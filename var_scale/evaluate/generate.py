@@ -22,6 +22,7 @@ from var_scale.data.shards import Sample, ShardSet
 from var_scale.errors import UserError
 from var_scale.evaluate.source import Source
 from var_scale.files import atomic_file, canonical_hash, flat, read_json, remove_tree, write_json
+from var_scale.model.graphs import Graphs
 from var_scale.model.sampling import Hooks, SeedPerImage, Settings, sample
 from var_scale.progress import progress, say
 
@@ -198,6 +199,7 @@ def generate(
         write_json(record, what)
     output: Output = (PngFolder(out, job) if kind == "png" else Npz(out, job) if kind == "npz"
                       else Shards(out, job, source.classes, {key: str(value) for key, value in what.items()}))  # fmt: skip
+    source.var.graphs = Graphs()
     mine = [(unit, indices) for unit in range(part[0], job.units, part[1]) if (indices := output.missing(unit))]
     with progress("sample", sum(len(indices) for _, indices in mine), "images") as bar:
         done = 0

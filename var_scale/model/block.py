@@ -204,7 +204,7 @@ class AdaLNSelfAttn(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
         keep_attn, keep_ffn = (keep, keep) if keep is None or keep.ndim == 1 else keep.unbind(0)
         if defer:
-            out = compute_dtype(x)
+            out = compute_dtype(self.attn.proj.weight)
             h_BLC, x = norm_after(x, pending, scale1, shift1, self.ln_wo_grad.eps, out)
             branch = (self.attn(h_BLC, attn_bias), gamma1, self.drop_path.factor(x, keep_attn))
             h_BLC, x = norm_after(x, branch, scale2, shift2, self.ln_wo_grad.eps, out)
@@ -228,5 +228,6 @@ class AdaLNBeforeHead(nn.Module):
         """(B, L, C) -> (B, L, C), in the compute dtype with `defer`, which adds the last block's branch first."""
         scale_B1C, shift_B1C = self.ada_lin(cond_BC).view(-1, 1, 2, self.C).unbind(2)
         if defer:
-            return norm_after(x_BLC, pending, scale_B1C, shift_B1C, self.ln_wo_grad.eps, compute_dtype(x_BLC))[0]
+            out = compute_dtype(self.ada_lin.get_parameter("1.weight"))
+            return norm_after(x_BLC, pending, scale_B1C, shift_B1C, self.ln_wo_grad.eps, out)[0]
         return modulate(self.ln_wo_grad(x_BLC), scale_B1C, shift_B1C)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from var_scale.errors import UserError, require_positive
+from var_scale.model.block import fused
 from var_scale.scales import grid
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class OneGenerator:
         self.rng = rng
 
     def tokens(self, logits_BlV: Tensor) -> Tensor:
-        B, l, V = logits_BlV.shape
-        return torch.multinomial(logits_BlV.softmax(-1).view(-1, V), 1, replacement=True, generator=self.rng).view(B, l)
+        # What torch.multinomial does for one draw, number by number, but it makes the host wait for the GPU.
+        return logits_BlV.softmax(-1).div_(self.exponential(logits_BlV)).argmax(-1)
 
     def exponential(self, like_BlV: Tensor) -> Tensor:
         return torch.empty_like(like_BlV, memory_format=torch.contiguous_format).exponential_(generator=self.rng)
@@ -235,35 +236,50 @@ def sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: H
             model.train(training[key])
 
 
-class _Stepper:
+class Stepper:
     """One model going through the scales with its caches."""
 
     def __init__(self, var: VAR, label_B: Tensor):
-        self.var = var
-        self.cond_BC = var.class_emb(label_B)
-        self.ada = var.conditioning(self.cond_BC)  # of every block, made once: no scale changes it
-        self.position_1LC = var.lvl_embed(var.lvl_1L) + var.pos_1LC
-        self.done = 0
-        var.kv_caching(True)
+        self.var, self.label_B, self.done = var, label_B, 0
+        self._start()
+
+    def _start(self) -> None:
+        """What no scale changes: the AdaLN vectors of every block, the positions; and empty caches."""
+        self.cond_BC = self.var.class_emb(self.label_B)
+        self.ada = self.var.conditioning(self.cond_BC)
+        self.position_1LC = self.var.lvl_embed(self.var.lvl_1L) + self.var.pos_1LC
+        self.var.kv_caching(True)
 
     def step(self, inputs: Sequence[Tensor]) -> Tensor:
         """Logits (2B or B, l, V) of the scale after `inputs`, what scales 1, 2, ... see of the codes before them, each (B, l, Cvae); scales
         that this model has not seen yet, since another made them, come first."""
-        var = self.var
         while True:
             si = self.done
-            if si == 0:
-                x_BlC = self.cond_BC.unsqueeze(1) + var.pos_start + self.position_1LC[:, : var.first_l]
-            else:
-                begin, end = var.begin_ends[si]
-                x_BlC = var.word_embed(inputs[si - 1].to(var.word_embed.weight.dtype)) + self.position_1LC[:, begin:end]
-                x_BlC = x_BlC.repeat(self.cond_BC.shape[0] // x_BlC.shape[0], 1, 1)
-            x_BlC = x_BlC.float()  # the residual stream, whatever the weights are
-            for block, ada_B16C in zip(var.blocks, self.ada, strict=True):
-                x_BlC = block(x_BlC, self.cond_BC, ada_B16C=ada_B16C)
+            logits_BlV = self.scale(si, inputs[si - 1] if si else None)
             self.done += 1
             if si == len(inputs):
-                return var.get_logits(x_BlC, self.cond_BC)
+                return logits_BlV
+
+    def scale(self, si: int, input_BlC: Tensor | None) -> Tensor:
+        """Logits of scale `si`, whose keys and values join the caches; the first has no input."""
+        var = self.var
+        if input_BlC is None:
+            x_BlC = self.cond_BC.unsqueeze(1) + var.pos_start + self.position_1LC[:, : var.first_l]
+        else:
+            begin, end = var.begin_ends[si]
+            x_BlC = var.word_embed(input_BlC.to(var.word_embed.weight.dtype)) + self.position_1LC[:, begin:end]
+            x_BlC = x_BlC.repeat(self.cond_BC.shape[0] // x_BlC.shape[0], 1, 1)
+        x_BlC, pending = x_BlC.float(), None  # the residual stream, whatever the weights are
+        defer = fused(var.kernels, x_BlC)
+        for block, ada_B16C in zip(var.blocks, self.ada, strict=True):
+            out = block(x_BlC, self.cond_BC, pending=pending, defer=defer, ada_B16C=ada_B16C)
+            x_BlC, pending = out if defer else (out, None)
+        return var.get_logits(x_BlC, self.cond_BC, pending)
+
+
+def stepper_of(var: VAR, label_B: Tensor) -> Stepper:
+    """The model's own graphs where it keeps them and they fit, else every step anew."""
+    return var.graphs.stepper(var, label_B) if var.graphs and label_B.is_cuda else Stepper(var, label_B)
 
 
 def _sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: Hooks) -> Sampled:
@@ -271,8 +287,8 @@ def _sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: 
     guided = any(settings.guidance(si, scales) for si in range(scales))
     # Without guidance the unconditional half would be computed for nothing.
     both_B = torch.cat((label_B, torch.full_like(label_B, var.num_classes))) if guided else label_B
-    stepper = _Stepper(var, both_B)
-    others: dict[int, _Stepper] = {}
+    stepper = stepper_of(var, both_B)
+    others: dict[int, Stepper] = {}
     f_hat_BChw = torch.zeros(B, var.Cvae, *grid(var.patch_nums[-1]), device=label_B.device)
     tokens: list[Tensor] = []
     inputs: list[Tensor] = []
@@ -280,7 +296,7 @@ def _sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: 
         if si in hooks.models:
             model = hooks.models[si]
             if id(model) not in others:
-                others[id(model)] = _Stepper(model, both_B)
+                others[id(model)] = stepper_of(model, both_B)
             stepper = others[id(model)]
         ratio = ratio_of(si, scales)
         logits_BlV = guide(stepper.step(inputs), B, settings.guidance(si, scales))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pendi
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
 from var_scale.scales import PatchNum, cells, normal
+
+if TYPE_CHECKING:
+    from var_scale.model.graphs import Graphs
 
 # The names that the official notebooks import from this module.
 __all__ = ["VAR", "AdaLNSelfAttn", "gumbel_softmax_with_rng", "sample_with_top_k_top_p_"]
@@ -100,6 +103,7 @@ class VAR(nn.Module):
         self.begin_ends = list(pairwise(ends))
         self.L, self.first_l, self.num_stages_minus_1 = ends[-1], ends[1], len(self.patch_nums) - 1
         self._rng: torch.Generator | None = None
+        self.graphs: Graphs | None = None  # of sampling on a GPU; see graphs.py
         # In tuples, so that the tokenizer is no part of this module's weights.
         self.vae_proxy, self.vae_quant_proxy = (vae_local,), (vae_local.quantize,)
 
@@ -149,9 +153,10 @@ class VAR(nn.Module):
         ada = self.shared_ada_lin(cond_BC)
         return [block.conditioning(ada) for block in self.blocks]  # type: ignore[operator]
 
-    def get_logits(self, h_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        """Residual stream (B, L, C) and condition (B, C) -> logits (B, L, V) float32."""
-        h_BLC = self.head_nm(h_BLC.float(), cond_BC).float()
+    def get_logits(self, h_BLC: Tensor, cond_BC: Tensor, pending: Pending | None = None) -> Tensor:
+        """Residual stream (B, L, C) and condition (B, C) -> logits (B, L, V) float32; a `pending` branch is added first, by the fused
+        operators."""
+        h_BLC = self.head_nm(h_BLC.float(), cond_BC, pending, defer=pending is not None)
         return self.head(h_BLC.to(self.head.weight.dtype)).float()
 
     def forward(

@@ -31,9 +31,10 @@ def forward(
         rounded = (v + gate * tl.load(y + row * C + cols, mask=inside, other=0.0).to(tl.float32)).to(x_new.dtype.element_ty)
         tl.store(x_new + row * C + cols, rounded, mask=inside)
         v = rounded.to(tl.float32)  # the norm is of what the next layer will read
-    centre = tl.sum(v, axis=0) / C
+    channels = tl.cast(C, tl.float32)  # exact divisions: `/` and sqrt of float32 are approximate on GPUs
+    centre = tl.div_rn(tl.sum(v, axis=0), channels)
     centred = tl.where(inside, v - centre, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, axis=0), channels) + eps))
     factor = 1.0 + tl.load(scale + sample * scale_b + cols, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(shift + sample * shift_b + cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(h + row * C + cols, (centred * inverse * factor + offset).to(h.dtype.element_ty), mask=inside)
@@ -53,6 +54,7 @@ def backward(
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C
     factor = 1.0 + tl.load(scale + sample * scale_b + cols, mask=inside, other=0.0).to(tl.float32)
+    channels = tl.cast(C, tl.float32)
     survive = 1.0
     if GATED:
         if KEEP:
@@ -70,7 +72,7 @@ def backward(
         sum_scale += g * normal
         sum_shift += g
         g *= factor
-        along, across = tl.sum(g * normal, axis=0) / C, tl.sum(g, axis=0) / C
+        along, across = tl.div_rn(tl.sum(g * normal, axis=0), channels), tl.div_rn(tl.sum(g, axis=0), channels)
         d = (g - across - normal * along) * inverse
         if RESIDUAL:
             d += tl.load(dx_new + row * C + cols, mask=inside, other=0.0).to(tl.float32)

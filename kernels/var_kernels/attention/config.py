@@ -11,25 +11,35 @@ def max_width(itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Tile sides (queries, keys), warps and pipeline depth of the forward kernel and of the two backward kernels."""
+class Tile:
+    """One kernel: rows of the tile that a program owns, rows of the tiles it loops over, warps, pipeline depth."""
 
-    block_m: int = 64
-    """with 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60"""
-    block_n: int = 64
+    rows: int = 64
+    inner: int = 64
     warps: int = 4
-    """64 x 64 with 4 warps takes 165 registers a thread on sm_90: three programs share a multiprocessor and hide each other's softmax"""
-    stages: int = 3
-    backward_warps: int = 4
-    backward_stages: int = 2
-    backward_inner: int = 64
-    """rows of the tiles that the backward loops run over; 32 where there is neither wgmma nor tcgen05 (Ampere, Ada, sm_120): there the
-    operands of a product lie in registers, and 64 spill"""
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Queries own the tiles of `forward` and `queries`, keys those of `keys`, the other backward kernel."""
+
+    forward: Tile = Tile(stages=3)
+    keys: Tile = Tile()
+    queries: Tile = Tile()
 
 
 def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
-    """For heads of D channels on a GPU generation (9: Hopper). Wide heads and float32 take smaller pipelines, so that tiles and
-    accumulators fit, also into the 99 KiB of shared memory of small GPUs."""
+    """For heads of D channels on a GPU generation (9: Hopper).
+
+    With tiles of 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60.
+    Wide heads and float32 take smaller pipelines, so that tiles and accumulators fit, also into the 99 KiB of shared memory of small
+    GPUs; where there is neither wgmma nor tcgen05 (Ampere, Ada, sm_120) the operands of a product lie in registers, and 64 inner rows
+    spill.
+    """
     if D > 64 or itemsize > 2:
-        return AttentionConfig(block_n=32, stages=2, warps=8, backward_warps=8, backward_stages=1, backward_inner=32)
-    return AttentionConfig(backward_inner=32) if generation not in (9, 10) else AttentionConfig()
+        small = Tile(rows=32, inner=32, warps=8, stages=1)
+        return AttentionConfig(Tile(inner=32, warps=8), small, Tile(inner=32, warps=8, stages=1))
+    if generation not in (9, 10):
+        return AttentionConfig(keys=Tile(inner=32), queries=Tile(inner=32))
+    return AttentionConfig()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.attention import reference
-from var_kernels.attention.config import AttentionConfig, config_for, max_width
+from var_kernels.attention.config import config_for, max_width
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.attention.schedule import Pattern, Visible, counts, everything, scales_of, tiles_on
 from var_kernels.dispatch import INTERPRETED, eager, generation, launches, require, use_triton
@@ -73,11 +73,10 @@ def _pattern(text: str) -> Pattern:
     return int(text) if text.isdigit() else text
 
 
-def _settings(config: AttentionConfig, D: int, dtype: torch.dtype) -> dict[str, Any]:
+def _settings(D: int, dtype: torch.dtype) -> dict[str, Any]:
     """What every kernel of a call shares. float32 products are exact unless the user allows TF32."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"D": D, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
-            "UPCAST": INTERPRETED, "PRECISION": "tf32" if tf32 else "ieee"}  # fmt: skip
+    return {"D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length()), "UPCAST": INTERPRETED, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -101,18 +100,20 @@ def launch_forward(
     widest = max_width(q.element_size())
     require(widest >= D, "attention: heads of {} channels are wider than {} ({}); use another back-end", D, widest, q.dtype)
     config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
-    settings, log_scale = _settings(config, D, q.dtype), None if log_scale is None else log_scale.contiguous()
+    settings, log_scale = _settings(D, q.dtype), None if log_scale is None else log_scale.contiguous()
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     inv_q = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
     inv_k = torch.empty(B, H, Lk if norm else 0, dtype=torch.float32, device=q.device)
-    tiles = tiles_on(visible, config.block_m, q.device)
+    mine = config.forward
+    tiles = tiles_on(visible, mine.rows, q.device)
     if norm:
         kernels.inverse_norms[(B * H, -(-Lk // 64))](k, inv_k, *_strides(k), H, Lk, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
     count = len(tiles.table)
     kernels.forward[(count * B * H,)](
         q, k, v, o, lse, inv_q, inv_k, log_scale, tiles.table, tiles.lo, tiles.hi, sm_scale, *_strides(q, k, v), count, H, Lq, Lk,
-        NORM=norm, STAGES=config.stages, num_warps=config.warps, **settings,
+        NORM=norm, BOUND=norm and q.dtype == torch.bfloat16, BLOCK_M=mine.rows, BLOCK_N=mine.inner, STAGES=mine.stages,
+        num_warps=mine.warps, **settings,
     )  # fmt: skip
     return o, lse, inv_q, inv_k
 
@@ -128,21 +129,24 @@ def launch_backward(
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
     config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
-    settings, log_scale = _settings(config, D, q.dtype), None if log_scale is None else log_scale.contiguous()
+    settings, log_scale = _settings(D, q.dtype), None if log_scale is None else log_scale.contiguous()
     do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
     delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
     kernels.weighted_dots[(B * H, -(-Lq // 64))](o, do, delta, *_strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"])
-    by_key = tiles_on(visible.transposed, config.block_n, q.device)
-    common = settings | {"NORM": norm, "STAGES": config.backward_stages, "num_warps": config.backward_warps}
+    mine = config.keys
+    by_key = tiles_on(visible.transposed, mine.rows, q.device)
     kernels.backward_keys[(len(by_key.table) * B * H,)](
         q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dk, dv, by_key.table, by_key.lo, by_key.hi, sm_scale,
-        *_strides(q, k, v, do, dk, dv), len(by_key.table), H, Lq, Lk, **common | {"BLOCK_M": config.backward_inner},
+        *_strides(q, k, v, do, dk, dv), len(by_key.table), H, Lq, Lk, NORM=norm, BLOCK_N=mine.rows, BLOCK_M=mine.inner, STAGES=mine.stages,
+        num_warps=mine.warps, **settings,
     )  # fmt: skip
-    by_query = tiles_on(visible, config.block_m, q.device)
+    mine = config.queries
+    by_query = tiles_on(visible, mine.rows, q.device)
     parts = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
     kernels.backward_queries[(len(by_query.table) * B * H,)](
         q, k, v, do, lse, delta, inv_q, inv_k, log_scale, dq, parts, by_query.table, by_query.lo, by_query.hi, sm_scale,
-        *_strides(q, k, v, do, dq), len(by_query.table), H, Lq, Lk, **common | {"BLOCK_N": config.backward_inner},
+        *_strides(q, k, v, do, dq), len(by_query.table), H, Lq, Lk, NORM=norm, BLOCK_M=mine.rows, BLOCK_N=mine.inner, STAGES=mine.stages,
+        num_warps=mine.warps, **settings,
     )  # fmt: skip
     if log_scale is None:
         return parts.new_zeros(H)

@@ -16,6 +16,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 NORM_EPS = tl.constexpr(1e-12)
 """the smallest norm that q and k are divided by, as in F.normalize"""
+MOST = tl.constexpr(40.0)
+"""largest scale of a head for which exp(s - scale), s between -scale and scale, keeps all its digits in float32 and bfloat16: e^-80"""
 
 
 @triton.jit
@@ -27,10 +29,14 @@ def dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0."""
+def tile(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0. WHOLE: all rows are valid."""
     d = tl.arange(0, BLOCK_D)
     place = base + rows[:, None] * stride + d[None, :]
+    if WHOLE and BLOCK_D == D:
+        return tl.load(place)
+    if WHOLE:
+        return tl.load(place, mask=d[None, :] < D, other=0.0)
     if BLOCK_D == D:
         return tl.load(place, mask=valid[:, None], other=0.0)
     return tl.load(place, mask=valid[:, None] & (d[None, :] < D), other=0.0)
@@ -75,34 +81,74 @@ def head_factor(log_scale, h, sm_scale, NORM: tl.constexpr):
 @triton.jit
 def attend(
     acc, top, total, q, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, inv_k,
-    MASKED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BOUNDED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the online softmax. `factor` (rows,) holds the scale of q in units of log2."""
+    """One block of keys of the softmax. `factor` (rows,) holds the scale of q in units of log2; BOUNDED: `top` is above all and stays."""
     keys = n + tl.arange(0, BLOCK_N)
     valid = keys < kv_hi
-    k = tile(k_base, keys, k_l, valid, D, BLOCK_D)
+    k = tile(k_base, keys, k_l, valid, D, BLOCK_D, not MASKED)
     s = dot(q, tl.trans(k), UPCAST, PRECISION)
     if NORM:
-        s *= tl.load(inv_k + keys, mask=valid, other=0.0)[None, :]
-    s *= factor[:, None]
+        s *= (tl.load(inv_k + keys, mask=valid, other=0.0) if MASKED else tl.load(inv_k + keys))[None, :]
     if MASKED:
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, axis=1))
-    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has not met a key of its own yet
-    p = tl.exp2(s - safe[:, None])
-    fade = tl.exp2(top - safe)
-    v = tile(v_base, keys, v_l, valid, D, BLOCK_D)
-    acc = acc * fade[:, None] + dot(p.to(v.dtype), v, UPCAST, PRECISION)
-    return acc, new, total * fade + tl.sum(p, axis=1)
+    new = top
+    if not BOUNDED:
+        new = tl.maximum(top, tl.max(s, axis=1) * factor)
+    safe = tl.where(new == float("-inf"), 0.0, new) if MASKED and not BOUNDED else new  # a row that has not met a key of its own yet
+    p = tl.exp2(s * factor[:, None] - safe[:, None])
+    if not BOUNDED:
+        fade = tl.exp2(top - safe)
+        acc, total = acc * fade[:, None], total * fade
+    v = tile(v_base, keys, v_l, valid, D, BLOCK_D, not MASKED)
+    return acc + dot(p.to(v.dtype), v, UPCAST, PRECISION), new, total + tl.sum(p, axis=1)
+
+
+@triton.jit
+def sweep(
+    acc, top, total, q, factor, lo, hi, kv_lo, kv_hi, full_lo, full_hi, k_base, v_base, k_l, v_l, inv_k,
+    BOUNDED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All keys of a tile of queries: those that all rows see, then those that only some do, and a last block that is not full."""
+    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
+    middle = kv_lo + head * BLOCK_N
+    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
+    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
+    for i in tl.range(0, whole, num_stages=STAGES):
+        acc, top, total = attend(acc, top, total, q, factor, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l, inv_k,
+                                 False, BOUNDED, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    for i in tl.range(0, head + tail):
+        n = tl.where(i < head, kv_lo + i * BLOCK_N, middle + (whole + i - head) * BLOCK_N)
+        acc, top, total = attend(acc, top, total, q, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, inv_k,
+                                 True, BOUNDED, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def highest(
+    q, factor, lo, hi, kv_lo, kv_hi, k_base, k_l, inv_k,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each row, in a pass of its own."""
+    top = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    for n in tl.range(kv_lo, kv_hi, BLOCK_N, num_stages=1):
+        keys = n + tl.arange(0, BLOCK_N)
+        valid = keys < kv_hi
+        s = dot(q, tl.trans(tile(k_base, keys, k_l, valid, D, BLOCK_D)), UPCAST, PRECISION)
+        s *= tl.load(inv_k + keys, mask=valid, other=0.0)[None, :]
+        s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+        top = tl.maximum(top, tl.max(s, axis=1) * factor)
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def forward(
     q, k, v, o, lse, inv_q, inv_k, log_scale, tiles, row_lo, row_hi, sm_scale,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, count, H, Lq, Lk,
-    NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BOUND: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: o (B, L, H, D), lse (B, H, L) in units of log2, and 1/|q|."""
     table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
@@ -124,20 +170,41 @@ def forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    # keys that only some rows see, then keys that all rows see, then the rest
-    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
-    middle = kv_lo + head * BLOCK_N
-    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
-    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
-    for i in tl.range(0, whole, num_stages=STAGES):
-        acc, top, total = attend(acc, top, total, q_tile, factor, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l, norms,
-                                 False, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
-    for i in tl.range(0, head + tail):
-        n = tl.where(i < head, kv_lo + i * BLOCK_N, middle + (whole + i - head) * BLOCK_N)
-        acc, top, total = attend(acc, top, total, q_tile, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, norms,
-                                 True, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    if BOUND:  # |q/|q| k/|k|| <= 1: where the head's scale leaves room, the softmax needs no maximum but the scale itself
+        top = tl.full([BLOCK_M], LOG2E, tl.float32) * scale
+        if scale >= MOST:
+            top = highest(q_tile, factor, lo, hi, kv_lo, kv_hi, k_base, k_l, norms, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)
+    acc, top, total = sweep(acc, top, total, q_tile, factor, lo, hi, kv_lo, kv_hi, full_lo, full_hi, k_base, v_base, k_l, v_l, norms,
+                            BOUND, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION, STAGES)  # fmt: skip
     put(o + (b * Lq * H + h) * D, rows, H * D, mine, acc / total[:, None], D, BLOCK_D)
     tl.store(lse + bh * Lq + rows, top + tl.log2(total), mask=mine)
+
+
+@triton.jit
+def keys_step(
+    dk, dv, k, v, k_factor, scale, lo, hi, start, last, q_base, do_base, q_l, do_l, lse, delta, inv_q,
+    MASKED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries, added to dk (before the norm) and dv of a tile of keys."""
+    rows = start + tl.arange(0, BLOCK_M)
+    valid = rows < last
+    q, do = tile(q_base, rows, q_l, valid, D, BLOCK_D), tile(do_base, rows, do_l, valid, D, BLOCK_D)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+    if NORM:
+        factor *= tl.load(inv_q + rows, mask=valid, other=0.0)
+    s = dot(k, tl.trans(q), UPCAST, PRECISION) * (k_factor * LOG2E)[:, None]
+    p = tl.exp2(s * factor[None, :] - tl.load(lse + rows, mask=valid, other=float("inf"))[None, :])
+    if MASKED:
+        p = tl.where((rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None]), p, 0.0)
+    dv += dot(p.to(do.dtype), do, UPCAST, PRECISION)
+    ds = p * (dot(v, tl.trans(do), UPCAST, PRECISION) - tl.load(delta + rows, mask=valid, other=0.0)[None, :])
+    if q.dtype == tl.float16:  # 1/|q| may be beyond float16; q/|q| is not
+        unit = q.to(tl.float32) * (factor / scale)[:, None]
+        dk += dot(ds.to(q.dtype), unit.to(q.dtype), UPCAST, PRECISION) * scale
+    else:
+        dk += dot((ds * factor[None, :]).to(q.dtype), q, UPCAST, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -151,6 +218,7 @@ def backward_keys(
     table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
     b, h = bh // H, bh % H
     start, stop, first, last = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    full_lo, full_hi = tl.load(table + 4), tl.load(table + 5)
     keys = start + tl.arange(0, BLOCK_N)
     mine = keys < stop
     lo, hi = tl.load(key_lo + keys, mask=mine, other=0), tl.load(key_hi + keys, mask=mine, other=0)
@@ -163,30 +231,54 @@ def backward_keys(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     q_base, do_base = q + b * q_b + h * q_h, do + b * do_b + h * do_h
-    for i in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-        rows = i + tl.arange(0, BLOCK_M)
-        valid = rows < last
-        q_tile, do_tile = tile(q_base, rows, q_l, valid, D, BLOCK_D), tile(do_base, rows, do_l, valid, D, BLOCK_D)
-        factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
-        if NORM:
-            factor *= tl.load(inv_q + bh * Lq + rows, mask=valid, other=0.0)
-        s = dot(k_tile, tl.trans(q_tile), UPCAST, PRECISION) * (k_factor * LOG2E)[:, None] * factor[None, :]
-        seen = (rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None])
-        p = tl.where(seen, tl.exp2(s - tl.load(lse + bh * Lq + rows, mask=valid, other=0.0)[None, :]), 0.0)
-        dv_acc += dot(p.to(do_tile.dtype), do_tile, UPCAST, PRECISION)
-        dp = dot(v_tile, tl.trans(do_tile), UPCAST, PRECISION)
-        ds = p * (dp - tl.load(delta + bh * Lq + rows, mask=valid, other=0.0)[None, :])
-        if q_tile.dtype == tl.float16:  # 1/|q| may be beyond float16; q/|q| is not
-            unit = q_tile.to(tl.float32) * (factor / scale)[:, None]
-            dk_acc += dot(ds.to(q_tile.dtype), unit.to(q_tile.dtype), UPCAST, PRECISION) * scale
-        else:
-            dk_acc += dot((ds * factor[None, :]).to(q_tile.dtype), q_tile, UPCAST, PRECISION)
+    lse_base, delta_base, inv_base = lse + bh * Lq, delta + bh * Lq, inv_q + bh * Lq
+    head = tl.cdiv(full_lo - first, BLOCK_M)
+    middle = first + head * BLOCK_M
+    whole = tl.cdiv(tl.maximum(last - middle, 0), BLOCK_M)  # rows past the end are zeros, with a weight of 0
+    if full_hi < last:
+        whole = tl.maximum(full_hi - middle, 0) // BLOCK_M
+    tail = tl.cdiv(tl.maximum(last - middle - whole * BLOCK_M, 0), BLOCK_M)
+    for i in tl.range(0, whole, num_stages=STAGES):
+        dk_acc, dv_acc = keys_step(
+            dk_acc, dv_acc, k_tile, v_tile, k_factor, scale, lo, hi, middle + i * BLOCK_M, last, q_base, do_base, q_l, do_l, lse_base,
+            delta_base, inv_base, False, NORM, D, BLOCK_M, BLOCK_D, UPCAST, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, head + tail):
+        row = tl.where(i < head, first + i * BLOCK_M, middle + (whole + i - head) * BLOCK_M)
+        dk_acc, dv_acc = keys_step(
+            dk_acc, dv_acc, k_tile, v_tile, k_factor, scale, lo, hi, row, last, q_base, do_base, q_l, do_l, lse_base,
+            delta_base, inv_base, True, NORM, D, BLOCK_M, BLOCK_D, UPCAST, PRECISION,
+        )  # fmt: skip
     if NORM:  # through k / |k|: the part along k is lost
         normal = k_tile.to(tl.float32) * k_factor[:, None]
         along = tl.where(k_factor < 1.0 / NORM_EPS, tl.sum(normal * dk_acc, axis=1), 0.0)
         dk_acc = (dk_acc - normal * along[:, None]) * k_factor[:, None]
     put(dk + b * dk_b + h * dk_h, keys, dk_l, mine, dk_acc, D, BLOCK_D)
     put(dv + b * dv_b + h * dv_h, keys, dv_l, mine, dv_acc, D, BLOCK_D)
+
+
+@triton.jit
+def queries_step(
+    acc, q, do, factor, row_lse, row_delta, lo, hi, start, last, k_base, v_base, k_l, v_l, inv_k,
+    MASKED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, added to dq (before the norm) of a tile of queries."""
+    keys = start + tl.arange(0, BLOCK_N)
+    valid = keys < last
+    k, v = tile(k_base, keys, k_l, valid, D, BLOCK_D, not MASKED), tile(v_base, keys, v_l, valid, D, BLOCK_D, not MASKED)
+    s = dot(q, tl.trans(k), UPCAST, PRECISION)
+    norms = tl.full([BLOCK_N], 1.0, tl.float32)
+    if NORM:
+        norms = tl.load(inv_k + keys, mask=valid, other=0.0) if MASKED else tl.load(inv_k + keys)
+        s *= norms[None, :]
+    p = tl.exp2(s * (factor * LOG2E)[:, None] - row_lse[:, None])
+    if MASKED:
+        p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
+    ds = p * (dot(do, tl.trans(v), UPCAST, PRECISION) - row_delta[:, None])
+    if NORM and k.dtype == tl.float16:
+        return acc + dot(ds.to(k.dtype), (k.to(tl.float32) * norms[:, None]).to(k.dtype), UPCAST, PRECISION)
+    return acc + dot((ds * norms[None, :]).to(k.dtype), k, UPCAST, PRECISION)
 
 
 @triton.jit
@@ -201,6 +293,7 @@ def backward_queries(
     table, bh = tiles + tl.program_id(0) % count * 6, (tl.program_id(0) // count).to(tl.int64)  # tiles of a head side by side
     b, h = bh // H, bh % H
     start, stop, kv_lo, kv_hi = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    full_lo, full_hi = tl.load(table + 4), tl.load(table + 5)
     rows = start + tl.arange(0, BLOCK_M)
     mine = rows < stop
     lo, hi = tl.load(row_lo + rows, mask=mine, other=0), tl.load(row_hi + rows, mask=mine, other=0)
@@ -213,24 +306,19 @@ def backward_queries(
         inverse = tl.load(inv_q + bh * Lq + rows, mask=mine, other=0.0)
         factor *= inverse
     k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    norms = inv_k + bh * Lk
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n in tl.range(kv_lo, kv_hi, BLOCK_N, num_stages=STAGES):
-        keys = n + tl.arange(0, BLOCK_N)
-        valid = keys < kv_hi
-        k_tile, v_tile = tile(k_base, keys, k_l, valid, D, BLOCK_D), tile(v_base, keys, v_l, valid, D, BLOCK_D)
-        s = dot(q_tile, tl.trans(k_tile), UPCAST, PRECISION) * (factor * LOG2E)[:, None]
-        norms = tl.full([BLOCK_N], 1.0, tl.float32)
-        if NORM:
-            norms = tl.load(inv_k + bh * Lk + keys, mask=valid, other=0.0)
-            s *= norms[None, :]
-        seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-        p = tl.where(seen, tl.exp2(s - row_lse[:, None]), 0.0)
-        ds = p * (dot(do_tile, tl.trans(v_tile), UPCAST, PRECISION) - row_delta[:, None])
-        if NORM and k_tile.dtype == tl.float16:
-            unit = (k_tile.to(tl.float32) * norms[:, None]).to(k_tile.dtype)
-            acc += dot(ds.to(k_tile.dtype), unit, UPCAST, PRECISION)
-        else:
-            acc += dot((ds * norms[None, :]).to(k_tile.dtype), k_tile, UPCAST, PRECISION)
+    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
+    middle = kv_lo + head * BLOCK_N
+    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
+    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
+    for i in tl.range(0, whole, num_stages=STAGES):
+        acc = queries_step(acc, q_tile, do_tile, factor, row_lse, row_delta, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l,
+                           norms, False, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
+    for i in tl.range(0, head + tail):
+        n = tl.where(i < head, kv_lo + i * BLOCK_N, middle + (whole + i - head) * BLOCK_N)
+        acc = queries_step(acc, q_tile, do_tile, factor, row_lse, row_delta, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l,
+                           norms, True, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
     if NORM:
         normal = q_tile.to(tl.float32) * inverse[:, None]
         along = tl.sum(normal * acc, axis=1)
