@@ -65,6 +65,8 @@ def cases(architecture: str) -> Iterator[Case]:
     from var_kernels.attention import triton as attention
     from var_kernels.cross_entropy import config as ce_config
     from var_kernels.cross_entropy import triton as ce
+    from var_kernels.group_norm import config as norm_config
+    from var_kernels.group_norm import triton as norms
     from var_kernels.mlp import config as mlp_config
     from var_kernels.mlp import triton as mlp
     from var_kernels.vq import config as vq_config
@@ -77,14 +79,14 @@ def cases(architecture: str) -> Iterator[Case]:
     for C in (1024, 1536, 1920, 2304):
         s = adaln_config.config_for(C)
         flags = {"GATED": True, "KEEP": True, "BLOCK_C": s.block_c}
-        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags, s.forward_warps)
-        more = flags | {"RESIDUAL": True, "STAGES": s.backward_stages}
-        yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward_warps)
+        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags | {"STAGES": s.forward.stages}, s.forward.warps)
+        more = flags | {"RESIDUAL": True, "STAGES": s.backward.stages}
+        yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward.warps)
     for C, kind, itemsize in ((2304, "fp32", 4), (4096, "bf16", 2)):  # a float32 residual stream, and the widest row
         s, flags = adaln_config.config_for(C, itemsize), {"GATED": True, "KEEP": True, "RESIDUAL": True}
         typed = rows | {name: kind for name, given in rows.items() if given == "bf16"}
-        constants = flags | {"BLOCK_C": s.block_c, "STAGES": s.backward_stages}
-        yield Case(f"adaln.backward C={C} {kind}", adaln.backward, typed, constants, s.backward_warps)
+        constants = flags | {"BLOCK_C": s.block_c, "STAGES": s.backward.stages}
+        yield Case(f"adaln.backward C={C} {kind}", adaln.backward, typed, constants, s.backward.warps)
     yield Case("adaln.finish", adaln.finish, rows, {"GATED": True, "BLOCK": 256}, 4)
 
     heads = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "y"), "bf16")
@@ -93,7 +95,7 @@ def cases(architecture: str) -> Iterator[Case]:
     heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
     kernels = {"forward": (attention.forward, "BLOCK_M", "BLOCK_N"), "keys": (attention.backward_keys, "BLOCK_N", "BLOCK_M"),
                "queries": (attention.backward_queries, "BLOCK_M", "BLOCK_N")}  # fmt: skip
-    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 16), ("fp32", 64, 24), ("bf16", 128, 0)):
+    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 24), ("bf16", 128, 0)):
         c = attention_config.config_for(D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2)
         typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
         for name, (kernel, rows_name, inner_name) in kernels.items():
@@ -104,12 +106,18 @@ def cases(architecture: str) -> Iterator[Case]:
             matrix = kind != "fp32" and D == 64  # at 128 channels Triton takes mma, not wgmma, on Hopper
             yield Case(f"attention.{name} {kind} D={D}", kernel, typed, settings, t.warps, matrix=matrix, stack=spilled)
     yield Case("attention.inverse_norms", attention.inverse_norms, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
+    yield Case("attention.append", attention.append, heads | dict.fromkeys(("q_out", "k_out", "v_out"), "bf16"),
+               {"NORM": True, "D": 64, "BLOCK_D": 64, "BLOCK": 32}, 4)  # fmt: skip
     yield Case("attention.weighted_dots", attention.weighted_dots, heads, {"D": 64, "BLOCK_D": 64, "BLOCK": 64}, 4)
 
     tokens = {"logits": "bf16", "target": "i64", "loss": "fp32", "ce": "fp32", "best": "i64", "V": "i16", "row_stride": "i16",
               "smoothing": "f", "z_loss": "f"}  # fmt: skip
     for V in (4096, 16384):
-        yield Case(f"cross_entropy V={V}", ce.cross_entropy, tokens, {"GRADIENT": True, "BLOCK_V": V}, ce_config.warps_for(V))
+        flags = {"SMOOTH": True, "GRADIENT": True, "BLOCK_V": V}
+        yield Case(f"cross_entropy V={V}", ce.cross_entropy, tokens, flags, ce_config.warps_for(V))
+
+    yield Case("cross_entropy.scale_rows", ce.scale_rows, {"x": "bf16", "factor": "fp32", "out": "bf16", "C": "i16", "x_stride": "i16"},
+               {"BLOCK_C": ce_config.SCALE_BLOCK}, 4)  # fmt: skip
 
     hidden = dict.fromkeys(("h", "a", "da", "dh"), "bf16") | {"partial": "fp32", "rows": "i", "group": "i", "hidden": "i16", "count": "i16"}
     yield Case("mlp.gelu", mlp.gelu, hidden, {"BLOCK": mlp_config.FORWARD_BLOCK}, mlp_config.FORWARD_WARPS)
@@ -126,11 +134,17 @@ def cases(architecture: str) -> Iterator[Case]:
         kinds = dict.fromkeys(("h", "a", "dh", "bias"), "bf16") | {"partial": "fp32", "M": "i", "x": first, "dy": first, "w": second}
         yield Case(f"mlp.{name}", kernel, kinds, sizes, g.warps, g.stages, matrix=True)
 
+    maps = {"x": "bf16", "y": "bf16", "weight": "bf16", "bias": "bf16", "partial": "fp32", "affine": "fp32", "rows": "i", "group": "i",
+            "splits": "i", "width": "i", "eps": "f"}  # fmt: skip
+    for name, constants in (("sums", {"R": 8, "BLOCK_C": 512}), ("apply", {"R": 8, "BLOCK_C": 512, "SILU": True}),
+                            ("finish", {"BLOCK_S": 512, "BLOCK_W": 8})):  # fmt: skip
+        yield Case(f"group_norm.{name}", getattr(norms, name), maps, constants, norm_config.WARPS)
+
     codes = {"z": "fp32", "codes": "fp32", "squares": "fp32", "index": "i64", "N": "i", "V": "i16", "Z": "i16", "z_stride": "i16",
              "code_stride": "i16"}  # fmt: skip
-    for precision in ("ieee", "tf32"):
+    for precision in vq_config.PRECISIONS.values():
         sizes = {"BLOCK_N": vq_config.BLOCK_N, "BLOCK_V": vq_config.BLOCK_V, "BLOCK_Z": 32, "PRECISION": precision}
-        yield Case(f"vq.nearest_code {precision}", vq.nearest_code, codes, sizes, vq_config.WARPS, matrix=precision == "tf32")
+        yield Case(f"vq.nearest_code {precision}", vq.nearest_code, codes, sizes, vq_config.WARPS, matrix=True)
 
 
 def build(case: Case, architecture: str) -> Build:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-REGISTERS = {"adaln.forward": 64, "adaln.backward": 128, "cross_entropy": 80, "mlp.gelu": 64}
-"""registers a thread that the number of programs on a multiprocessor was planned with (config.py): AdaLN backward two of 8 warps,
-cross-entropy three; attention and products may take all 255, two programs of 4 warps"""
+REGISTERS = {"adaln.forward": 128, "adaln.backward": 255, "cross_entropy": 80, "mlp.gelu": 64}
+"""registers a thread that the number of programs on a multiprocessor was planned with (config.py): AdaLN forward four of 4 warps, backward
+two, cross-entropy three; attention and products may take all 255, two programs of 4 warps"""
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -32,8 +32,9 @@ def test_machine_code(architecture: str) -> None:
         assert build["registers"] * 32 * build["warps"] <= 65536 and build["shared"] <= room, build
         budget = next((limit for start, limit in REGISTERS.items() if name.startswith(start)), 255)
         assert build["registers"] <= budget, build
-        assert build["narrow_loads"] == 0, build
-        if name != "adaln.finish":  # float32 sums, 256 columns a program
+        if not name.startswith(("cross_entropy V", "group_norm.finish")):  # the logit of a target is one number, a group a few channels
+            assert build["narrow_loads"] == 0, build
+        if not name.endswith(".finish"):  # float32 sums of some columns
             assert build["wide_loads"] > 0, build
         if build["matrix"]:
             assert build["tensor_core"] > 0, build

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.kernels.compare import DEVICE, check
+from tests.kernels.compare import DEVICE, ROOM, check, relative
 from var_kernels.attention import Visible, mask, op, reference, scales
 from var_kernels.attention.schedule import counts, tile_rows
 
@@ -184,3 +184,22 @@ def test_wrong_calls() -> None:
             op.cached_attention(*wrong)
     with pytest.raises(AssertionError, match="must not fall"):
         Visible((1, 0), (2, 2), 2).transposed  # noqa: B018
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_append_to_cache(dtype: torch.dtype, l2_norm: bool) -> None:
+    """Scale after scale: queries as returned, keys and values where they belong, nothing else touched."""
+    B, H, D, room = 2, 3, 16, 14
+    cache, wanted = (torch.full((2, B, H, room + 2, D), 7.0, device=DEVICE).to(dtype) for _ in range(2))
+    log_scale, begin = (torch.tensor([0.3, 1.4, 6.0], device=DEVICE) if l2_norm else None), 0
+    for l in (1, 4, 9):
+        qkv = torch.randn(B, l, 3, H, D, device=DEVICE).to(dtype)
+        q, k, v = reference.normalised(*qkv.unbind(2), log_scale)
+        wanted[0, :, :, begin : begin + l], wanted[1, :, :, begin : begin + l] = k.transpose(1, 2), v.transpose(1, 2)
+        made = op.append_to_cache(qkv, cache, begin, log_scale)
+        assert relative(made, q) <= ROOM[dtype] and relative(cache, wanted) <= ROOM[dtype]
+        begin += l
+    assert torch.equal(cache[:, :, :, room:], wanted[:, :, :, room:])
+    with pytest.raises(ValueError, match="does not fit"):
+        op.append_to_cache(torch.zeros(B, 3, 3, H, D, device=DEVICE, dtype=dtype), cache, begin, log_scale)

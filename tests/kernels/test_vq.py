@@ -14,7 +14,7 @@ def test_nearest_code(N: int, V: int, Z: int) -> None:
     """The index of the smallest distance in float64 (random vectors have no near ties)."""
     z, codes = torch.randn(N, Z, device=DEVICE), torch.randn(V, Z, device=DEVICE)
     exact = torch.cdist(z.double(), codes.double()).argmin(1)
-    assert torch.equal(op.launch(z, codes, "ieee"), exact) and torch.equal(reference.nearest_code(z, codes), exact)
+    assert torch.equal(op.launch(z, codes, "float32"), exact) and torch.equal(reference.nearest_code(z, codes), exact)
 
 
 def test_lowest_index_wins_ties_within_and_across_tiles() -> None:
@@ -23,14 +23,14 @@ def test_lowest_index_wins_ties_within_and_across_tiles() -> None:
     codes = codes.float().to(DEVICE)
     thrice = torch.cat([codes, codes, codes])
     z = codes
-    assert torch.equal(op.launch(z, thrice, "ieee"), torch.arange(50, device=DEVICE))
+    assert torch.equal(op.launch(z, thrice, "float32"), torch.arange(50, device=DEVICE))
 
 
 def test_views_and_wrong_precision() -> None:
     """Vectors that are rows of something wider; half precision is compared in float32."""
     wide, codes = torch.randn(20, 64, device=DEVICE), torch.randn(40, 32, device=DEVICE)
-    assert torch.equal(op.launch(wide[:, :32], codes, "ieee"), op.launch(wide[:, :32].contiguous(), codes, "ieee"))
+    assert torch.equal(op.launch(wide[:, :32], codes, "float32"), op.launch(wide[:, :32].contiguous(), codes, "float32"))
     half = wide[:, :32].half()
-    assert torch.equal(op.launch(half, codes, "ieee"), reference.nearest_code(half, codes))
-    with pytest.raises(ValueError, match="take ieee or tf32"):
+    assert torch.equal(op.launch(half, codes, "float32"), reference.nearest_code(half, codes))
+    with pytest.raises(ValueError, match="take float32 or tf32"):
         op.nearest_code(wide, codes, precision="fast")

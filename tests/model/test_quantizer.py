@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from var_scale.errors import UserError
 from var_scale.model import MultiScaleQuantizer, build_vae
-from var_scale.model.quantizer import phi_index, scale_position
+from var_scale.model.quantizer import _bicubic_matrix, phi_index, scale_position
 
 torch.set_num_threads(1)
 PATCH_NUMS = (1, 2, 3, 4)
@@ -80,6 +80,14 @@ def test_input_chain_is_the_sampling_chain(share: int, znorm: bool) -> None:
     torch.testing.assert_close(q.embed_to_fhat(embeds, last_one=True), decoded[-1])  # type: ignore[arg-type]
     small = q.embed_to_fhat(embeds, all_to_max_scale=False)
     assert [tuple(s.shape[2:]) for s in small] == [(pn, pn) for pn in PATCH_NUMS]
+
+
+@pytest.mark.parametrize(("size", "target"), [((1, 1), (16, 16)), ((5, 13), (16, 24)), ((16, 16), (16, 16)), ((8, 8), (3, 5))])
+def test_bicubic_interpolation_is_two_products(size: tuple[int, int], target: tuple[int, int]) -> None:
+    """As GPUs do it."""
+    h = torch.randn(2, 3, *size, dtype=torch.float64)
+    down, across = (_bicubic_matrix(n, m, torch.device("cpu")).double() for n, m in zip(size, target, strict=True))
+    torch.testing.assert_close(down @ h @ across.t(), F.interpolate(h, size=target, mode="bicubic"), atol=1e-6, rtol=0)
 
 
 def test_nearest_code() -> None:
@@ -185,3 +193,17 @@ def test_usage_of_other_scales_is_left_aside() -> None:
     vae.load_state_dict(state)
     assert vae.quantize.ema_vocab_hit_SV.shape == (4, 16)
     assert state["quantize.ema_vocab_hit_SV"].shape == (3, 16)
+
+
+def test_decoder_in_half_precision() -> None:
+    """Decodes near float32 and as float32 does where it stays that; encoder and quantiser keep their numbers."""
+    torch.manual_seed(0)
+    vae = build_vae(ch=32)
+    f_hat, image = torch.randn(1, 32, 4, 4), torch.rand(1, 3, 32, 32)
+    plain, tokens = vae.fhat_to_img(f_hat), vae.encode(image)
+    vae.prepare_decoder(torch.float32)
+    torch.testing.assert_close(vae.fhat_to_img(f_hat), plain, atol=1e-5, rtol=0)
+    vae.prepare_decoder(torch.bfloat16)
+    half = vae.fhat_to_img(f_hat)
+    assert half.dtype == torch.bfloat16 and float((half.float() - plain).abs().mean()) < 0.02
+    assert torch.equal(vae.encode(image), tokens) and vae.quantize.embedding.weight.dtype == torch.float32

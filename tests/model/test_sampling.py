@@ -257,9 +257,11 @@ def test_half_precision_weights(var: VAR) -> None:
 def test_a_cache_grows_where_nobody_says_how_long_it_gets() -> None:
     from var_scale.model.attention import KVCache
 
-    parts = [torch.randn(2, 3, l, 4) for l in (1, 4, 9, 16, 2)]
+    parts = [torch.randn(2, l, 3, 3, 4) for l in (1, 4, 9, 16, 2)]
     for capacity in (0, 5, 32):
         cache = KVCache(capacity)
         for n, part in enumerate(parts, 1):
-            k, v = cache.extend(part, part + 1)
-            assert torch.equal(k, torch.cat(parts[:n], 2)) and torch.equal(v, torch.cat(parts[:n], 2) + 1)
+            begin, memory = cache.make_room(part)
+            end = begin + part.shape[1]
+            memory[:, :, :, begin:end] = part[:, :, 1:].permute(2, 0, 3, 1, 4)
+            assert torch.equal(memory[:, :, :, :end], torch.cat(parts[:n], 1)[:, :, 1:].permute(2, 0, 3, 1, 4))

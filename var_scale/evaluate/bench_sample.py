@@ -51,6 +51,7 @@ def one_side(job: dict[str, Any]) -> dict[str, Any]:
     if not job["official"]:
         var.graphs = Graphs()
         var.to(half or torch.float32)
+        vae.prepare_decoder(half or torch.float32)
     cast = torch.autocast(device.type, half, cache_enabled=True) if half and job["official"] else nullcontext()
     label_B, times = torch.arange(job["batch"], device=device) % 1000, []
     with torch.inference_mode(), cast:

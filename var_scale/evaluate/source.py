@@ -65,7 +65,7 @@ def load_source(
     of a model, or of official weights by path or `hf://OWNER/NAME/FILE`, for which `vae` names the tokenizer (in the same repository
     vae_ch160v4096z32.pth if none is given).
 
-    `precision`: of the transformer's weights, fp32, bf16 or fp16; the residual stream and the tokenizer stay in float32.
+    `precision`: of the transformer's weights and of the decoder, fp32, bf16 or fp16; the residual stream and the quantiser stay in float32.
     """
     repo = text.startswith(SCHEME) and text.removeprefix(SCHEME).count("/") == 1
     path = repository(text) if repo else weights_file(text)
@@ -90,6 +90,7 @@ def load_source(
         raise UserError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if precision != "fp32":
         source.var.to(PRECISIONS[precision])
+    source.var.vae_proxy[0].prepare_decoder(PRECISIONS[precision])
     source.what["precision"] = precision
     return source
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from var_kernels import block_attention, cached_attention, use_triton, why_not
+from var_kernels import append_to_cache, block_attention, cached_attention, use_triton, why_not
 from var_kernels.attention import scales
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.dispatch import compute_dtype
@@ -184,6 +184,13 @@ def attend(
             backend = "blocks"
     if backend == "triton" and isinstance(mask, ScaleMask) and cache is None:
         return block_attention(qkv_BL3HD, mask.patch_nums, log_scale_H, scale)
+    if backend == "triton" and mask is not None:
+        raise UserError("attention=triton takes the block-causal mask of the model, not a tensor; take sdpa for a mask of your own")
+    if backend == "triton" and cache is not None:
+        begin, kv_2BHLD = cache.make_room(qkv_BL3HD)
+        q_BlHD = append_to_cache(qkv_BL3HD, kv_2BHLD, begin, log_scale_H)
+        k_BLHD, v_BLHD = kv_2BHLD[:, :, :, : begin + L].transpose(2, 3).unbind(0)
+        return cached_attention(q_BlHD, k_BLHD, v_BLHD, scale).reshape(B, L, H * D)
     q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
     if log_scale_H is not None:
         # Under autocast the norm promotes to float32; the product runs in the dtype of v.
@@ -191,10 +198,10 @@ def attend(
         q_BHLD = (q_BHLD * log_scale_H.clamp_max(MAX_LOG_SCALE).exp().view(1, H, 1, 1)).to(v_BHLD.dtype)
         k_BHLD = k_BHLD.to(v_BHLD.dtype)
     if cache is not None:
-        k_BHLD, v_BHLD = cache.extend(k_BHLD, v_BHLD)
+        begin, kv_2BHLD = cache.make_room(qkv_BL3HD)
+        kv_2BHLD[0, :, :, begin : begin + L], kv_2BHLD[1, :, :, begin : begin + L] = k_BHLD, v_BHLD
+        k_BHLD, v_BHLD = kv_2BHLD[:, :, :, : begin + L].unbind(0)
     if backend == "triton":
-        if mask is not None:
-            raise UserError("attention=triton takes the block-causal mask of the model, not a tensor; take sdpa for a mask of your own")
         return cached_attention(q_BHLD.transpose(1, 2), k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2), scale).reshape(B, L, H * D)
     if backend == "blocks" and isinstance(mask, ScaleMask):
         o_BHLD = blocks(q_BHLD, k_BHLD, v_BHLD, mask.patch_nums, scale)
@@ -214,19 +221,16 @@ class KVCache:
         self.capacity, self.filled = capacity, 0
         self.kv_2BHLD: Tensor | None = None
 
-    def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append and return everything so far."""
-        end = self.filled + k_BHlD.shape[2]
-        if self.kv_2BHLD is None or end > self.kv_2BHLD.shape[3]:
-            B, H, _, D = k_BHlD.shape
-            grown_2BHLD = k_BHlD.new_empty(2, B, H, max(end, self.capacity, 2 * self.filled), D)
+    def make_room(self, qkv_Bl3HD: Tensor) -> tuple[int, Tensor]:
+        """Room for the tokens of packed (B, l, 3, H, D): the place where they begin, and the memory (2, B, H, L, D), keys first."""
+        B, l, _, H, D = qkv_Bl3HD.shape
+        begin, self.filled = self.filled, self.filled + l
+        if self.kv_2BHLD is None or self.filled > self.kv_2BHLD.shape[3]:
+            grown_2BHLD = qkv_Bl3HD.new_empty(2, B, H, max(self.filled, self.capacity, 2 * begin), D)
             if self.kv_2BHLD is not None:
-                grown_2BHLD[:, :, :, : self.filled] = self.kv_2BHLD[:, :, :, : self.filled]
+                grown_2BHLD[:, :, :, :begin] = self.kv_2BHLD[:, :, :, :begin]
             self.kv_2BHLD = grown_2BHLD
-        self.kv_2BHLD[0, :, :, self.filled : end] = k_BHlD
-        self.kv_2BHLD[1, :, :, self.filled : end] = v_BHlD
-        self.filled = end
-        return self.kv_2BHLD[0, :, :, :end], self.kv_2BHLD[1, :, :, :end]
+        return begin, self.kv_2BHLD
 
 
 def level_index(patch_nums: Sequence[PatchNum]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,30 @@ from torch.nn import functional as F
 from var_kernels import nearest_code, use_triton
 from var_scale.errors import UserError
 from var_scale.scales import PatchNum, grid, normal
+
+
+@lru_cache(maxsize=128)
+def _bicubic_matrix(size: int, target: int, device: torch.device) -> Tensor:
+    """(target, size) float32: what bicubic interpolation does along one side."""
+    with torch.inference_mode(False):  # kept, and used in training too
+        columns = torch.eye(size, dtype=torch.float64).view(1, size, size, 1)
+        return F.interpolate(columns, size=(target, 1), mode="bicubic")[0, :, :, 0].t().float().contiguous().to(device)
+
+
+def enlarge(h_BChw: Tensor, size: tuple[int, int]) -> Tensor:
+    """F.interpolate(mode="bicubic"), (B, C, h, w) to (B, C, *size).
+
+    On a GPU as two products: PyTorch's kernel gives a thread one pixel of all maps, and takes 1.6 ms on an H200 for 64 maps of 32 channels
+    and 16 x 16 cells.
+    """
+    if not h_BChw.is_cuda:
+        return F.interpolate(h_BChw, size=size, mode="bicubic")
+    down, across = (_bicubic_matrix(n, m, h_BChw.device) for n, m in zip(h_BChw.shape[2:], size, strict=True))
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        return down @ h_BChw.float() @ across.t()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 class Phi(nn.Conv2d):
@@ -126,14 +151,14 @@ class MultiScaleQuantizer(nn.Module):
         if self.using_znorm:
             return torch.argmax(F.normalize(z_NC, dim=-1) @ F.normalize(weight_VC.T, dim=0), dim=1)
         if use_triton(z_NC):
-            return nearest_code(z_NC, weight_VC, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
+            return nearest_code(z_NC, weight_VC, "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32")
         d_NV = z_NC.square().sum(1, keepdim=True) + weight_VC.square().sum(1)
         return torch.argmin(d_NV.addmm_(z_NC, weight_VC.T, alpha=-2, beta=1), dim=1)
 
     def _enlarge(self, h_Bchw: Tensor, si: int, scales: int, size: tuple[int, int]) -> Tensor:
         """phi of the codes of scale `si`, brought to `size` first unless it is the last scale."""
         if si != scales - 1:
-            h_Bchw = F.interpolate(h_Bchw, size=size, mode="bicubic")
+            h_Bchw = enlarge(h_Bchw, size)
         return self.quant_resi[scale_position(si, scales)](h_Bchw)
 
     def _codes(self, f_BChw: Tensor, sizes: Sequence[tuple[int, int]], codebook_VC: Tensor) -> Iterator[ScaleCode]:
@@ -238,7 +263,7 @@ class MultiScaleQuantizer(nn.Module):
             if all_to_max_scale:
                 f_hat_BChw = f_hat_BChw + self._enlarge(h_Bchw, si, len(sizes), sizes[-1])
             else:
-                f_hat_BChw = F.interpolate(f_hat_BChw, size=size, mode="bicubic")
+                f_hat_BChw = enlarge(f_hat_BChw, size)
                 f_hat_BChw = f_hat_BChw + self.quant_resi[scale_position(si, len(sizes))](h_Bchw)
             out.append(f_hat_BChw)
         return out[-1] if last_one else out

@@ -87,7 +87,12 @@ class VQVAE(nn.Module):
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """Quantised map (B, C, h, w) -> images (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype)))
+
+    def prepare_decoder(self, dtype: torch.dtype) -> None:
+        """Decode in `dtype` and in the order of memory that convolutions are fastest in; the encoder and the quantiser stay as they are."""
+        for module in (self.post_quant_conv, self.decoder):
+            module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, inp: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
         """Images -> (reconstruction, usage % per scale or None, VQ loss), with gradients."""

@@ -69,9 +69,12 @@ def launch_forward(
     x_new = x.new_empty(0) if y is None else torch.empty_like(x)
     mean, rstd = (torch.empty(B * L, dtype=torch.float32, device=x.device) for _ in range(2))
     settings = config_for(C, x.element_size())
-    kernels.forward[(B * L,)](
-        x, y, gamma, keep, scale, shift, x_new, h, mean, rstd, L, C, 0 if gamma is None else gamma.stride(0), scale.stride(0),
-        shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None, BLOCK_C=settings.block_c, num_warps=settings.forward_warps,
+    mine = settings.forward
+    parts = splits(B, L, mine.programs * multiprocessors(x.device))
+    kernels.forward[(parts, B)](
+        x, y, gamma, keep, scale, shift, x_new, h, mean, rstd, L, C, -(-L // parts), 0 if gamma is None else gamma.stride(0),
+        scale.stride(0), shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None, BLOCK_C=settings.block_c, STAGES=mine.stages,
+        num_warps=mine.warps,
     )  # fmt: skip
     return x_new, h, mean, rstd
 
@@ -90,13 +93,14 @@ def launch_backward(
     dx_new = None if dx_new is None else dx_new.contiguous()
     y, keep = None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
     dx, dy = torch.empty_like(x_new), torch.empty_like(y) if y is not None else x_new.new_empty(0)
-    parts = splits(B, L, multiprocessors(x_new.device))
-    partial = torch.empty(B, parts, 3, C, dtype=torch.float32, device=x_new.device)
     settings = config_for(C, x_new.element_size())
+    mine = settings.backward
+    parts = splits(B, L, mine.programs * multiprocessors(x_new.device))
+    partial = torch.empty(B, parts, 3, C, dtype=torch.float32, device=x_new.device)
     kernels.backward[(parts, B)](
         dh, dx_new, x_new, y, gamma, keep, scale, mean, rstd, dx, dy, partial, L, C, -(-L // parts),
         0 if gamma is None else gamma.stride(0), scale.stride(0), GATED=gated, KEEP=keep is not None, RESIDUAL=dx_new is not None,
-        BLOCK_C=settings.block_c, STAGES=settings.backward_stages, num_warps=settings.backward_warps,
+        BLOCK_C=settings.block_c, STAGES=mine.stages, num_warps=mine.warps,
     )  # fmt: skip
     dscale = torch.empty(B, C, dtype=scale.dtype, device=scale.device)
     dshift = torch.empty(B, C, dtype=shift_dtype, device=scale.device)

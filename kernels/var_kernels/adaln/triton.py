@@ -15,31 +15,33 @@ import triton.language as tl
 def forward(
     x, y, gamma, keep, scale, shift,  # (B, L, C), (B, L, C), (B, C) rows gamma_b apart, (B,), (B, C), (B, C)
     x_new, h, mean, rstd,  # (B, L, C), (B, L, C), (B L,), (B L,)
-    L, C, gamma_b, scale_b, shift_b, eps,
-    GATED: tl.constexpr, KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
+    L, C, rows, gamma_b, scale_b, shift_b, eps,
+    GATED: tl.constexpr, KEEP: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: x' = x + keep gamma y, then h = LN(x') (1 + scale) + shift."""
-    row = tl.program_id(0).to(tl.int64)
-    sample = row // L
+    """Program (s, b) takes rows [s rows, (s + 1) rows) of sample b: x' = x + keep gamma y, then h = LN(x') (1 + scale) + shift."""
+    split, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C
-    v = tl.load(x + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+    channels = tl.cast(C, tl.float32)  # exact divisions: `/` and sqrt of float32 are approximate on GPUs
+    factor = 1.0 + tl.load(scale + sample * scale_b + cols, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + sample * shift_b + cols, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         gate = tl.load(gamma + sample * gamma_b + cols, mask=inside, other=0.0).to(tl.float32)
         if KEEP:
             gate *= tl.load(keep + sample).to(tl.float32)
-        rounded = (v + gate * tl.load(y + row * C + cols, mask=inside, other=0.0).to(tl.float32)).to(x_new.dtype.element_ty)
-        tl.store(x_new + row * C + cols, rounded, mask=inside)
-        v = rounded.to(tl.float32)  # the norm is of what the next layer will read
-    channels = tl.cast(C, tl.float32)  # exact divisions: `/` and sqrt of float32 are approximate on GPUs
-    centre = tl.div_rn(tl.sum(v, axis=0), channels)
-    centred = tl.where(inside, v - centre, 0.0)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, axis=0), channels) + eps))
-    factor = 1.0 + tl.load(scale + sample * scale_b + cols, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + sample * shift_b + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h + row * C + cols, (centred * inverse * factor + offset).to(h.dtype.element_ty), mask=inside)
-    tl.store(mean + row, centre)
-    tl.store(rstd + row, inverse)
+    for r in tl.range(split * rows, tl.minimum((split + 1) * rows, L), num_stages=STAGES):
+        row = sample * L + r
+        v = tl.load(x + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            rounded = (v + gate * tl.load(y + row * C + cols, mask=inside, other=0.0).to(tl.float32)).to(x_new.dtype.element_ty)
+            tl.store(x_new + row * C + cols, rounded, mask=inside)
+            v = rounded.to(tl.float32)  # the norm is of what the next layer will read
+        centre = tl.div_rn(tl.sum(v, axis=0), channels)
+        centred = tl.where(inside, v - centre, 0.0)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, axis=0), channels) + eps))
+        tl.store(h + row * C + cols, (centred * inverse * factor + offset).to(h.dtype.element_ty), mask=inside)
+        tl.store(mean + row, centre)
+        tl.store(rstd + row, inverse)
 
 
 @triton.jit

@@ -24,9 +24,9 @@ class Tile:
 class AttentionConfig:
     """Queries own the tiles of `forward` and `queries`, keys those of `keys`, the other backward kernel."""
 
-    forward: Tile = Tile(stages=3)
-    keys: Tile = Tile()
-    queries: Tile = Tile()
+    forward: Tile = Tile(inner=32, stages=3)
+    keys: Tile = Tile(stages=1)
+    queries: Tile = Tile(inner=32, stages=3)
 
 
 def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
@@ -41,5 +41,5 @@ def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
         small = Tile(rows=32, inner=32, warps=8, stages=1)
         return AttentionConfig(Tile(inner=32, warps=8), small, Tile(inner=32, warps=8, stages=1))
     if generation not in (9, 10):
-        return AttentionConfig(keys=Tile(inner=32), queries=Tile(inner=32))
+        return AttentionConfig(Tile(inner=32, stages=3), Tile(inner=32), Tile(inner=32, stages=1))
     return AttentionConfig()

@@ -63,6 +63,39 @@ def cached_attention(q_BlHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, sm_scale: f
     return launch_forward(q_BlHD, k_BLHD, v_BLHD, None, visible, sm_scale)[0]
 
 
+def append_to_cache(qkv_Bl3HD: Tensor, cache_2BHLD: Tensor, start: int, log_scale_H: Tensor | None = None) -> Tensor:
+    """The scale that is being sampled, packed (B, l, 3, H, D): its keys and values go to the cache (2, B, H, L, D) from place `start` on,
+    its queries are returned (B, l, H, D). With `log_scale_H` the reference's attn_l2_norm: q/|q| exp(min(s, ln 100)) and k/|k|. Without
+    gradients. ValueError: no room."""
+    B, l, three, H, D = qkv_Bl3HD.shape
+    room = cache_2BHLD.shape[:3] == (2, B, H) and cache_2BHLD.shape[4] == D and start + l <= cache_2BHLD.shape[3] and three == 3
+    require(room, "append_to_cache: {} from place {} does not fit into a cache {}", qkv_Bl3HD.shape, start, cache_2BHLD.shape)
+    if torch.is_grad_enabled() and qkv_Bl3HD.requires_grad:
+        raise RuntimeError("append_to_cache has no gradient; call it under torch.no_grad()")
+    if not use_triton(qkv_Bl3HD):
+        q, k, v = reference.normalised(*_split(qkv_Bl3HD), log_scale_H)
+        cache_2BHLD[0, :, :, start : start + l] = k.transpose(1, 2)
+        cache_2BHLD[1, :, :, start : start + l] = v.transpose(1, 2)
+        return q
+    return _launch_append(qkv_Bl3HD, cache_2BHLD, start, log_scale_H)
+
+
+@launches
+def _launch_append(qkv: Tensor, cache: Tensor, start: int, log_scale: Tensor | None) -> Tensor:
+    from var_kernels.attention import triton as kernels
+
+    B, l, _, H, D = qkv.shape
+    q = torch.empty(B, l, H, D, dtype=qkv.dtype, device=qkv.device)
+    block, norm = 32, log_scale is not None
+    place = cache[0, :, :, start:]
+    kernels.append[(-(-l // block), B * H)](
+        *_split(qkv), q, place, cache[1, :, :, start:], None if log_scale is None else log_scale.contiguous(), qkv.stride(0), qkv.stride(1),
+        qkv.stride(3), place.stride(0), place.stride(1), place.stride(2), H, l, NORM=norm, D=D, BLOCK=block,
+        BLOCK_D=max(16, 1 << (D - 1).bit_length()), num_warps=4,
+    )  # fmt: skip
+    return q
+
+
 def _split(packed_BL3HD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q, k, v."""
     q_BLHD, k_BLHD, v_BLHD = packed_BL3HD.unbind(2)
@@ -173,6 +206,7 @@ def _backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, log_scale, ctx.schedule, ctx.pattern, ctx.sm_scale = inputs
     ctx.save_for_backward(qkv, log_scale, *output)
+    ctx.set_materialize_grads(False)  # else zeros are written for what is kept beside the output
 
 
 def _gradients(ctx: Any, do: Tensor, backward: Any) -> tuple[Any, ...]:

@@ -14,6 +14,15 @@ from var_kernels.numerics import upcast
 MAX_LOG_SCALE = math.log(100)
 
 
+def normalised(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, log_scale_H: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q/|q| exp(min(s_h, ln 100)) and k/|k| in the dtype of v, as a cache of keys wants them; all as they are without `log_scale_H`."""
+    if log_scale_H is None:
+        return q_BLHD, k_BLHD, v_BLHD
+    q, k = (F.normalize(upcast(t), dim=-1) for t in (q_BLHD, k_BLHD))
+    q = q * log_scale_H.to(q.dtype).clamp_max(MAX_LOG_SCALE).exp().view(1, 1, -1, 1)
+    return q.to(v_BLHD.dtype), k.to(v_BLHD.dtype), v_BLHD
+
+
 def attention(
     q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, visible: Visible, log_scale_H: Tensor | None, sm_scale: float
 ) -> Tensor:

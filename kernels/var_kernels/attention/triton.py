@@ -29,14 +29,10 @@ def dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
-    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0. WHOLE: all rows are valid."""
+def tile(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0."""
     d = tl.arange(0, BLOCK_D)
     place = base + rows[:, None] * stride + d[None, :]
-    if WHOLE and BLOCK_D == D:
-        return tl.load(place)
-    if WHOLE:
-        return tl.load(place, mask=d[None, :] < D, other=0.0)
     if BLOCK_D == D:
         return tl.load(place, mask=valid[:, None], other=0.0)
     return tl.load(place, mask=valid[:, None] & (d[None, :] < D), other=0.0)
@@ -60,6 +56,29 @@ def inverse_norms(x, out, x_b, x_l, x_h, H, L, D: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def append(
+    q, k, v, q_out, k_out, v_out, log_scale, b_stride, l_stride, h_stride, cache_b, cache_h, cache_l, H, L,
+    NORM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens of one head: q as the softmax wants it to q_out (B, L, H, D), k and v to their places of the cache."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid, here, there = rows < L, b * b_stride + h * h_stride, b * cache_b + h * cache_h
+    q_tile, k_tile = tile(q + here, rows, l_stride, valid, D, BLOCK_D), tile(k + here, rows, l_stride, valid, D, BLOCK_D)
+    if NORM:
+        q_wide, k_wide = q_tile.to(tl.float32), k_tile.to(tl.float32)
+        factor = head_factor(log_scale, h, 1.0, NORM) / tl.maximum(tl.sqrt(tl.sum(q_wide * q_wide, axis=1)), NORM_EPS)
+        put(q_out + (b * L * H + h) * D, rows, H * D, valid, q_wide * factor[:, None], D, BLOCK_D)
+        norm = tl.maximum(tl.sqrt(tl.sum(k_wide * k_wide, axis=1)), NORM_EPS)
+        put(k_out + there, rows, cache_l, valid, k_wide / norm[:, None], D, BLOCK_D)
+    else:
+        put(q_out + (b * L * H + h) * D, rows, H * D, valid, q_tile, D, BLOCK_D)
+        put(k_out + there, rows, cache_l, valid, k_tile, D, BLOCK_D)
+    put(v_out + there, rows, cache_l, valid, tile(v + here, rows, l_stride, valid, D, BLOCK_D), D, BLOCK_D)
+
+
+@triton.jit
 def weighted_dots(x, y, out, x_b, x_l, x_h, y_b, y_l, y_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """out (B, H, L) = sum over D of x y: the term of the softmax backward, from o and its gradient."""
     bh = tl.program_id(0).to(tl.int64)
@@ -79,18 +98,26 @@ def head_factor(log_scale, h, sm_scale, NORM: tl.constexpr):
 
 
 @triton.jit
+def logits(q, k, keys, valid, inv_k, NORM: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """q k^T, by the norms of k; -inf for keys that are not `valid`: an addition that the product by the norm takes in."""
+    s = dot(q, tl.trans(k), UPCAST, PRECISION)
+    nothing = tl.where(valid, 0.0, float("-inf"))
+    if NORM:
+        return s * tl.load(inv_k + keys, mask=valid, other=0.0)[None, :] + nothing[None, :]
+    return s + nothing[None, :]
+
+
+@triton.jit
 def attend(
     acc, top, total, q, factor, lo, hi, n, kv_hi, k_base, v_base, k_l, v_l, inv_k,
     MASKED: tl.constexpr, BOUNDED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the softmax. `factor` (rows,) holds the scale of q in units of log2; BOUNDED: `top` is above all and stays."""
+    """One block of keys of the softmax. `factor` (rows,) holds the scale of q in units of log2; BOUNDED: `top` is above all and stays;
+    MASKED: not all rows see all of the keys below `kv_hi`."""
     keys = n + tl.arange(0, BLOCK_N)
     valid = keys < kv_hi
-    k = tile(k_base, keys, k_l, valid, D, BLOCK_D, not MASKED)
-    s = dot(q, tl.trans(k), UPCAST, PRECISION)
-    if NORM:
-        s *= (tl.load(inv_k + keys, mask=valid, other=0.0) if MASKED else tl.load(inv_k + keys))[None, :]
+    s = logits(q, tile(k_base, keys, k_l, valid, D, BLOCK_D), keys, valid, inv_k, NORM, UPCAST, PRECISION)
     if MASKED:
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
     new = top
@@ -101,8 +128,21 @@ def attend(
     if not BOUNDED:
         fade = tl.exp2(top - safe)
         acc, total = acc * fade[:, None], total * fade
-    v = tile(v_base, keys, v_l, valid, D, BLOCK_D, not MASKED)
+    v = tile(v_base, keys, v_l, valid, D, BLOCK_D)
     return acc + dot(p.to(v.dtype), v, UPCAST, PRECISION), new, total + tl.sum(p, axis=1)
+
+
+@triton.jit
+def parts(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
+    """How [lo, hi) is walked in blocks, of which [full_lo, full_hi) is seen by all: (blocks at the start that some see, where those begin
+    that all see, how many these are, blocks at the end that some see). Where all see the last ones, the last block that all see may be
+    cut off by `hi`."""
+    head = tl.cdiv(full_lo - lo, BLOCK)
+    middle = lo + head * BLOCK
+    whole = tl.maximum(full_hi - middle, 0) // BLOCK
+    if full_hi == hi:
+        whole = tl.cdiv(tl.maximum(hi - middle, 0), BLOCK)
+    return head, middle, whole, tl.cdiv(tl.maximum(hi - middle - whole * BLOCK, 0), BLOCK)
 
 
 @triton.jit
@@ -111,11 +151,8 @@ def sweep(
     BOUNDED: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All keys of a tile of queries: those that all rows see, then those that only some do, and a last block that is not full."""
-    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
-    middle = kv_lo + head * BLOCK_N
-    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
-    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
+    """All keys of a tile of queries: those that all rows see, then those that only some do."""
+    head, middle, whole, tail = parts(kv_lo, kv_hi, full_lo, full_hi, BLOCK_N)
     for i in tl.range(0, whole, num_stages=STAGES):
         acc, top, total = attend(acc, top, total, q, factor, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l, inv_k,
                                  False, BOUNDED, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip
@@ -136,8 +173,7 @@ def highest(
     for n in tl.range(kv_lo, kv_hi, BLOCK_N, num_stages=1):
         keys = n + tl.arange(0, BLOCK_N)
         valid = keys < kv_hi
-        s = dot(q, tl.trans(tile(k_base, keys, k_l, valid, D, BLOCK_D)), UPCAST, PRECISION)
-        s *= tl.load(inv_k + keys, mask=valid, other=0.0)[None, :]
+        s = logits(q, tile(k_base, keys, k_l, valid, D, BLOCK_D), keys, valid, inv_k, True, UPCAST, PRECISION)
         s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
         top = tl.maximum(top, tl.max(s, axis=1) * factor)
     return tl.where(top == float("-inf"), 0.0, top)
@@ -232,12 +268,7 @@ def backward_keys(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     q_base, do_base = q + b * q_b + h * q_h, do + b * do_b + h * do_h
     lse_base, delta_base, inv_base = lse + bh * Lq, delta + bh * Lq, inv_q + bh * Lq
-    head = tl.cdiv(full_lo - first, BLOCK_M)
-    middle = first + head * BLOCK_M
-    whole = tl.cdiv(tl.maximum(last - middle, 0), BLOCK_M)  # rows past the end are zeros, with a weight of 0
-    if full_hi < last:
-        whole = tl.maximum(full_hi - middle, 0) // BLOCK_M
-    tail = tl.cdiv(tl.maximum(last - middle - whole * BLOCK_M, 0), BLOCK_M)
+    head, middle, whole, tail = parts(first, last, full_lo, full_hi, BLOCK_M)
     for i in tl.range(0, whole, num_stages=STAGES):
         dk_acc, dv_acc = keys_step(
             dk_acc, dv_acc, k_tile, v_tile, k_factor, scale, lo, hi, middle + i * BLOCK_M, last, q_base, do_base, q_l, do_l, lse_base,
@@ -266,12 +297,11 @@ def queries_step(
     """One block of keys, added to dq (before the norm) of a tile of queries."""
     keys = start + tl.arange(0, BLOCK_N)
     valid = keys < last
-    k, v = tile(k_base, keys, k_l, valid, D, BLOCK_D, not MASKED), tile(v_base, keys, v_l, valid, D, BLOCK_D, not MASKED)
-    s = dot(q, tl.trans(k), UPCAST, PRECISION)
+    k, v = tile(k_base, keys, k_l, valid, D, BLOCK_D), tile(v_base, keys, v_l, valid, D, BLOCK_D)
+    s = logits(q, k, keys, valid, inv_k, NORM, UPCAST, PRECISION)
     norms = tl.full([BLOCK_N], 1.0, tl.float32)
     if NORM:
-        norms = tl.load(inv_k + keys, mask=valid, other=0.0) if MASKED else tl.load(inv_k + keys)
-        s *= norms[None, :]
+        norms = tl.load(inv_k + keys, mask=valid, other=0.0)
     p = tl.exp2(s * (factor * LOG2E)[:, None] - row_lse[:, None])
     if MASKED:
         p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
@@ -308,10 +338,7 @@ def backward_queries(
     k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
     norms = inv_k + bh * Lk
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    head = tl.cdiv(full_lo - kv_lo, BLOCK_N)
-    middle = kv_lo + head * BLOCK_N
-    whole = tl.maximum(full_hi - middle, 0) // BLOCK_N
-    tail = tl.cdiv(tl.maximum(kv_hi - middle - whole * BLOCK_N, 0), BLOCK_N)
+    head, middle, whole, tail = parts(kv_lo, kv_hi, full_lo, full_hi, BLOCK_N)
     for i in tl.range(0, whole, num_stages=STAGES):
         acc = queries_step(acc, q_tile, do_tile, factor, row_lse, row_delta, lo, hi, middle + i * BLOCK_N, kv_hi, k_base, v_base, k_l, v_l,
                            norms, False, NORM, D, BLOCK_N, BLOCK_D, UPCAST, PRECISION)  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
-from var_kernels.cross_entropy.config import MAX_V, warps_for
-from var_kernels.dispatch import compute_dtype, eager, launches, require, use_triton
+from var_kernels.cross_entropy.config import MAX_V, SCALE_BLOCK, warps_for
+from var_kernels.dispatch import INTERPRETED, compute_dtype, eager, launches, require, use_triton
 from var_kernels.numerics import upcast
 
 
@@ -53,9 +53,24 @@ def launch(logits: Tensor, target: Tensor, smoothing: float, z_loss: float, grad
     loss, ce = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     best = torch.empty(N, dtype=torch.int64, device=logits.device)
     block = 1 << (V - 1).bit_length()
-    kernels.cross_entropy[(N,)](logits, target.contiguous(), loss, ce, best, V, logits.stride(0), smoothing, z_loss, GRADIENT=gradient,
-                                BLOCK_V=block, num_warps=warps_for(block))  # fmt: skip
+    kernels.cross_entropy[(N,)](logits, target.contiguous(), loss, ce, best, V, logits.stride(0), smoothing, z_loss,
+                                SMOOTH=smoothing != 0, GRADIENT=gradient, BLOCK_V=block, num_warps=warps_for(block))  # fmt: skip
     return loss, ce, best
+
+
+@launches
+def scale_rows(x: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
+    """x (N, C) factor (N,) in the type of x, by one pass."""
+    if not (x.is_cuda or INTERPRETED) or x.dtype == torch.float64 or x.numel() == 0:
+        return (x * factor[:, None]).to(x.dtype)
+    from var_kernels.cross_entropy import triton as kernels
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    N, C = x.shape
+    out = x if in_place and x.is_contiguous() else torch.empty(N, C, dtype=x.dtype, device=x.device)
+    block = min(SCALE_BLOCK, 1 << (C - 1).bit_length())
+    kernels.scale_rows[(N, -(-C // block))](x, factor.contiguous(), out, C, x.stride(0), BLOCK_C=block, num_warps=4)
+    return out
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,16 +96,17 @@ def _backward(
     """
     with torch.autocast(x.device.type, enabled=False):
         largest = dloss.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        factor = (dloss / largest)[:, None]
-        dx = ((dlogits @ weight.to(x.dtype)) * dloss[:, None]).to(x.dtype) if needs[0] else None
-        dweight = ((dlogits.t() @ (x * factor).to(x.dtype)).float() * largest).to(weight.dtype) if needs[1] else None
-        dbias = (dlogits.t() @ factor.to(x.dtype)).float().squeeze(1) * largest if needs[2] else None
+        factor = dloss / largest
+        dx = scale_rows(dlogits @ weight.to(x.dtype), dloss, in_place=True) if needs[0] else None
+        dweight = ((dlogits.t() @ scale_rows(x, factor)).float() * largest).to(weight.dtype) if needs[1] else None
+        dbias = (dlogits.t() @ factor.to(x.dtype)[:, None]).float().squeeze(1) * largest if needs[2] else None
     return dx, dweight, dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, *_ = inputs
     ctx.save_for_backward(x, weight, output[3])
+    ctx.set_materialize_grads(False)  # else zeros are written for what is kept beside the output
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 

@@ -7,25 +7,40 @@ import triton.language as tl
 
 
 @triton.jit
-def cross_entropy(logits, target, loss, ce, best, V, row_stride, smoothing, z_loss, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
+def cross_entropy(
+    logits, target, loss, ce, best, V, row_stride, smoothing, z_loss, SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """Program n: with GRADIENT row n of `logits` becomes d loss_n / d logits = softmax (1 + 2 z lse) - (1 - s) onehot - s / V, else it
-    stays."""
+    stays. SMOOTH: s is not 0."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_V)
     inside = cols < V
-    z = tl.load(logits + row * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
     wanted = tl.load(target + row)
-    largest = tl.max(z, axis=0)
+    known = (wanted >= 0) & (wanted < V)
+    at_target = tl.load(logits + row * row_stride + wanted, mask=known, other=float("nan")).to(tl.float32)
+    z = tl.load(logits + row * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
+    largest, where = tl.max(z, axis=0, return_indices=True)  # after it every warp has read: the row may be written
     e = tl.exp(z - largest)
     total = tl.sum(e, axis=0)
     lse = largest + tl.log(total)
-    at_target = tl.sum(tl.where(cols == wanted, z, 0.0), axis=0)  # not a second load: other warps may have written the row by then
-    at_target = tl.where((wanted >= 0) & (wanted < V), at_target, float("nan"))
-    mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / V
-    tl.store(ce + row, lse - at_target)
-    tl.store(loss + row, (1.0 - smoothing) * (lse - at_target) + smoothing * (lse - mean) + z_loss * lse * lse)
-    tl.store(best + row, tl.argmax(z, axis=0).to(tl.int64))
+    value = lse - at_target
+    tl.store(ce + row, value)
+    if SMOOTH:
+        mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / V
+        value = (1.0 - smoothing) * value + smoothing * (lse - mean)
+    tl.store(loss + row, value + z_loss * lse * lse)
+    tl.store(best + row, where.to(tl.int64))
     if GRADIENT:
-        gradient = e * ((1.0 + 2.0 * z_loss * lse) / total) - smoothing / V
+        gradient = e * ((1.0 + 2.0 * z_loss * lse) / total)
+        if SMOOTH:
+            gradient -= smoothing / V
         gradient = tl.where(cols == wanted, gradient - (1.0 - smoothing), gradient)
         tl.store(logits + row * row_stride + cols, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_rows(x, factor, out, C, x_stride, BLOCK_C: tl.constexpr):
+    """out (N, C) = x (N, C) factor (N,), of one row; `out` may be x."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    v = tl.load(x + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32) * tl.load(factor + row).to(tl.float32)
+    tl.store(out + row * C + cols, v.to(out.dtype.element_ty), mask=cols < C)

@@ -171,6 +171,7 @@ def _backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w1, b1, w2, _, _ = inputs
     ctx.save_for_backward(x, w1, b1, w2, output[1], output[2])
+    ctx.set_materialize_grads(False)  # else zeros are written for what is kept beside the output
 
 
 def _eager_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:

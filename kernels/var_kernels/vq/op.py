@@ -9,13 +9,13 @@ from var_kernels.dispatch import launches, require, use_triton
 from var_kernels.vq import config, reference
 
 
-def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor, precision: str = "ieee") -> Tensor:
+def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor, precision: str = "float32") -> Tensor:
     """Index int64 (N,) of the nearest code of each vector; the lowest index among equals.
 
-    `precision`: "ieee", exact float32 products; "tf32", as the official code runs on NVIDIA GPUs, with another code for a few vectors.
+    `precision`: "float32", or "tf32", as the official code runs on NVIDIA GPUs, with another code for a few vectors.
     """
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"nearest_code: precision={precision!r} is not known; take ieee or tf32")
+    if precision not in config.PRECISIONS:
+        raise ValueError(f"nearest_code: precision={precision!r} is not known; take {' or '.join(config.PRECISIONS)}")
     fit = z_NZ.ndim == codebook_VZ.ndim == 2 and z_NZ.shape[1] == codebook_VZ.shape[1]
     require(fit, "nearest_code: vectors (N, Z) and codes (V, Z) are needed, not {} and {}", z_NZ.shape, codebook_VZ.shape)
     if not use_triton(z_NZ) or z_NZ.shape[1] > config.MAX_Z:
@@ -34,7 +34,7 @@ def launch(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     index = torch.empty(N, dtype=torch.int64, device=z.device)
     kernels.nearest_code[(-(-N // config.BLOCK_N),)](
         z, codebook, codebook.float().square().sum(1), index, N, V, Z, z.stride(0), codebook.stride(0), BLOCK_N=config.BLOCK_N,
-        BLOCK_V=config.BLOCK_V, BLOCK_Z=max(16, 1 << (Z - 1).bit_length()), PRECISION=precision, num_warps=config.WARPS,
+        BLOCK_V=config.BLOCK_V, BLOCK_Z=max(16, 1 << (Z - 1).bit_length()), PRECISION=config.PRECISIONS[precision], num_warps=config.WARPS,
     )  # fmt: skip
     return index
 
