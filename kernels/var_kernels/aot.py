@@ -79,7 +79,9 @@ def cases(architecture: str) -> Iterator[Case]:
     for C in (1024, 1536, 1920, 2304):
         s = adaln_config.config_for(C)
         flags = {"GATED": True, "KEEP": True, "BLOCK_C": s.block_c}
-        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags | {"STAGES": s.forward.stages}, s.forward.warps)
+        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags | {"STAGES": s.gated.stages}, s.gated.warps)
+        alone = flags | {"GATED": False, "STAGES": s.forward.stages}
+        yield Case(f"adaln.forward C={C} no gate", adaln.forward, rows, alone, s.forward.warps)
         more = flags | {"RESIDUAL": True, "STAGES": s.backward.stages}
         yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward.warps)
     for C, kind, itemsize in ((2304, "fp32", 4), (4096, "bf16", 2)):  # a float32 residual stream, and the widest row
@@ -95,7 +97,7 @@ def cases(architecture: str) -> Iterator[Case]:
     heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
     kernels = {"forward": (attention.forward, "BLOCK_M", "BLOCK_N"), "keys": (attention.backward_keys, "BLOCK_N", "BLOCK_M"),
                "queries": (attention.backward_queries, "BLOCK_M", "BLOCK_N")}  # fmt: skip
-    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 24), ("bf16", 128, 0)):
+    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 32), ("bf16", 128, 0)):
         c = attention_config.config_for(D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2)
         typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
         for name, (kernel, rows_name, inner_name) in kernels.items():

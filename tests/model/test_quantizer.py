@@ -202,7 +202,7 @@ def test_decoder_in_half_precision() -> None:
     f_hat, image = torch.randn(1, 32, 4, 4), torch.rand(1, 3, 32, 32)
     plain, tokens = vae.fhat_to_img(f_hat), vae.encode(image)
     vae.prepare_decoder(torch.float32)
-    torch.testing.assert_close(vae.fhat_to_img(f_hat), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vae.fhat_to_img(f_hat), plain, atol=1e-4, rtol=0)
     vae.prepare_decoder(torch.bfloat16)
     half = vae.fhat_to_img(f_hat)
     assert half.dtype == torch.bfloat16 and float((half.float() - plain).abs().mean()) < 0.02

@@ -74,7 +74,11 @@ def xformers(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor |
     B, H, L, _ = q_BHLD.shape
     bias = None if bias_11LL is None else bias_11LL.to(q_BHLD.dtype).expand(B, H, L, -1)
     q, k, v = (t.transpose(1, 2) for t in (q_BHLD, k_BHLD, v_BHLD))
-    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+    try:
+        return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+    except NotImplementedError as error:  # a wheel for another torch has no kernels
+        raise UserError(f"attention=xformers: {str(error).splitlines()[0]} here; install the xformers built for this torch, or take auto"
+                        ) from None  # fmt: skip
 
 
 def flash(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float) -> Tensor:

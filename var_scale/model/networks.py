@@ -21,6 +21,17 @@ def normed(norm: nn.GroupNorm, x_BChw: Tensor, silu: bool = True) -> Tensor:
     return F.silu(norm(x_BChw)) if silu else norm(x_BChw)
 
 
+def to_pixels(conv: nn.Conv2d, x_BChw: Tensor) -> Tensor:
+    """The last convolution. In half precision on a GPU its three channels are filled up to eight, for which tensor cores have a kernel: on
+    an H200 one of 3 channels took 25 of 122 ms of a decoder at 64 images."""
+    if not x_BChw.is_cuda or x_BChw.dtype == torch.float32 or torch.is_grad_enabled():
+        return conv(x_BChw)
+    more = -conv.out_channels % 8
+    weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(conv.bias, (0, more))  # type: ignore[arg-type]
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x_BChw, weight, bias, padding=conv.padding)[:, : conv.out_channels]  # type: ignore[arg-type]
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv twice, plus the input (through a 1x1 convolution where the channels change)."""
 
@@ -172,7 +183,7 @@ class Decoder(nn.Module):
         x_BChw = self.mid(self.conv_in(z_BChw))
         for level in reversed(self.up):
             x_BChw = level(x_BChw)
-        return self.conv_out(normed(self.norm_out, x_BChw))
+        return to_pixels(self.conv_out, normed(self.norm_out, x_BChw))
 
 
 class PatchResBlock(nn.Module):

@@ -11,6 +11,9 @@ MAX_C = 4096
 STAGES = 3
 """tl.range with 3 stages turns the row loads into cp.async prefetch; a plain loop loads and waits at every row"""
 
+A_ROW_EACH = 1 << 20
+"""as many programs as rows"""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -28,6 +31,8 @@ class AdaLNConfig:
     block_c: int
     """the power of two from C up: lanes past C are masked, they cost no bytes"""
     forward: Rows
+    """without a gate"""
+    gated: Rows
     backward: Rows
 
 
@@ -35,7 +40,9 @@ def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
     """Parameters for rows of C elements of `itemsize` bytes: 16 channels a thread, so that a sum over a row crosses few warps, and programs
     for the threads of two programs of 4 warps and 2048 channels (backward, by registers), four forward.
 
-    Backward on an H200 at B = 32, L = 680: C = 1024 0.081 ms with 4 warps, 0.094 with 8; C = 1920 0.141 with 4, 0.159 with 8.
+    Measured on an H200 at B = 32, L = 680 (kernels/bench/results/h200-tuning.json). Backward: C = 1024 0.081 ms with 2 warps, C = 1920
+    0.141 with 4 warps, 0.179 with 8. Forward without a gate: 0.031 and 0.056 ms, a row a program 0.036 and 0.063; with a gate the other
+    way round: 0.053 and 0.098, a row a program 0.050 and 0.089.
     """
     block = 1 << max(5, (C - 1).bit_length())
     warps = min(16, max(1, block // 512))
@@ -44,7 +51,7 @@ def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
         stages = next((s for s in (STAGES, 2) if loads * (s - 1) * block * itemsize <= ROOM), 1)
         return Rows(warps, stages, max(1, most // warps))
 
-    return AdaLNConfig(block, rows(2, 16), rows(4, 8))
+    return AdaLNConfig(block, rows(1, 16), Rows(warps, 1, A_ROW_EACH), rows(4, 8))
 
 
 def splits(B: int, L: int, programs: int) -> int:

@@ -1,4 +1,4 @@
-"""Launch parameters of block-causal attention, each with its reason. Nothing here was measured on a GPU yet; see kernels/README.md."""
+"""Launch parameters of block-causal attention, each with its reason."""
 
 from __future__ import annotations
 
@@ -29,8 +29,15 @@ class AttentionConfig:
     queries: Tile = Tile(inner=32, stages=3)
 
 
-def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
-    """For heads of D channels on a GPU generation (9: Hopper).
+LONG = 1024
+"""keys from which on the forward pass takes more of them at a time"""
+
+
+def config_for(D: int, generation: int, itemsize: int = 2, keys: int = 0) -> AttentionConfig:
+    """For heads of D channels on a GPU generation (9: Hopper), for so many keys.
+
+    Measured on an H200, d30 (kernels/bench/results/h200-tuning.json): forward at L = 680 0.386 ms with 32 keys at a time, 0.435 with 64,
+    0.422 with 128; at L = 2240 0.715, 0.702 and 0.654. Tiles of 128 queries take 1.3 to 1.4 times as long, 8 warps for 64 queries longer.
 
     With tiles of 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60.
     Wide heads and float32 take smaller pipelines, so that tiles and accumulators fit, also into the 99 KiB of shared memory of small
@@ -42,4 +49,4 @@ def config_for(D: int, generation: int, itemsize: int = 2) -> AttentionConfig:
         return AttentionConfig(Tile(inner=32, warps=8), small, Tile(inner=32, warps=8, stages=1))
     if generation not in (9, 10):
         return AttentionConfig(Tile(inner=32, stages=3), Tile(inner=32), Tile(inner=32, stages=1))
-    return AttentionConfig()
+    return AttentionConfig(Tile(inner=128, stages=3)) if keys >= LONG else AttentionConfig()

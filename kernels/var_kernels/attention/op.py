@@ -132,7 +132,7 @@ def launch_forward(
     Lk = k.shape[1]
     widest = max_width(q.element_size())
     require(widest >= D, "attention: heads of {} channels are wider than {} ({}); use another back-end", D, widest, q.dtype)
-    config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
+    config, norm = config_for(D, generation(q.device), q.element_size(), Lk), log_scale is not None
     settings, log_scale = _settings(D, q.dtype), None if log_scale is None else log_scale.contiguous()
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
@@ -161,7 +161,7 @@ def launch_backward(
 
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
-    config, norm = config_for(D, generation(q.device), q.element_size()), log_scale is not None
+    config, norm = config_for(D, generation(q.device), q.element_size(), Lk), log_scale is not None
     settings, log_scale = _settings(D, q.dtype), None if log_scale is None else log_scale.contiguous()
     do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
     delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
