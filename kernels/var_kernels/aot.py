@@ -97,7 +97,7 @@ def cases(architecture: str) -> Iterator[Case]:
     heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
     kernels = {"forward": (attention.forward, "BLOCK_M", "BLOCK_N"), "keys": (attention.backward_keys, "BLOCK_N", "BLOCK_M"),
                "queries": (attention.backward_queries, "BLOCK_M", "BLOCK_N")}  # fmt: skip
-    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 32), ("bf16", 128, 0)):
+    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 32), ("bf16", 128, 8)):
         c = attention_config.config_for(D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2)
         typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
         for name, (kernel, rows_name, inner_name) in kernels.items():
