@@ -145,7 +145,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
     return {"device": name, "versions": versions, "commit": commit or None, "command": " ".join(["var-scale", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+            "timing": "the GPU alone" if device.type == "cuda" else "whole calls", "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
 def require_writable(out: Path | None) -> None:
@@ -194,6 +194,23 @@ def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
         if given is not None:
             os.environ["VAR_KERNELS_MLP"] = given
         tune.choice.cache_clear()
+
+
+def run_sweep(names: list[str], out: Path | None) -> None:
+    """Time the launch settings of the kernels one by one; see sweep.py. ValueError where there is no GPU."""
+    from var_kernels.bench.sweep import KERNELS, sweep
+
+    require_known("operators", names, list(KERNELS))
+    require_writable(out)
+    if not torch.cuda.is_available():
+        raise ValueError("--sweep: settings are timed on a GPU, and there is none")
+    device = torch.device("cuda")
+    ceilings = {"copy_bytes_per_s": copy_rate(device), "product_flop_per_s": product_rate(device, torch.bfloat16)}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = sweep([known for known in KERNELS if any(known.startswith(name) for name in names or KERNELS)])
+    if out:
+        out.write_text(json.dumps({**describe(device), "ceilings": ceilings, "sweep": rows}, indent=1) + "\n")
+        print(f"written: {out}")
 
 
 def run(

