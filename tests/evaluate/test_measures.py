@@ -214,3 +214,46 @@ def test_quality_over_a_study() -> None:
     assert figure_data(quality_figure(rows, fits, "FD-tok")).count("line") >= 8
     few = fit_quality(rows[:2], "FD-tok")
     assert not few[0].converged and figure_data(quality_figure(rows[:2], few, "FD-tok")).count("line") == 4
+
+
+@pytest.mark.slow
+def test_against_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FID, IS, precision and recall of two folders by torch-fidelity and by us, through one Inception with made-up weights; skipped where
+    it is not installed (the extra `eval`)."""
+    try:
+        import torch_fidelity
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except Exception as error:  # torchvision beside another torch fails in its own ways
+        pytest.skip(f"torch-fidelity: {error}")
+    torch.manual_seed(0)
+    weights = tmp_path / "inception.pth"
+    torch.save({}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(1.0)  # type: ignore[union-attr]
+    net.fc.weight.mul_(30)
+    torch.save(net.state_dict(), weights)
+    for number, name in enumerate(("real", "made")):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(noise_images(24, (32, 32), number)):
+            Image.fromarray((image * np.linspace(0.2, 1 - 0.2 * number, 24)[i]).astype(np.uint8)).save(tmp_path / name / f"{i:03d}.png")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "made"), input2=str(tmp_path / "real"), cuda=False, cache=False, save_cpu_ram=True, batch_size=8,
+        verbose=False, isc=True, fid=True, prc=True, isc_splits=1, samples_shuffle=False, prc_neighborhood=3,
+        feature_extractor="inception-v3-compat", feature_layer_prc="2048", feature_extractor_weights_path=str(weights),
+    )  # fmt: skip
+    extractor = e.load_extractor(f"fidelity:{weights}", torch.device("cpu"))
+    reference = e.read_reference(tmp_path / "real", extractor)
+    ours = e.compare_sets(reference, e.read_reference(tmp_path / "made", extractor), extractor)
+    assert reference.spatial_mean_E is not None and len(reference.spatial_mean_E) == 17 * 17 * 7
+    assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4) and ours["FID"] > 0
+    assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5) and ours["IS"] > 1.001
+    assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
+    torch.save(torch.nn.Linear(1, 1), weights)
+    with pytest.raises(UserError, match="not a file of plain weights"):
+        e.load_extractor(f"fidelity:{weights}", torch.device("cpu"))

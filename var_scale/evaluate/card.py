@@ -20,6 +20,17 @@ def shape_of_model(var: VAR) -> ModelShape:
                       var.shared_aln, var.attn_l2_norm)  # fmt: skip
 
 
+DISTANCES = ("FID", "sFID", "FD-tok", "IS", "precision", "recall")
+"""what `study quality` may have measured"""
+
+
+def _quality(run: Path) -> list[dict[str, Any]]:
+    """The run's own row of its study's quality.json; none where it was not measured."""
+    path = run.parent / "report" / "quality.json"
+    rows = read_json(path, "quality of samples")["runs"] if path.exists() else []
+    return [row for row in rows if row["run"] == run.name]
+
+
 def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Path | None = None) -> None:
     """Write README.md with the hub's front matter; numbers of a `run` folder and the law of its study where there are some."""
     shape = shape_of_model(var)
@@ -38,6 +49,7 @@ def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Pat
         record = read_run(run)
         lines += ["| | |", "|---|---|", f"| images seen | {record.images:,} |", f"| training FLOP | {record.flops_exact:.3g} |"]
         lines += [f"| {metric}, validation | {record.metric(metric):.4f} |" for metric in METRICS]
+        lines += [f"| {key}, {row['samples']:,} samples | {row[key]:.4g} |" for row in _quality(run) for key in row if key in DISTANCES]
         fits = run.parent / "report" / "fit.json"
         if fits.exists():
             for fit in read_json(fits, "fits")["fits"]:

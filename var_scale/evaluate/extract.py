@@ -101,6 +101,10 @@ def _fidelity(file: str, device: torch.device) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except Exception as error:  # torchvision beside another torch fails in its own ways
         raise UserError(f'extractor fidelity:{file}: needs torch-fidelity, `pip install "var-scale[eval]"` ({error})') from None
+    try:  # torch-fidelity itself would run whatever a pickle says
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"extractor fidelity:{file}: is not a file of plain weights ({str(error).splitlines()[0]})") from None
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file).to(device)
     spatial: list[Tensor] = []
     net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, out: spatial.append(out))
@@ -109,7 +113,8 @@ def _fidelity(file: str, device: torch.device) -> Extractor:
     def run(images_B3HW: Tensor) -> Features:
         spatial.clear()
         pool_ND, logits_NK = net(images_B3HW.to(device))
-        return Features(pool_ND.float().cpu(), spatial[-1][:, :7].flatten(1).float().cpu(), logits_NK.softmax(-1).float().cpu())
+        spatial_Nhwc = spatial[-1][:, :7].permute(0, 2, 3, 1)  # the order of ADM's reference statistics
+        return Features(pool_ND.float().cpu(), spatial_Nhwc.flatten(1).float().cpu(), logits_NK.softmax(-1).float().cpu())
 
     return Extractor(f"fidelity:{sha256_file(Path(file))[:16]}", "FID", run)
 
