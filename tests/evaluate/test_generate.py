@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.runs import run, small_config
 from var_scale.cli import main
@@ -18,6 +20,7 @@ from var_scale.data.shards import verify_folder
 from var_scale.errors import UserError
 from var_scale.evaluate import generate as g
 from var_scale.evaluate.source import Source, load_source
+from var_scale.files import write_json
 from var_scale.model.sampling import Settings
 
 torch.set_num_threads(1)
@@ -51,6 +54,12 @@ def test_sources(folder: Path, source: Source, tmp_path: Path) -> None:
         whole = logits(source)
         assert not torch.equal(logits(load_source(str(folder), cpu, step=3)), whole)
         assert not torch.equal(logits(load_source(str(folder), cpu, averaged=True)), whole)
+        quality = {"runs": [{"run": folder.name, "loss_avg": 1.0, "FD-tok": 0.25, "samples": 1000}, {"run": "other", "FD-tok": 9.0}]}
+        write_json(folder.parent / "report" / "quality.json", quality)
+        main(["hub", "convert", str(folder), str(tmp_path / "ours"), "--precision", "bf16"])
+        kept = load_file(tmp_path / "ours" / "vae.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in source.var.vae_proxy[0].state_dict().items()), "not as it was saved"
+        shutil.rmtree(tmp_path / "ours")
         main(["hub", "convert", str(folder), str(tmp_path / "ours")])
         ours = load_source(str(tmp_path / "ours"), cpu)
         assert torch.equal(logits(ours), whole) and ours.classes == 4
@@ -72,6 +81,7 @@ def test_sources(folder: Path, source: Source, tmp_path: Path) -> None:
             load_source(text, cpu, **more)  # type: ignore[arg-type]
     card = (tmp_path / "ours" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: var-scale") and "loss_avg, validation" in card
+    assert "| FD-tok, 1,000 samples | 0.25 |" in card and "9" not in card.split("FD-tok")[1].split("|")[1]
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     config["format"] = 9
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config))

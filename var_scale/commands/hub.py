@@ -18,7 +18,7 @@ def hub_convert(args: argparse.Namespace) -> None:
 
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out}: is not empty; choose another folder")
-    source = load_model(args)
+    source = load_model(args, sampling=False)
     var, vae = source.var, source.var.vae_proxy[0]
     if args.to == "official":
         for path in save_official(args.out, var, vae):
@@ -37,7 +37,7 @@ def hub_pull(args: argparse.Namespace) -> None:
     """Fetch a model of the hub into its cache, check that it loads, and say where it lies."""
     from var_scale.progress import say
 
-    source = load_model(args)
+    source = load_model(args, sampling=False)
     say(f"{args.model}: depth {source.var.depth}, {source.classes} classes; {source.what}")
 
 

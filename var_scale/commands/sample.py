@@ -45,11 +45,12 @@ def device_of(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--device {args.device}: is not a device; use cpu, cuda or cuda:N") from None
 
 
-def load_model(args: argparse.Namespace) -> Source:
+def load_model(args: argparse.Namespace, sampling: bool = True) -> Source:
     """The model of `model_arguments`."""
     from var_scale.evaluate.source import load_source
 
-    return load_source(args.model, device_of(args), step=args.step, vae=args.vae, precision=args.precision, averaged=args.averaged)
+    return load_source(args.model, device_of(args), step=args.step, vae=args.vae, precision=args.precision, averaged=args.averaged,
+                       sampling=sampling)  # fmt: skip
 
 
 def drawing_arguments(sub: Parser, cfg: float = 1.5) -> None:

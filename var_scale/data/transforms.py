@@ -17,6 +17,17 @@ Resize = Literal["torch", "pillow"]
 """Who resizes: PyTorch's Lanczos on uint8 (at most 2 grey levels from Pillow, twice as fast), or Pillow, as the official code."""
 
 
+def pil_loader(path: str) -> Image.Image:
+    """A picture as RGB; by the name that the official notebooks import."""
+    with open(path, "rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def normalize_01_into_pm1(x: torch.Tensor) -> torch.Tensor:
+    """[0, 1] to [-1, 1]; by the name that the official notebooks import."""
+    return x.add(x).add_(-1)
+
+
 def who_resizes(wanted: str) -> Resize:
     """`auto` as what this PyTorch can do. UserError if `torch` is wanted of one that cannot."""
     try:

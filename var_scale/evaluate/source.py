@@ -59,13 +59,15 @@ class Source:
 
 
 def load_source(
-    text: str, device: torch.device, *, step: int | None = None, vae: str | None = None, precision: str = "fp32", averaged: bool = False
-) -> Source:
+    text: str, device: torch.device, *, step: int | None = None, vae: str | None = None, precision: str = "fp32", averaged: bool = False,
+    sampling: bool = True,
+) -> Source:  # fmt: skip
     """The model of a run folder (newest checkpoint, or that of `step`; `averaged` its averaged weights), of a folder or `hf://OWNER/NAME`
     of a model, or of official weights by path or `hf://OWNER/NAME/FILE`, for which `vae` names the tokenizer (in the same repository
     vae_ch160v4096z32.pth if none is given).
 
-    `precision`: of the transformer's weights and of the decoder, fp32, bf16 or fp16; the residual stream and the quantiser stay in float32.
+    `precision`: of the transformer's weights and, for `sampling`, of the decoder, fp32, bf16 or fp16; the residual stream and the quantiser
+    stay in float32. Without `sampling` the tokenizer stays as it was saved.
     """
     repo = text.startswith(SCHEME) and text.removeprefix(SCHEME).count("/") == 1
     path = repository(text) if repo else weights_file(text)
@@ -90,7 +92,8 @@ def load_source(
         raise UserError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if precision != "fp32":
         source.var.to(PRECISIONS[precision])
-    source.var.vae_proxy[0].prepare_decoder(PRECISIONS[precision])
+    if sampling:
+        source.var.vae_proxy[0].prepare_decoder(PRECISIONS[precision])
     source.what["precision"] = precision
     return source
 
