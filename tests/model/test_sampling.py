@@ -265,3 +265,34 @@ def test_a_cache_grows_where_nobody_says_how_long_it_gets() -> None:
             end = begin + part.shape[1]
             memory[:, :, :, begin:end] = part[:, :, 1:].permute(2, 0, 3, 1, 4)
             assert torch.equal(memory[:, :, :, :end], torch.cat(parts[:n], 1)[:, :, 1:].permute(2, 0, 3, 1, 4))
+
+
+def test_when_graphs_are_recorded(var: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second batch of a size in a row, for other weights anew, not again where there was no room. (That replaying gives the same
+    tokens is tested on GPUs, tests/kernels/test_gpu.py.)"""
+    from var_scale.model import graphs
+
+    made: list[int] = []
+
+    class Recording:
+        def __init__(self, var: VAR, label_B: Tensor, key: object):
+            self.key = key
+            made.append(len(label_B))
+            if len(label_B) > 3:
+                raise torch.OutOfMemoryError("full")
+
+        def restart(self, label_B: Tensor) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(graphs, "_Recorded", Recording)
+    model, kept = copy.deepcopy(var), graphs.Graphs()
+
+    def kinds(*batches: int) -> str:
+        labels = [torch.zeros(batch, dtype=torch.long) for batch in batches]
+        return "".join("s" if isinstance(kept.stepper(model, label), s.Stepper) else "r" for label in labels)
+
+    assert kinds(2, 2, 2, 1, 2) == "srrsr" and made == [2]
+    assert kinds(3, 3, 2) == "srs" and made == [2, 3]
+    model.to(torch.float64)
+    assert kinds(3, 3) == "sr" and made == [2, 3, 3]
+    assert kinds(4, 4, 4) == "sss" and made == [2, 3, 3, 4]

@@ -26,6 +26,7 @@ class Graphs:
     def __init__(self) -> None:
         self._recorded: _Recorded | None = None
         self._seen: Hashable = None
+        self._too_large: Hashable = None
 
     def stepper(self, var: VAR, label_B: Tensor) -> Stepper:
         """The recorded steps for these labels; recorded now, or, for a batch that was not the last one too, not at all."""
@@ -34,10 +35,16 @@ class Graphs:
             self._recorded.restart(label_B)
             return self._recorded
         again, self._seen = key == self._seen, key
-        if not again:
+        if not again or key == self._too_large:
             return Stepper(var, label_B)
         self._recorded = None  # frees the memory of the last ones
-        self._recorded = _Recorded(var, label_B, key)
+        try:
+            self._recorded = _Recorded(var, label_B, key)
+        except torch.OutOfMemoryError:  # the caches of graphs stay, so a batch that just fits without may not fit with them
+            self._too_large = key
+            var.kv_caching(False)
+            torch.cuda.empty_cache()
+            return Stepper(var, label_B)
         return self._recorded
 
 
@@ -64,6 +71,9 @@ class _Recorded(Stepper):
             self.scale(0, None)
             self.scale(1, self._inputs[1]) if len(self._inputs) > 1 else None
         torch.cuda.current_stream(device).wait_stream(stream)
+        var.kv_caching(False)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what calls before have left: graphs have memory of their own
         pool = torch.cuda.graph_pool_handle()
         for si, input_BlC in enumerate(self._inputs):
             graph = torch.cuda.CUDAGraph()
