@@ -3,13 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 
 from var_scale.evaluate.generate import to_uint8
+from var_scale.evaluate.pictures import write_grid
 from var_scale.evaluate.source import load_source
 from var_scale.model.sampling import Hooks, SeedPerImage, Settings, class_log_likelihoods, sample
 
+if len(sys.argv) != 2 or not Path(sys.argv[1], "config.yaml").exists():
+    sys.exit("usage: python examples/sample.py RUN_FOLDER, such as runs/tiny/d05-s0")
 run = Path(sys.argv[1])
 source = load_source(str(run), torch.device("cpu"))
 var = source.var
@@ -27,5 +30,6 @@ helper = load_source(str(smallest), torch.device("cpu")).var
 mixed = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]), Hooks(models={len(var.patch_nums) - 1: helper}))
 print(f"last scale by {smallest.name}: {int((mixed.tokens[-1] != out.tokens[-1]).sum())} of {out.tokens[-1].numel()} tokens differ")
 
-Image.fromarray(pictures.transpose(1, 0, 2, 3).reshape(pictures.shape[1], -1, 3)).save("example-samples.png")
+rows = np.stack([pictures, to_uint8(mixed.images)])
+write_grid(rows, Path("example-samples.png"), zoom=4, names=["one model", f"last scale by {smallest.name}"])
 print("example-samples.png")

@@ -11,7 +11,7 @@ from var_scale.study.record import METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLAGS = [
-    "data_path", "exp_name", "vfast", "tfast", "depth", "ini", "hd", "aln", "alng", "fp16", "tblr", "tlr", "twd", "twde",
+    "data_path", "local_debug", "exp_name", "vfast", "tfast", "depth", "ini", "hd", "aln", "alng", "fp16", "tblr", "tlr", "twd", "twde",
     "tclip", "ls", "bs", "ac", "ep", "wp", "wp0", "wpe", "sche", "opt", "afuse", "saln", "anorm", "fuse", "pn", "patch_size",
     "mid_reso", "hflip", "workers", "pg", "pg0", "pgwp", "tf32", "seed", "same_seed_for_all_ranks", "local_out_dir_path",
 ]  # fmt: skip

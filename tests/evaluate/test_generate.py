@@ -6,9 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -165,9 +167,43 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "x.npz")["arr_0"].shape[0] == 300
     for arguments, words in ((["--out", "g.png", "--count", "5"], "is one picture"), (["--out", "f", "--format", "npz"], "npz a .npz file"),
                              (["--out", "f", "--part", "4/4"], "is not a part"), (["--cfg", "1,2"], "one a scale"),
-                             (["--device", "gpu"], "is not a device"), (["--classes", "9"], "classes 0 to 3")):  # fmt: skip
+                             (["--device", "gpu"], "is not a device"), (["--device", "cuda:99"], "this machine shows"),
+                             (["--paper", "--cfg", "4", "--out", "p"], "has its own guidance"), (["--vae", "x.pth"], "leave --vae out"),
+                             (["--process", "2"], "unknown arguments: --process"), (["--classes", "9"], "classes 0 to 3")):  # fmt: skip
         bad = call(*arguments)
         assert bad.returncode == 2 and words in bad.stderr and len(bad.stderr.strip().splitlines()) == 1, bad.stderr
+
+
+def test_images_of_other_weights_or_form_do_not_mix(folder: Path, source: Source, tmp_path: Path) -> None:
+    """The same run, retrained: its checkpoint has other checksums. A folder of PNGs takes no shards."""
+    job = g.Job((0, 1), 4, 0, Settings())
+    assert g.generate(source, job, tmp_path / "s", "png", 4)
+    other = Source(source.var, source.classes, [], {**source.what, "weights": "0" * 16})
+    with pytest.raises(UserError, match="holds images made otherwise \\(weights"):
+        g.generate(other, job, tmp_path / "s", "png", 4)
+    with pytest.raises(UserError, match="holds images made otherwise \\(format"):
+        g.generate(source, job, tmp_path / "s", "shards", 4)
+    again = load_source(str(folder), torch.device("cpu"))
+    assert again.what == source.what and again.what["weights"] != load_source(str(folder), torch.device("cpu"), step=3).what["weights"]
+    (tmp_path / "s" / "000001.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"000001.png is not a readable image"):
+        list(g.read_images(tmp_path / "s"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stopped_command_leaves_no_process(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM to the first of three processes ends the others."""
+    command = [sys.executable, "-m", "var_scale.cli", "sample", str(folder), "--out", "x.npz", "--count", "100000", "--processes", "3"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        me, end = psutil.Process(parent.pid), time.monotonic() + 60
+        while not (list(tmp_path.glob("x.npz.parts/*.npy")) and len(me.children()) == 2) and time.monotonic() < end:
+            time.sleep(0.2)
+        children = me.children()
+        assert len(children) == 2
+        parent.terminate()
+        assert parent.wait(60) != 0
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive and len(gone) == 2
 
 
 def small_side(folder: Path) -> int:

@@ -211,9 +211,12 @@ def test_quality_over_a_study() -> None:
     fits = fit_quality(rows, "FD-tok")
     assert float(fits[0].predict(1 / 4.5)) == pytest.approx(0.01 * 4.5**4)
     assert fits[1].converged and fits[1].params["alpha"] > 0
-    assert figure_data(quality_figure(rows, fits, "FD-tok")).count("line") >= 8
+    shown = figure_data(quality_figure(rows, fits, "FD-tok"))
+    assert shown.count(",runs,") == 8 and "exponent" in shown
     few = fit_quality(rows[:2], "FD-tok")
-    assert not few[0].converged and figure_data(quality_figure(rows[:2], few, "FD-tok")).count("line") == 4
+    assert not few[0].converged and figure_data(quality_figure(rows[:2], few, "FD-tok")).count(",runs,") == 4
+    noise = [Quality(f"d{k}", 1e6 * k**3, 5 - 0.2 * k, d) for k, d in enumerate((0.2, 0.3, 0.15, 0.28), 1)]
+    assert "exponent" not in figure_data(quality_figure(noise, fit_quality(noise, "FD-tok"), "FD-tok"))
 
 
 @pytest.mark.slow

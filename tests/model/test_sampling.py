@@ -267,6 +267,17 @@ def test_a_cache_grows_where_nobody_says_how_long_it_gets() -> None:
             assert torch.equal(memory[:, :, :, :end], torch.cat(parts[:n], 1)[:, :, 1:].permute(2, 0, 3, 1, 4))
 
 
+def test_wrong_arguments_are_said(var: VAR) -> None:
+    label_B, seeds = torch.tensor([1, 2]), s.SeedPerImage([1, 2])
+    for call, words in ((lambda: s.sample(var, label_B, s.Settings(), s.SeedPerImage([1])), "1 seeds for 2 labels"),
+                        (lambda: s.sample(var, torch.tensor([-1]), s.Settings(), s.SeedPerImage([1])), "label -1 is outside"),
+                        (lambda: s.sample(var, label_B, s.Settings(), seeds, s.Hooks(models={99: var})), "no scale 99"),
+                        (lambda: s.sample(var, label_B, s.Settings(temperature=[1.0]), seeds), "give a number, or a tuple"),
+                        (lambda: s.log_likelihood(var, [label_B[:, None]], label_B), "tokens of 1 scales")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            call()
+
+
 def test_when_graphs_are_recorded(var: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the second batch of a size in a row, for other weights anew, not again where there was no room. (That replaying gives the same
     tokens is tested on GPUs, tests/kernels/test_gpu.py.)"""

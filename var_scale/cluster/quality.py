@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from var_scale.errors import UserError
 from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, statistics
 from var_scale.evaluate.generate import Job, generate, read_images
 from var_scale.evaluate.source import load_source
-from var_scale.files import write_json, write_text
+from var_scale.files import canonical_hash, write_json, write_text
 from var_scale.model.sampling import Settings
 from var_scale.progress import say
 from var_scale.study.gate import gate
 from var_scale.study.laws import plain
 from var_scale.study.plots import figure_data
-from var_scale.study.quality import Quality, fit_quality, quality_figure
+from var_scale.study.quality import Quality, fit_quality, follows, quality_figure
 from var_scale.study.record import read_study
 from var_scale.study.theme import look, save
 
@@ -38,7 +39,8 @@ def study_quality(study: Study, count: int, extractor_text: str | None, referenc
     rows, results = [], list[dict[str, Any]]()
     for record in kept:
         source = load_source(str(study.folder / record.name), device)
-        out = study.folder / "quality" / f"{record.name}.npz"
+        made = canonical_hash({**source.what, "count": count, **asdict(settings)})[:8]  # other weights or settings: another file
+        out = study.folder / "quality" / f"{record.name}-{made}.npz"
         generate(source, Job(tuple(range(source.classes)), count, 0, settings), out, "npz", batch)
         found = compare_sets(truth, statistics(read_images(out), extractor, label=f"features of {record.name}"), extractor)
         say(f"{record.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float)))
@@ -46,7 +48,7 @@ def study_quality(study: Study, count: int, extractor_text: str | None, referenc
         results.append({"run": record.name, "loss_avg": record.loss_avg, **found})
     fits = fit_quality(rows, extractor.distance)
     for fit in fits:
-        say(fit.equation)
+        say(fit.equation if follows(fit) else f"{extractor.distance} follows no power law of {fit.variable} here (r = {fit.r:.2f})")
     write_json(study.report / "quality.json", {"runs": plain(results), "fits": [fit.to_json() for fit in fits], "count": count})
     with look():
         drawn = quality_figure(rows, fits, extractor.distance)

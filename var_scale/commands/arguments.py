@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from var_scale.config.schema import Config
@@ -81,7 +81,10 @@ def mapping(text: str) -> dict[str, str]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A wrong argument is one line, like every other mistake."""
+    """A wrong argument is one line, like every other mistake; options are written out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"error: {message}; see {self.prog} --help\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from var_scale.commands.arguments import Commands, Parser, command, family, number_in
 from var_scale.commands.sample import device_of, load_model, model_arguments
+from var_scale.errors import UserError
 
 
 def _say(found: dict[str, object], out: Path | None) -> None:
@@ -23,7 +24,6 @@ def _say(found: dict[str, object], out: Path | None) -> None:
 
 def evaluate_loss(args: argparse.Namespace) -> None:
     """Validation loss and error per scale over a whole split of token shards, with clean labels or as the reference drops them."""
-    from var_scale.errors import UserError
     from var_scale.evaluate.loss import validation
 
     source = load_model(args)
@@ -50,6 +50,9 @@ def evaluate_stats(args: argparse.Namespace) -> None:
     from var_scale.evaluate.generate import read_images
     from var_scale.progress import say
 
+    if args.out.suffix != ".npz" or args.out.exists():
+        wrong = "is there already; remove it, or choose another name" if args.out.exists() else "give a name that ends in .npz"
+        raise UserError(f"{args.out}: {wrong}")
     extractor = load_extractor(args.extractor, device_of(args))
     found = statistics(read_images(args.images), extractor, label=f"features of {args.images.name}")
     found.save(args.out, extractor.name)

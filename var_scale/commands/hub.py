@@ -23,6 +23,8 @@ def hub_convert(args: argparse.Namespace) -> None:
     if args.to == "official":
         for path in save_official(args.out, var, vae):
             say(f"{path}: written")
+        if vae.arch != "cnn" or 64 * var.depth != var.C:
+            say("the official code cannot build this model, whose tokenizer or width it does not have; var-scale reads the files")
         return
     if args.to == "varhf":
         save_varhf(args.out, var, vae)

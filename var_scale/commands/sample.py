@@ -40,9 +40,12 @@ def device_of(args: argparse.Namespace) -> torch.device:
     import torch
 
     try:
-        return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {args.device}: is not a device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {args.device}: this machine shows {torch.cuda.device_count()} GPUs; use cpu, or one that is there")
+    return device
 
 
 def load_model(args: argparse.Namespace, sampling: bool = True) -> Source:
@@ -86,16 +89,31 @@ def sample(args: argparse.Namespace) -> None:
     """Sample images: a grid picture, or with --count a folder of PNGs, WebDataset shards or the evaluator's npz, resumable."""
     from dataclasses import replace
 
-    from var_scale.evaluate.generate import PAPER, Job, generate, grid_of_classes
-    from var_scale.evaluate.pictures import steps_picture, write_grid
-    from var_scale.progress import say
+    from var_scale.evaluate.generate import PAPER
+    from var_scale.model.sampling import Settings
 
-    out, kind = args.out, _kind_of(args)
+    kind = _kind_of(args)
     if args.paper:
+        if settings_of(args) != Settings():
+            raise UserError("--paper: has its own guidance, filters and temperature; leave yours out, or --paper")
         args.count, args.cfg, args.top_k, args.top_p = args.count or 50000, PAPER.cfg, PAPER.top_k, PAPER.top_p
     settings = replace(PAPER) if args.paper else settings_of(args)
     children = _spawn(args) if args.processes > 1 else []
-    source = load_model(args)
+    try:
+        _sample(args, kind, settings, children)
+    except BaseException:  # an error here, or a signal: nobody goes on alone
+        for child in children:
+            child.terminate()
+        raise
+
+
+def _sample(args: argparse.Namespace, kind: str, settings: Settings, children: list[subprocess.Popen[bytes]]) -> None:
+    """The part of this process, then what the children have left to be put together."""
+    from var_scale.evaluate.generate import Job, generate, grid_of_classes
+    from var_scale.evaluate.pictures import steps_picture, write_grid
+    from var_scale.progress import say
+
+    out, source = args.out, load_model(args)
     first = source.classes if args.count else min(10, source.classes)
     classes = source.find(args.classes.split(",")) if args.classes else list(range(first))
     if args.steps_picture:

@@ -267,7 +267,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+            raise ValueError("give exactly one of epochs and steps; set the other to null, such as train.epochs=null")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
         if self.epochs and self.warmup_epochs and self.warmup_epochs >= self.epochs:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from var_scale.data.images import decode_image
 from var_scale.data.shards import Sample, ShardSet
 from var_scale.errors import UserError
 from var_scale.evaluate.source import Source
@@ -173,10 +174,10 @@ class Npz:
 Output = PngFolder | Shards | Npz
 
 
-def describe(source: Source, job: Job) -> dict[str, Any]:
+def describe(source: Source, job: Job, kind: str) -> dict[str, Any]:
     """What the images depend on: kept beside them, and compared before more are added."""
     settings = {f"settings.{key}": value for key, value in asdict(job.settings).items()}
-    return {**source.what, "classes": len(job.classes), "classes_hash": canonical_hash(list(job.classes))[:16],
+    return {**source.what, "format": kind, "classes": len(job.classes), "classes_hash": canonical_hash(list(job.classes))[:16],
             "count": job.count, "seed": job.seed, "rounding": ROUNDING, **settings}  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def generate(
 ) -> bool:
     """Make the images that are missing, of every `part[1]`-th unit from `part[0]` on; True when all of the job are there and `out` is
     complete. UserError: images of another model or other settings are there already."""
-    what = describe(source, job)
+    what = describe(source, job, kind)
     record = out.with_name(f"{out.name}.json") if kind == "npz" else out / RECORD
     if record.exists():
         there, here = flat(read_json(record, "description of samples")), flat(what)
@@ -235,7 +236,7 @@ def read_images(path: Path, batch: int = 64) -> Iterator[np.ndarray]:
     if not files:
         raise UserError(f"{path}: no images here; give an npz, a folder of PNGs, or a folder of image shards")
     for start in range(0, len(files), batch):
-        yield _same_size([np.asarray(Image.open(file).convert("RGB")) for file in files[start : start + batch]], path)
+        yield _same_size([decode_image(file.read_bytes(), str(file)) for file in files[start : start + batch]], path)
 
 
 def _same_size(images: list[np.ndarray], path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from var_scale.data.convert import imagenet_folders
 from var_scale.errors import UserError
-from var_scale.files import read_json, sha256_file
+from var_scale.files import canonical_hash, read_json, sha256_file
 from var_scale.model.hub import SCHEME, repository, weights_file
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
 from var_scale.model.pretrained import VAR_FILE, is_pretrained, load_files, load_pretrained
@@ -72,6 +72,8 @@ def load_source(
     repo = text.startswith(SCHEME) and text.removeprefix(SCHEME).count("/") == 1
     path = repository(text) if repo else weights_file(text)
     if (path / "config.yaml").exists():
+        if vae is not None:
+            raise UserError(f"--vae {vae}: {text} is a run folder and knows its tokenizer; leave --vae out")
         source = _of_run(path, device, step, averaged)
     elif step is not None or averaged:
         raise UserError(f"{text}: is no run folder, so it has no checkpoints to choose from; leave --step and --averaged out")
@@ -110,7 +112,8 @@ def _of_run(folder: Path, device: torch.device, step: int | None, averaged: bool
     checkpoint.load_into(var, "ema" if averaged else "weight")
     path = folder / "run.json"  # an imported run has none before it is trained
     names = read_json(path, "description of a run").get("class_names") if path.exists() else None
-    what = {"run": config.name, "step": checkpoint.step, "tokenizer": vae_hash, "averaged": averaged}
+    what = {"run": config.name, "step": checkpoint.step, "weights": canonical_hash(checkpoint.state["files"])[:16], "tokenizer": vae_hash,
+            "averaged": averaged}  # fmt: skip
     return Source(var.eval(), config.classes, list(names or []), what)
 
 

@@ -55,7 +55,7 @@ def push(folder: Path, text: str, private: bool, message: str) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url)
 
-    return _ask(text, "log in with `hf auth login`, or set HF_TOKEN", upload)
+    return _ask(text, "look at the connection, or log in with `hf auth login` or HF_TOKEN", upload, "the hub did not take it")
 
 
 def _name(text: str) -> str:
@@ -66,7 +66,7 @@ def _name(text: str) -> str:
     return name
 
 
-def _ask(text: str, help: str, ask: Callable[[], T]) -> T:
+def _ask(text: str, help: str, ask: Callable[[], T], failed: str = "cannot be had") -> T:
     """What the hub's client gives, its errors as one line."""
     try:
         import huggingface_hub  # noqa: F401
@@ -76,4 +76,4 @@ def _ask(text: str, help: str, ask: Callable[[], T]) -> T:
         return ask()
     except Exception as error:  # its clients raise errors of several packages
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{text}: cannot be had ({why}); {help}") from None
+        raise UserError(f"{text}: {failed} ({why}); {help}") from None

@@ -51,7 +51,7 @@ def read_checkpoint(path: Path) -> Any:
         raise UserError(f"{path}: this weights file does not exist") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: this file holds more than weights, or is damaged; only plain weights are loaded") from None
-    except (RuntimeError, EOFError, SafetensorError, ValueError, KeyError, IndexError, IsADirectoryError) as error:
+    except (RuntimeError, EOFError, SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
         raise UserError(f"{path}: this weights file cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 

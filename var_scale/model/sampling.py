@@ -112,6 +112,8 @@ class Settings:
         """UserError where a tuple has not one value a scale, or a value is out of range."""
         for name, low, high in (("cfg", 0, float("inf")), ("top_k", 0, float("inf")), ("top_p", 0, 1), ("temperature", 1e-6, float("inf"))):
             value = getattr(self, name)
+            if not isinstance(value, tuple | int | float):
+                raise UserError(f"{name}: {type(value).__name__} {value}; give a number, or a tuple of one a scale")
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(value, tuple) and len(value) != scales:
                 raise UserError(f"{name}: {len(value)} values are given for {scales} scales; give one number, or one a scale")
@@ -221,6 +223,11 @@ def sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: H
     """Sample scale after scale with key-value caches. Labels (B,) on the model's device, num_classes meaning none."""
     hooks = hooks or Hooks()
     settings.check(len(var.patch_nums))
+    var.check_labels(label_B)
+    if isinstance(draws, SeedPerImage) and len(draws.rngs) != len(label_B):
+        raise UserError(f"{len(draws.rngs)} seeds for {len(label_B)} labels; give one seed an image")
+    if wrong := [si for si in hooks.models if not 0 <= si < len(var.patch_nums)]:
+        raise UserError(f"hooks.models: there is no scale {wrong[0]}, scales are 0 to {len(var.patch_nums) - 1}")
     used = {id(model): model for model in (var, *hooks.models.values())}
     for model in hooks.models.values():
         if (model.patch_nums, model.V, model.num_classes) != (var.patch_nums, var.V, var.num_classes):
@@ -328,6 +335,9 @@ def _sample(var: VAR, label_B: Tensor, settings: Settings, draws: Draws, hooks: 
 def log_likelihood(var: VAR, tokens: Sequence[Tensor], label_B: Tensor) -> Tensor:
     """ln p(tokens | label), nats, of every scale: (B, S). `tokens` (B, h*w) a scale, labels (B,), num_classes meaning none; exact and
     teacher-forced, one forward pass."""
+    if [idx_Bl.shape[1] for idx_Bl in tokens] != [end - begin for begin, end in var.begin_ends]:
+        raise UserError(f"log_likelihood: tokens of {len(tokens)} scales are given; this model has {len(var.patch_nums)}, of "
+                        f"{[end - begin for begin, end in var.begin_ends]} tokens")  # fmt: skip
     was_training = var.training
     var.eval()
     try:
