@@ -84,7 +84,7 @@ def table(results: dict[str, Any]) -> str:
               "|---|---|---|---:|---:|---|---|"]  # fmt: skip
     for row in results["rows"]:
         ours = row["forms"].get("ours", {})
-        for place, what in enumerate(("forward", "backward", "both")):
+        for place, what in enumerate(("forward", "backward", "both", "called")):
             if what not in ours:
                 continue
             others = [f"{name} {form[what]['p50'] / ours[what]['p50']:.2f}" if what in form else f"{name}: {next(iter(form.values()))}"

@@ -150,7 +150,7 @@ def test_the_same_images_in_every_form_batch_and_part(source: Source, tmp_path: 
         g.generate(source, job, tmp_path / "mine", "png", 8)
 
 
-def test_the_command(folder: Path, tmp_path: Path) -> None:
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A grid with a picture of the scales, two processes into one npz, bad calls in one line."""
     command = [sys.executable, "-m", "var_scale.cli", "sample", str(folder)]
 
@@ -170,8 +170,12 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
                              (["--device", "gpu"], "is not a device"), (["--device", "cuda:99"], "this machine shows"),
                              (["--paper", "--cfg", "4", "--out", "p"], "has its own guidance"), (["--vae", "x.pth"], "leave --vae out"),
                              (["--process", "2"], "unknown arguments: --process"), (["--classes", "9"], "classes 0 to 3")):  # fmt: skip
-        bad = call(*arguments)
-        assert bad.returncode == 2 and words in bad.stderr and len(bad.stderr.strip().splitlines()) == 1, bad.stderr
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(["sample", str(folder), *arguments])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and words in said and len(said.strip().splitlines()) == 1, said
 
 
 def test_images_of_other_weights_or_form_do_not_mix(folder: Path, source: Source, tmp_path: Path) -> None:

@@ -203,3 +203,8 @@ def test_append_to_cache(dtype: torch.dtype, l2_norm: bool) -> None:
     assert torch.equal(cache[:, :, :, room:], wanted[:, :, :, room:])
     with pytest.raises(ValueError, match="does not fit"):
         op.append_to_cache(torch.zeros(B, 3, 3, H, D, device=DEVICE, dtype=dtype), cache, begin, log_scale)
+
+
+def test_a_scale_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="not positive"):
+        op.block_attention(torch.randn(1, 5, 3, 1, 16, device=DEVICE), (1, 2), None, -1.0)

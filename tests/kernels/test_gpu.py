@@ -20,6 +20,7 @@ from var_scale.config.schema import TrainConfig
 from var_scale.model import build_vae, build_var
 from var_scale.model.attention import ScaleMask, attend, block_causal_bias
 from var_scale.model.graphs import Graphs
+from var_scale.model.quantizer import enlarge
 from var_scale.model.sampling import Hooks, OneGenerator, SeedPerImage, Settings, sample
 from var_scale.train.step import TrainStep
 
@@ -218,3 +219,16 @@ def test_a_seed_draws_as_multinomial_does() -> None:
     draws = [OneGenerator(ours).tokens(logits) for _ in range(3)]
     wanted = [torch.multinomial(logits.softmax(-1).view(-1, 4096), 1, True, generator=theirs).view(3, 5) for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(draws, wanted, strict=True))
+
+
+def test_bicubic_interpolation_is_exact_under_autocast_and_tf32() -> None:
+    h = randn(2, 32, 5, 5)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            made = enlarge(h, (16, 16))
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    torch.testing.assert_close(made, F.interpolate(h, size=(16, 16), mode="bicubic"), atol=1e-5, rtol=0)

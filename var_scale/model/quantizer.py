@@ -36,7 +36,8 @@ def enlarge(h_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     down, across = (_bicubic_matrix(n, m, h_BChw.device) for n, m in zip(h_BChw.shape[2:], size, strict=True))
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
-        return down @ h_BChw.float() @ across.t()
+        with torch.autocast(h_BChw.device.type, enabled=False):
+            return down @ h_BChw.float() @ across.t()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 

@@ -40,7 +40,7 @@ def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
     """Parameters for rows of C elements of `itemsize` bytes: 16 channels a thread, so that a sum over a row crosses few warps, and programs
     for the threads of two programs of 4 warps and 2048 channels (backward, by registers), four forward.
 
-    Measured on an H200 at B = 32, L = 680 (kernels/bench/results/h200-tuning.json). Backward: C = 1024 0.081 ms with 2 warps, C = 1920
+    Measured on an H200 at B = 32, L = 680 (kernels/bench/results/h200-sweep.json). Backward: C = 1024 0.081 ms with 2 warps, C = 1920
     0.141 with 4 warps, 0.179 with 8. Forward without a gate: 0.031 and 0.056 ms, a row a program 0.036 and 0.063; with a gate the other
     way round: 0.053 and 0.098, a row a program 0.050 and 0.089.
     """

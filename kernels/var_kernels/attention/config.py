@@ -36,7 +36,7 @@ LONG = 1024
 def config_for(D: int, generation: int, itemsize: int = 2, keys: int = 0) -> AttentionConfig:
     """For heads of D channels on a GPU generation (9: Hopper), for so many keys.
 
-    Measured on an H200, d30 (kernels/bench/results/h200-tuning.json): forward at L = 680 0.386 ms with 32 keys at a time, 0.435 with 64,
+    Measured on an H200, d30 (kernels/bench/results/h200-sweep.json): forward at L = 680 0.386 ms with 32 keys at a time, 0.435 with 64,
     0.422 with 128; at L = 2240 0.715, 0.702 and 0.654. Tiles of 128 queries take 1.3 to 1.4 times as long, 8 warps for 64 queries longer.
 
     With tiles of 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60.

@@ -132,6 +132,7 @@ def launch_forward(
     Lk = k.shape[1]
     widest = max_width(q.element_size())
     require(widest >= D, "attention: heads of {} channels are wider than {} ({}); use another back-end", D, widest, q.dtype)
+    require(sm_scale > 0, "attention: sm_scale {} is not positive", sm_scale)
     config, norm = config_for(D, generation(q.device), q.element_size(), Lk), log_scale is not None
     settings, log_scale = _settings(D, q.dtype), None if log_scale is None else log_scale.contiguous()
     o = torch.empty(B, Lq, H, D, dtype=v.dtype, device=q.device)
