@@ -79,8 +79,8 @@ def cases(architecture: str) -> Iterator[Case]:
     for C in (1024, 1536, 1920, 2304):
         s = adaln_config.config_for(C)
         flags = {"GATED": True, "KEEP": True, "BLOCK_C": s.block_c}
-        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags | {"STAGES": s.gated.stages}, s.gated.warps)
-        alone = flags | {"GATED": False, "STAGES": s.forward.stages}
+        yield Case(f"adaln.forward C={C}", adaln.forward, rows, flags | {"A_ROW_EACH": True, "STAGES": s.gated.stages}, s.gated.warps)
+        alone = flags | {"GATED": False, "A_ROW_EACH": False, "STAGES": s.forward.stages}
         yield Case(f"adaln.forward C={C} no gate", adaln.forward, rows, alone, s.forward.warps)
         more = flags | {"RESIDUAL": True, "STAGES": s.backward.stages}
         yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward.warps)

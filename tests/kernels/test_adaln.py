@@ -8,7 +8,7 @@ import torch
 from tests.kernels.compare import DEVICE, check
 from var_kernels.adaln import op, reference
 
-SHAPES = [(1, 1, 64), (3, 5, 24), (2, 14, 100), (1, 91, 192), (2, 9, 3 if DEVICE == "cuda" else 1), (5, 3, 257), (1, 680, 40)]
+SHAPES = [(1, 1, 64), (3, 5, 24), (2, 14, 100), (1, 91, 192), (2, 9, 3 if DEVICE == "cuda" else 1), (5, 3, 257), (1, 170, 40)]
 
 
 @pytest.fixture(autouse=True)

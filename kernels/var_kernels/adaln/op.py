@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var_kernels.adaln import reference
-from var_kernels.adaln.config import MAX_C, config_for, splits
+from var_kernels.adaln.config import A_ROW_EACH, MAX_C, config_for, splits
 from var_kernels.dispatch import eager, launches, multiprocessors, require, use_triton
 from var_kernels.numerics import upcast
 
@@ -73,8 +73,8 @@ def launch_forward(
     parts = splits(B, L, mine.programs * multiprocessors(x.device))
     kernels.forward[(parts, B)](
         x, y, gamma, keep, scale, shift, x_new, h, mean, rstd, L, C, -(-L // parts), 0 if gamma is None else gamma.stride(0),
-        scale.stride(0), shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None, BLOCK_C=settings.block_c, STAGES=mine.stages,
-        num_warps=mine.warps,
+        scale.stride(0), shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None,
+        A_ROW_EACH=mine.programs == A_ROW_EACH, BLOCK_C=settings.block_c, STAGES=mine.stages, num_warps=mine.warps,
     )  # fmt: skip
     return x_new, h, mean, rstd
 

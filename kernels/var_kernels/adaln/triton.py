@@ -12,33 +12,51 @@ import triton.language as tl
 
 
 @triton.jit
+def condition(place, cols, inside):
+    """A condition of a sample, float32."""
+    return tl.load(place + cols, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gate_of(gamma, keep, cols, inside, KEEP: tl.constexpr):
+    """gamma, by the factor of a sample whose branch may be dropped."""
+    gate = condition(gamma, cols, inside)
+    if KEEP:
+        gate *= tl.load(keep).to(tl.float32)
+    return gate
+
+
+@triton.jit
 def forward(
     x, y, gamma, keep, scale, shift,  # (B, L, C), (B, L, C), (B, C) rows gamma_b apart, (B,), (B, C), (B, C)
     x_new, h, mean, rstd,  # (B, L, C), (B, L, C), (B L,), (B L,)
     L, C, rows, gamma_b, scale_b, shift_b, eps,
-    GATED: tl.constexpr, KEEP: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, KEEP: tl.constexpr, A_ROW_EACH: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (s, b) takes rows [s rows, (s + 1) rows) of sample b: x' = x + keep gamma y, then h = LN(x') (1 + scale) + shift."""
+    """Program (s, b) takes rows [s rows, (s + 1) rows) of sample b: x' = x + keep gamma y, then h = LN(x') (1 + scale) + shift. The
+    conditions stay in registers, or with one row each are read where they are needed, which leaves room for more programs."""
     split, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C
     channels = tl.cast(C, tl.float32)  # exact divisions: `/` and sqrt of float32 are approximate on GPUs
-    factor = 1.0 + tl.load(scale + sample * scale_b + cols, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + sample * shift_b + cols, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        gate = tl.load(gamma + sample * gamma_b + cols, mask=inside, other=0.0).to(tl.float32)
-        if KEEP:
-            gate *= tl.load(keep + sample).to(tl.float32)
+    if not A_ROW_EACH:
+        factor, offset = condition(scale + sample * scale_b, cols, inside) + 1.0, condition(shift + sample * shift_b, cols, inside)
+        if GATED:
+            gate = gate_of(gamma + sample * gamma_b, keep + sample if KEEP else keep, cols, inside, KEEP)
     for r in tl.range(split * rows, tl.minimum((split + 1) * rows, L), num_stages=STAGES):
         row = sample * L + r
         v = tl.load(x + row * C + cols, mask=inside, other=0.0).to(tl.float32)
         if GATED:
+            if A_ROW_EACH:
+                gate = gate_of(gamma + sample * gamma_b, keep + sample if KEEP else keep, cols, inside, KEEP)
             rounded = (v + gate * tl.load(y + row * C + cols, mask=inside, other=0.0).to(tl.float32)).to(x_new.dtype.element_ty)
             tl.store(x_new + row * C + cols, rounded, mask=inside)
             v = rounded.to(tl.float32)  # the norm is of what the next layer will read
         centre = tl.div_rn(tl.sum(v, axis=0), channels)
         centred = tl.where(inside, v - centre, 0.0)
         inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, axis=0), channels) + eps))
+        if A_ROW_EACH:
+            factor, offset = condition(scale + sample * scale_b, cols, inside) + 1.0, condition(shift + sample * shift_b, cols, inside)
         tl.store(h + row * C + cols, (centred * inverse * factor + offset).to(h.dtype.element_ty), mask=inside)
         tl.store(mean + row, centre)
         tl.store(rstd + row, inverse)
