@@ -197,9 +197,12 @@ def test_edit_keeps_what_the_mask_keeps(source: Source, folder: Path, tmp_path: 
     for more in (["--box", "0,0,0.5,0.5"], ["--mask", str(tmp_path / "m.png"), "--keep", "--as-class", "2"]):
         main(["edit", str(folder), str(tmp_path / "i.png"), *more, "--out", str(tmp_path / "e.png"), "--count", "2", "--top-k", "5"])
         assert Image.open(tmp_path / "e.png").size == (3 * (side[1] + 2) - 2, side[0] + 14 + 2 - 2)
-    with pytest.raises(SystemExit):
-        main(["edit", str(folder), str(tmp_path / "i.png")])
-    assert "one of them" in capsys.readouterr().err
+    Image.new("L", (4, 4)).save(tmp_path / "black.png")
+    for more, words in (([], "one of them"), (["--mask", str(tmp_path / "black.png")], "nothing in this mask is light"),
+                        (["--box", "0,0,1,1", "--as-class", "77"], "--as-class 77: this model has classes")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["edit", str(folder), str(tmp_path / "i.png"), *more])
+        assert words in capsys.readouterr().err
 
 
 def test_quality_over_a_study() -> None:

@@ -180,7 +180,7 @@ def edit(args: argparse.Namespace) -> None:
     if (args.box is None) == (args.mask is None):
         raise UserError("edit: give --box TOP,LEFT,BOTTOM,RIGHT or --mask PICTURE, one of them")
     source = load_model(args)
-    (label,) = source.find([args.as_class]) if args.as_class else [-1]
+    (label,) = source.find([args.as_class], "--as-class") if args.as_class else [-1]
     image = read_picture(args.image, source.var.vae_proxy[0].image_size)
     mask = box_mask(args.box, grid(source.var.patch_nums[-1])) if args.box else image_mask(args.mask)
     drawn = edit(source, image, mask if not args.keep else 1 - mask, label, args.count, args.seed, settings_of(args))

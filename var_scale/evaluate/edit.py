@@ -43,9 +43,12 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> n
 def image_mask(path: Path) -> np.ndarray:
     """(H, W) of a picture: 1 where it is light."""
     try:
-        return np.asarray(Image.open(path).convert("L"), np.float32) / 255
+        mask = np.asarray(Image.open(path).convert("L"), np.float32) / 255
     except OSError as error:
         raise UserError(f"{path}: is not a picture ({error})") from None
+    if not (mask > 0.5).any():
+        raise UserError(f"{path}: nothing in this mask is light, so nothing would be drawn anew")
+    return mask
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -39,21 +39,21 @@ class Source:
             return "no class"
         return f"{number} {self.class_names[number]}" if number < len(self.class_names) else f"class {number}"
 
-    def find(self, texts: Sequence[str]) -> list[int]:
+    def find(self, texts: Sequence[str], option: str = "--classes") -> list[int]:
         """Class numbers of numbers or names; -1 means none. UserError for what is neither, or fits several names."""
         found = []
         for text in texts:
             if text.lstrip("-").isdigit():
                 number = int(text)
                 if not -1 <= number < self.classes:
-                    raise UserError(f"--classes {text}: this model has classes 0 to {self.classes - 1}")
+                    raise UserError(f"{option} {text}: this model has classes 0 to {self.classes - 1}")
                 found.append(number)
                 continue
             hits = [k for k, name in enumerate(self.class_names) if text.lower() in map(str.strip, name.lower().split(","))]
             hits = hits or [k for k, name in enumerate(self.class_names) if text.lower() in name.lower()]
             if len(hits) != 1:
                 several = ", ".join(self.class_names[k] for k in hits[:4])
-                raise UserError(f"--classes {text}: " + (f"fits {several}; say more of it" if hits else "no class has this name"))
+                raise UserError(f"{option} {text}: " + (f"fits {several}; say more of it" if hits else "no class has this name"))
             found.append(hits[0])
         return found
 
