@@ -7,7 +7,7 @@ back and decoded runs as before, so hooks and settings are free to change.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,8 +68,8 @@ class _Recorded(Stepper):
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries make their workspaces at a first call, not while recording
             super().__init__(var, label_B.clone())
-            self.scale(0, None)
-            self.scale(1, self._inputs[1]) if len(self._inputs) > 1 else None
+            for si, input_BlC in enumerate(self._inputs[:2]):
+                super().scale(si, input_BlC)
         torch.cuda.current_stream(device).wait_stream(stream)
         var.kv_caching(False)
         torch.cuda.synchronize(device)
@@ -80,7 +80,7 @@ class _Recorded(Stepper):
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 if si == 0:
                     self._start()
-                self._logits.append(self.scale(si, input_BlC))
+                self._logits.append(super().scale(si, input_BlC))
             self._graphs.append(graph)
         self._caches = [block.attn.cache for block in var.blocks]  # type: ignore[union-attr] # the graphs write there
         var.kv_caching(False)
@@ -90,19 +90,10 @@ class _Recorded(Stepper):
         self.label_B.copy_(label_B)
         self.done = 0
 
-    def step(self, inputs: Sequence[Tensor]) -> Tensor:
-        """As `Stepper.step`; the logits are overwritten by the next call."""
-        while True:
-            si = self.done
-            if si:
-                self._feed(si, inputs[si - 1])
-            self._graphs[si].replay()
-            self.done += 1
-            if si == len(inputs):
-                return self._logits[si]
-
-    def _feed(self, si: int, input_BlC: Tensor) -> None:
-        """The input where the graph reads it; with guidance both halves get it."""
+    def scale(self, si: int, input_BlC: Tensor | None) -> Tensor:
+        """As `Stepper.scale`; the logits are overwritten by the next call."""
         target_BlC = self._inputs[si]
-        assert target_BlC is not None
-        target_BlC.view(-1, *input_BlC.shape).copy_(input_BlC)
+        if target_BlC is not None and input_BlC is not None:  # where the graph reads it; with guidance both halves get it
+            target_BlC.view(-1, *input_BlC.shape).copy_(input_BlC)
+        self._graphs[si].replay()
+        return self._logits[si]
