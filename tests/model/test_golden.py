@@ -94,8 +94,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
 def test_samples(case: Case, name: str) -> None:
     image = case.var.autoregressive_infer_cfg(B=3, **{"label_B": case.npz["labels"], **SAMPLES[name]})
     assert isinstance(image, Tensor)
-    # Soft codes are divided by temperatures down to 0.0135, which enlarges rounding: 4e-6 with two threads (as golden), 1.3e-4 with one.
-    assert case.difference(name, image) < (5e-4 if name == "sample_smooth" else 1e-4)
+    # Soft codes are divided by temperatures down to 0.0135, which enlarges rounding: by PyTorch's linear 4e-6 with two threads (as golden),
+    # 1.3e-4 with one; by oneDNN's 6e-4.
+    assert case.difference(name, image) < (2e-3 if name == "sample_smooth" else 1e-4)
 
 
 def test_parameter_counts(case: Case) -> None:

@@ -1,17 +1,18 @@
-"""Sampling against the official loop, for `var-scale bench sample`: the same weights in both, each in a process of its own, in turns.
+"""Sampling against the official loop, for `var-scale bench sample`: the same weights in both, call by call in turns.
 
-`python -m var_scale.evaluate.bench_sample JOB.json`: one side's images a second. The official side imports its code from a checkout, which
-changes torch for the whole process; the notebook's autocast stands for its half precision.
+Each side has a process of its own: the official one imports its code from a checkout, which changes torch for the whole process. The
+notebook's autocast stands for its half precision.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from var_scale.errors import UserError
-from var_scale.files import read_json, write_json
-from var_scale.machine import processor_name
+from var_scale.files import write_json
+from var_scale.machine import keep_freed_memory, processor_name
 from var_scale.model.build import PATCH_NUMS_256, build_vae_var
 from var_scale.model.graphs import Graphs
 from var_scale.progress import say
@@ -31,8 +32,8 @@ CFG, TOP_K = 1.5, 1
 """greedy, so that both sides do the same and their pictures can be compared"""
 
 
-def one_side(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every call, and the first picture in eighths, of the official loop or ours."""
+def one_side(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The official loop or ours: a call at every `next`, its seconds, and the first picture in eighths."""
     device = torch.device(job["device"])
     if device.type == "cpu":
         torch.set_num_threads(job["threads"])
@@ -52,16 +53,17 @@ def one_side(job: dict[str, Any]) -> dict[str, Any]:
         var.graphs = Graphs()
         var.to(half or torch.float32)
         vae.prepare_decoder(half or torch.float32)
-    cast = torch.autocast(device.type, half, cache_enabled=True) if half and job["official"] else nullcontext()
-    label_B, times = torch.arange(job["batch"], device=device) % 1000, []
-    with torch.inference_mode(), cast:
-        for _ in range(job["warmup"] + job["repeats"]):
+        keep_freed_memory()
+    label_B = torch.arange(job["batch"], device=device) % 1000
+    while True:
+        cast = torch.autocast(device.type, half, cache_enabled=True) if half and job["official"] else nullcontext()
+        with torch.inference_mode(), cast:
             _wait(device)
             began = time.perf_counter()
             images = var.autoregressive_infer_cfg(B=job["batch"], label_B=label_B, cfg=CFG, top_k=TOP_K, g_seed=0)
             _wait(device)
-            times.append(time.perf_counter() - began)
-    return {"seconds": times[job["warmup"] :], "picture": images[0, :, ::32, ::32].float().cpu().flatten().tolist()}  # type: ignore[index]
+            seconds = time.perf_counter() - began
+        yield {"seconds": seconds, "picture": images[0, :, ::32, ::32].float().cpu().flatten().tolist()}  # type: ignore[index]
 
 
 def _wait(device: torch.device) -> None:
@@ -72,7 +74,7 @@ def _wait(device: torch.device) -> None:
 def bench_sample(
     checkout: Path, depth: int, batches: list[int], precisions: list[str], warmup: int, repeats: int, device: str, out: Path | None
 ) -> list[dict[str, Any]]:
-    """Every batch and precision: both sides in turns, ours first, images a second by the median, and their ratio."""
+    """Every batch and precision: both sides in turns, images a second by the median, and the median of the ratios call by call."""
     if not (checkout / "models" / "var.py").is_file():
         raise UserError(f"{checkout}: is not a checkout of the official code (no models/var.py); clone FoundationVision/VAR, give its path")
     rows: list[dict[str, Any]] = []
@@ -85,38 +87,70 @@ def bench_sample(
         for batch in batches:
             for precision in precisions:
                 job = {"weights": name, "depth": depth, "batch": batch, "precision": precision, "warmup": warmup, "repeats": repeats,
-                       "device": device, "threads": torch.get_num_threads()}  # fmt: skip
-                sides = {side: _run(job | {"official": str(checkout.resolve()) if side == "official" else ""}, Path(name))
-                         for side in ("ours", "official")}  # fmt: skip
-                speed = {side: batch / median(found["seconds"]) for side, found in sides.items()}
-                apart = max(abs(a - b) for a, b in zip(sides["ours"]["picture"], sides["official"]["picture"], strict=True))
+                       "device": device, "threads": torch.get_num_threads(), "official": ""}  # fmt: skip
+                with Side("ours", job) as ours, Side("official", job | {"official": str(checkout.resolve())}) as theirs:
+                    for _ in range(warmup + repeats):
+                        ours.call()
+                        theirs.call()
+                seconds = {side.name: side.seconds[warmup:] for side in (ours, theirs)}
+                speed = {side: batch / median(found) for side, found in seconds.items()}
+                ratio = median(b / a for a, b in zip(*seconds.values(), strict=True))
+                apart = max(abs(a - b) for a, b in zip(ours.picture, theirs.picture, strict=True))
                 row = {"depth": depth, "batch": batch, "precision": precision, "images_per_second": speed, "repeats": repeats,
-                       "ratio": speed["ours"] / speed["official"], "largest_difference": apart,
-                       "seconds": {side: found["seconds"] for side, found in sides.items()},
-                       "threads": job["threads"],
+                       "ratio": ratio, "largest_difference": apart, "seconds": seconds, "threads": job["threads"],
                        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor_name(),
                        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                        "command": " ".join(["var-scale", *sys.argv[1:]]).replace(str(checkout), "CHECKOUT")}  # fmt: skip
                 rows.append(row)
                 say(f"d{depth} batch {batch} {precision}: ours {speed['ours']:.3g}, official {speed['official']:.3g} images/s, ratio "
-                    f"{row['ratio']:.2f}; pictures differ by at most {apart:.2g}")  # fmt: skip
+                    f"{ratio:.2f}; pictures differ by at most {apart:.2g}")  # fmt: skip
     if out:
         write_json(out, rows)
         say(f"written: {out}")
     return rows
 
 
-def _run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    path, result = folder / "job.json", folder / "result.json"
-    write_json(path, job | {"result": str(result)})
-    result.unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-m", "var_scale.evaluate.bench_sample", str(path)], capture_output=True, text=True, check=False)
-    if not result.exists():
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        raise UserError(f"bench sample: {'the official side' if job['official'] else 'our side'} ended without a result: {last}")
-    return dict(read_json(result))
+def _serve(job: dict[str, Any], connection: Connection) -> None:
+    """The life of a side's process: a call for every message, until there is none."""
+    with redirect_stdout(None):
+        try:
+            calls = one_side(job)
+            while connection.recv():
+                connection.send(next(calls))
+        except (EOFError, KeyboardInterrupt):
+            pass
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
 
 
-if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    write_json(Path(given["result"]), one_side(given))
+class Side:
+    """A process of one side, and what its calls took."""
+
+    def __init__(self, name: str, job: dict[str, Any]):
+        self.name, self.picture = name, list[float]()
+        self.seconds: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(job, other), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+
+    def call(self) -> None:
+        """One call."""
+        try:
+            self.connection.send("call")
+            found = self.connection.recv()
+        except (EOFError, ConnectionError):
+            found = "it ended"
+        if isinstance(found, str):
+            raise UserError(f"bench sample: {self.name} gave no result: {found}")
+        self.seconds.append(found["seconds"])
+        self.picture = found["picture"]

@@ -12,6 +12,7 @@ import torch
 from var_scale.data.convert import imagenet_folders
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, sha256_file
+from var_scale.machine import keep_freed_memory
 from var_scale.model.hub import SCHEME, repository, weights_file
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
 from var_scale.model.pretrained import VAR_FILE, is_pretrained, load_files, load_pretrained
@@ -96,6 +97,8 @@ def load_source(
         source.var.to(PRECISIONS[precision])
     if sampling:
         source.var.vae_proxy[0].prepare_decoder(PRECISIONS[precision])
+        if device.type == "cpu":
+            keep_freed_memory()
     source.what["precision"] = precision
     return source
 

@@ -6,12 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from var_kernels import adaptive_layer_norm, gate_adaptive_layer_norm, gelu_mlp, use_triton
 from var_kernels.dispatch import compute_dtype
 from var_scale.model.attention import KVCache, ScaleMask, attend, backend_name
+from var_scale.model.linear import Linear, linear
 
 KERNELS = ("auto", "on", "off")
 Pending = tuple[Tensor, Tensor, Tensor | None]
@@ -69,7 +69,7 @@ class BiasedLinear(nn.Linear):
 
     def forward(self, x_BLC: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
         """(B, L, inner) -> (B, L, outer)."""
-        return F.linear(x_BLC, self.weight, bias)
+        return linear(x_BLC, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("zero_k_bias", torch.zeros(channels))
         self.mat_qkv = BiasedLinear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.proj = Linear(channels, channels)
         self.cache: KVCache | None = None
 
     def kv_caching(self, enable: bool, capacity: int = 0) -> None:
@@ -118,8 +118,8 @@ class FFN(nn.Module):
     def __init__(self, channels: int, hidden: int, kernels: str = "auto") -> None:
         super().__init__()
         self.kernels, self.recompute = kernels, False
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = Linear(channels, hidden)
+        self.fc2 = Linear(hidden, channels)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C). The fused form reads the weights of both layers here: ZeRO-3 must gather this module as a whole."""
@@ -131,7 +131,7 @@ class FFN(nn.Module):
         return self._plain(x_BLC)
 
     def _plain(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+        return self.fc2(self.fc1(x_BLC, gelu=True))
 
 
 def like_weight(x_BLC: Tensor, weight: Tensor) -> Tensor:

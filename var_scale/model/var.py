@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from var_kernels import linear_cross_entropy, why_not
@@ -18,6 +17,7 @@ from var_kernels.mlp.tune import summary as form_of_mlp
 from var_scale.errors import UserError, require_grids, require_positive
 from var_scale.model.attention import ScaleMask, backend_name, block_causal_bias, choose_backend, level_index
 from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pending, fused
+from var_scale.model.linear import linear
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
 from var_scale.scales import PatchNum, cells, normal
@@ -53,7 +53,7 @@ class Head(nn.Linear):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits (B, L, V); with `target_BL` (loss, cross-entropy, likeliest code), each (B, L)."""
         if target_BL is None:
-            return F.linear(x_BLC, self.weight, self.bias)
+            return linear(x_BLC, self.weight, self.bias)
         loss, ce, best = linear_cross_entropy(x_BLC.flatten(0, 1), self.weight, self.bias, target_BL.flatten(), smoothing, z_loss)
         return loss.view_as(target_BL), ce.view_as(target_BL), best.view_as(target_BL)
 
