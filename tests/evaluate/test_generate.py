@@ -101,10 +101,12 @@ def main_error(argv: list[str]) -> None:
 
 def test_classes_by_name() -> None:
     named = Source(None, 4, ["tench, Tinca tinca", "goldfish", "great white shark", "tiger shark"])  # type: ignore[arg-type]
-    assert named.find(["0", "-1", "goldfish", "tinca tinca", "tiger"]) == [0, -1, 1, 0, 3]
+    assert named.find(["2", "-1", "goldfish", "tinca tinca", "tiger"]) == [2, -1, 1, 0, 3]
     for text, words in (("shark", "fits great white shark, tiger shark"), ("cat", "no class"), ("4", "classes 0 to 3")):
         with pytest.raises(UserError, match=words):
             named.find([text])
+    with pytest.raises(UserError, match="--classes goldfish,1: name one class more than once"):
+        named.find(["goldfish", "0", "1"])
 
 
 def test_images_are_shared_out_evenly() -> None:

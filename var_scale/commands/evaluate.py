@@ -12,10 +12,10 @@ from var_scale.errors import UserError
 
 def _say(found: dict[str, object], out: Path | None) -> None:
     """Print one line a value, write them to `out`."""
-    from var_scale.files import write_json
+    from var_scale.files import flat, write_json
     from var_scale.progress import say
 
-    for name, value in found.items():
+    for name, value in flat(found).items():
         text = f"{value:.5g}" if isinstance(value, float) else " ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else value
         say(f"{name:16} {text}")
     if out:

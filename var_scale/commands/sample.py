@@ -118,7 +118,7 @@ def _sample(args: argparse.Namespace, kind: str, settings: Settings, children: l
     classes = source.find(args.classes.split(",")) if args.classes else list(range(first))
     if args.steps_picture:
         steps_picture(source, classes[:8], args.seed, settings, args.steps_picture, args.zoom)
-        say(f"coarse to fine: {args.steps_picture}")
+        say(f"coarse to fine{f', the first 8 of {len(classes)} classes' if len(classes) > 8 else ''}: {args.steps_picture}")
     if kind == "grid":
         images = grid_of_classes(source, classes, args.per_class, args.seed, settings, args.batch)
         write_grid(images, out, zoom=args.zoom, names=[source.label(c) for c in classes])
@@ -163,7 +163,8 @@ def _spawn(args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     children = []
     for rank in range(1, args.processes):
         device = ["--device", f"cuda:{rank % gpus}"] if gpus and not args.device else []
-        children.append(subprocess.Popen([sys.executable, "-m", "var_scale.cli", *command, "--part", f"{rank}/{args.processes}", *device]))
+        line = [sys.executable, "-m", "var_scale.cli", *command, "--part", f"{rank}/{args.processes}", *device]
+        children.append(subprocess.Popen(line, stdout=subprocess.DEVNULL))  # their parts are as large as that of this process
     args.part = (0, args.processes)
     return children
 

@@ -202,7 +202,8 @@ def generate(
                       else Shards(out, job, source.classes, {key: str(value) for key, value in what.items()}))  # fmt: skip
     source.var.graphs = Graphs()
     mine = [(unit, indices) for unit in range(part[0], job.units, part[1]) if (indices := output.missing(unit))]
-    with progress("sample", sum(len(indices) for _, indices in mine), "images") as bar:
+    label = "sample" if part[1] == 1 else f"sample, part {part[0] + 1} of {part[1]}"
+    with progress(label, sum(len(indices) for _, indices in mine), "images") as bar:
         done = 0
         for unit, indices in mine:
             images = []

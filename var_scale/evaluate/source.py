@@ -56,6 +56,8 @@ class Source:
                 several = ", ".join(self.class_names[k] for k in hits[:4])
                 raise UserError(f"{option} {text}: " + (f"fits {several}; say more of it" if hits else "no class has this name"))
             found.append(hits[0])
+        if twice := [text for text, number in zip(texts, found, strict=True) if found.count(number) > 1]:
+            raise UserError(f"{option} {','.join(twice)}: name one class more than once; the images would be the same")
         return found
 
 

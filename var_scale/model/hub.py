@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from var_scale.errors import UserError
 
@@ -27,7 +30,7 @@ def weights_file(text: str) -> Path:
     def download() -> str:
         from huggingface_hub import hf_hub_download
 
-        return hf_hub_download(f"{owner}/{name}", file)
+        return hf_hub_download(f"{owner}/{name}", file, local_files_only=not _reachable())
 
     return Path(_ask(text, "download the file and give its path", download))
 
@@ -39,7 +42,8 @@ def repository(text: str) -> Path:
     def download() -> str:
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "README.md"])
+        allowed = ["*.json", "*.safetensors", "README.md"]
+        return snapshot_download(name, allow_patterns=allowed, local_files_only=not _reachable())
 
     return Path(_ask(text, "download the repository and give its folder", download))
 
@@ -66,14 +70,32 @@ def _name(text: str) -> str:
     return name
 
 
+def _reachable() -> bool:
+    """Whether the hub takes a connection; behind a proxy it is taken to. The client itself tries for half a minute before it looks into its
+    cache."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return not constants.HF_HUB_OFFLINE
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or (80 if address.scheme == "http" else 443)), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
 def _ask(text: str, help: str, ask: Callable[[], T], failed: str = "cannot be had") -> T:
     """What the hub's client gives, its errors as one line."""
     try:
-        import huggingface_hub  # noqa: F401
+        from huggingface_hub import constants
     except ImportError:
         raise UserError(f'{text}: needs huggingface_hub; `pip install "var-scale[hub]"`, or {help}') from None
     try:
         return ask()
     except Exception as error:  # its clients raise errors of several packages
         why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if type(error).__name__ == "LocalEntryNotFoundError":
+            off = "is not asked, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else "cannot be reached"
+            why = f"it is not in the hub's cache, and {constants.ENDPOINT} {off}"
         raise UserError(f"{text}: {failed} ({why}); {help}") from None
