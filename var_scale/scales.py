@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PatchNum = int | tuple[int, int]
+PATCH_NUMS_256: tuple[PatchNum, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512: tuple[PatchNum, ...] = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+PATCH_NUMS_1024: tuple[PatchNum, ...] = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+"""the official schedules, by the side of the images in pixels"""
 
 
 def grid(patch_num: PatchNum) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from var_scale.cost.params import count_params
 from var_scale.cost.shape import ModelShape
 from var_scale.errors import UserError
 from var_scale.files import replace_between
+from var_scale.scales import PATCH_NUMS_512
 
 START, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -85,7 +86,7 @@ def shape_at(depth: int) -> ModelShape:
     """The official shape; d36 is the 512-pixel model with shared AdaLN."""
     if depth < 36:
         return ModelShape.official(depth)
-    return ModelShape.official(depth, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared_aln=True)
+    return ModelShape.official(depth, patch_nums=PATCH_NUMS_512, shared_aln=True)
 
 
 def tables() -> str:

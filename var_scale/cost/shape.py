@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from var_scale.errors import UserError, require_grids
-from var_scale.scales import PatchNum, cells, length, normal
+from var_scale.scales import PATCH_NUMS_256, PatchNum, cells, length, normal
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelShape:
             raise UserError(f"model shape: width {self.width} does not divide into {self.heads} heads; change one of them")
 
     @classmethod
-    def official(cls, depth: int, patch_nums: tuple[PatchNum, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), **changes: Any) -> ModelShape:
+    def official(cls, depth: int, patch_nums: tuple[PatchNum, ...] = PATCH_NUMS_256, **changes: Any) -> ModelShape:
         """The paper's ladder: C = 64 d, H = d, MLP 4C; `changes` replaces any field."""
         values: dict[str, Any] = {"depth": depth, "width": 64 * depth, "heads": depth, "mlp_hidden": 256 * depth, "patch_nums": patch_nums}
         return cls(**(values | changes))

@@ -21,6 +21,7 @@ from var_scale.data.shards import Sample, ShardSet, token_sample
 from var_scale.files import write_json
 from var_scale.machine import processor_name
 from var_scale.progress import say
+from var_scale.scales import PATCH_NUMS_256
 
 SIDES, COUNT, RESO = (500, 375), 48, 256
 TOKENS, LENGTH, BATCH = 65536, 680, 256
@@ -49,7 +50,7 @@ def photographs(folder: Path) -> None:
 def tokens(folder: Path) -> None:
     """Token shards of random tokens."""
     rng, each = np.random.default_rng(0), 4096
-    about = {"dtype": "<u2", "views": 1, "length": LENGTH, "patch_nums": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], "vocab_size": 4096,
+    about = {"dtype": "<u2", "views": 1, "length": LENGTH, "patch_nums": list(PATCH_NUMS_256), "vocab_size": 4096,
              "tokenizer_hash": "none"}  # fmt: skip
     shards = ShardSet(folder, "tokens", "train", 1, each, {"name": "random"}, about)
     for number in range(TOKENS // each):

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.machine import keep_freed_memory, processor_name
-from var_scale.model.build import PATCH_NUMS_256, build_vae_var
+from var_scale.model.build import build_vae_var
 from var_scale.model.graphs import Graphs
 from var_scale.progress import say
+from var_scale.scales import PATCH_NUMS_256
 
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CFG, TOP_K = 1.5, 1

@@ -8,9 +8,7 @@ import torch
 
 from var_scale.model.var import VAR
 from var_scale.model.vqvae import VQVAE
-from var_scale.scales import PatchNum
-
-PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+from var_scale.scales import PATCH_NUMS_256, PatchNum
 
 
 def default_drop_path(depth: int) -> float:

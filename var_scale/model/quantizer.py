@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from var_kernels import nearest_code, use_triton
 from var_scale.errors import UserError
-from var_scale.scales import PatchNum, grid, normal
+from var_scale.scales import PATCH_NUMS_256, PatchNum, grid, normal
 
 
 @lru_cache(maxsize=128)
@@ -117,7 +117,7 @@ class MultiScaleQuantizer(nn.Module):
         using_znorm: bool = False,
         beta: float = 0.25,
         default_qresi_counts: int = 0,
-        v_patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        v_patch_nums: Sequence[PatchNum] = PATCH_NUMS_256,
         quant_resi: float = 0.5,
         share_quant_resi: int = 4,
     ) -> None:

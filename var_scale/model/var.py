@@ -20,7 +20,7 @@ from var_scale.model.block import KERNELS, AdaLNBeforeHead, AdaLNSelfAttn, Pendi
 from var_scale.model.linear import linear
 from var_scale.model.sampling import gumbel_softmax_with_rng, sample_images, sample_with_top_k_top_p_
 from var_scale.model.vqvae import VQVAE
-from var_scale.scales import PatchNum, cells, normal
+from var_scale.scales import PATCH_NUMS_256, PatchNum, cells, normal
 
 if TYPE_CHECKING:
     from var_scale.model.graphs import Graphs
@@ -81,7 +81,7 @@ class VAR(nn.Module):
         shared_aln: bool = False,
         cond_drop_rate: float = 0.1,
         attn_l2_norm: bool = False,
-        patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        patch_nums: Sequence[PatchNum] = PATCH_NUMS_256,
         attention: str = "auto",
         kernels: str = "auto",
     ) -> None:

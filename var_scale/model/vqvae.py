@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from var_scale.errors import UserError, require_grids, require_positive
 from var_scale.model.networks import CH_MULT, Decoder, Encoder, patch_decoder, patch_encoder
 from var_scale.model.quantizer import MultiScaleQuantizer
-from var_scale.scales import PatchNum, grid
+from var_scale.scales import PATCH_NUMS_256, PatchNum, grid
 
 USAGE = "quantize.ema_vocab_hit_SV"
 
@@ -35,7 +35,7 @@ class VQVAE(nn.Module):
         quant_resi: float = 0.5,
         share_quant_resi: int = 4,
         default_qresi_counts: int = 0,
-        v_patch_nums: Sequence[PatchNum] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        v_patch_nums: Sequence[PatchNum] = PATCH_NUMS_256,
         test_mode: bool = True,
         arch: str = "cnn",
         patch: int = 8,

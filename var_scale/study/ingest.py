@@ -20,10 +20,11 @@ from var_scale.cost.params import count_params
 from var_scale.cost.shape import ModelShape
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash
+from var_scale.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024
 from var_scale.study.record import METRICS, CurvePoint, RunRecord, read_run, read_runs_csv, read_study
 
 IMAGENET, VALIDATION = 1281167, 50000
-SCHEDULES = {"256": "1_2_3_4_5_6_8_10_13_16", "512": "1_2_3_4_6_9_13_18_24_32", "1024": "1_2_3_4_5_7_9_12_16_21_27_36_48_64"}
+SCHEDULES = {"256": PATCH_NUMS_256, "512": PATCH_NUMS_512, "1024": PATCH_NUMS_1024}
 
 
 def read_records(source: str, mapping: dict[str, str] | None = None, train_samples: int = IMAGENET) -> list[RunRecord]:
@@ -89,8 +90,8 @@ def official_shape(command: str, where: Path) -> tuple[ModelShape, dict[str, str
     flags = {name: value for name, value in re.findall(r"--(\w+)[= ]([^\s]+)", command)}
     if "depth" not in flags:
         raise UserError(f"{where}: its command has no --depth ({command[:80]!r}); give the official trainer's own log.txt")
-    sides = SCHEDULES.get(flags.get("pn", "256"), flags.get("pn", "256"))
-    schedule = tuple(int(side) for side in re.split(r"[_-]", sides))
+    sides = flags.get("pn", "256")
+    schedule = SCHEDULES[sides] if sides in SCHEDULES else tuple(int(side) for side in re.split(r"[_-]", sides))
     shared = flags.get("saln", "0") in ("1", "True", "true")
     return ModelShape.official(int(flags["depth"]), schedule, shared_aln=shared), flags
 
