@@ -118,6 +118,7 @@ def test_another_recipe_needs_another_name(tmp_path: Path) -> None:
             call(Study(load(MINI[0], [*MINI[1:], "train.base_lr=1"]), tmp_path))
 
 
+@pytest.mark.slow
 def test_a_diverged_size_does_not_stop_the_others_and_a_moved_study_still_samples(tmp_path: Path) -> None:
     """One size with an absurd rate: it is left out with its reason, the rest is fitted; the folder works elsewhere."""
     overrides = [*MINI, "study.overrides={2: {train.base_lr: 1.0e+30, train.clip: 0.0}}"]

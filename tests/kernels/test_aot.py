@@ -15,7 +15,7 @@ REGISTERS = {"adaln.forward": 128, "adaln.backward": 255, "cross_entropy": 80, "
 two, cross-entropy three; attention and products may take all 255, two programs of 4 warps"""
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100"))])
 def test_machine_code(architecture: str) -> None:
     """Budgets, not equalities: register counts differ between versions of Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
