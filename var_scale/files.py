@@ -41,6 +41,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            if error.filename == str(temporary):
+                error.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -63,7 +67,7 @@ def read_json(path: Path, what: str = "file") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: this {what} does not exist") from None
     except ValueError as error:
-        raise UserError(f"{path}: this {what} is not valid JSON ({error}); remove the file and run the same command again") from None
+        raise UserError(f"{path}: this {what} is not valid JSON ({error}); restore it, or make anew what it belongs to") from None
 
 
 def replace_between(text: str, start: str, end: str, new: str) -> str:

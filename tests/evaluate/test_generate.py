@@ -102,7 +102,7 @@ def main_error(argv: list[str]) -> None:
 def test_classes_by_name() -> None:
     named = Source(None, 4, ["tench, Tinca tinca", "goldfish", "great white shark", "tiger shark"])  # type: ignore[arg-type]
     assert named.find(["2", "-1", "goldfish", "tinca tinca", "tiger"]) == [2, -1, 1, 0, 3]
-    for text, words in (("shark", "fits great white shark, tiger shark"), ("cat", "no class"), ("4", "classes 0 to 3")):
+    for text, words in (("shark", "fits 2 great white shark, 3 tiger shark; give the number"), ("cat", "no class"), ("4", "classes 0 to 3")):
         with pytest.raises(UserError, match=words):
             named.find([text])
     with pytest.raises(UserError, match="--classes goldfish,1: name one class more than once"):
@@ -142,14 +142,28 @@ def test_the_same_images_in_every_form_batch_and_part(source: Source, tmp_path: 
     monkeypatch.setattr(g, "draw", lambda source, labels, *rest: (made.append(len(labels)), draw(source, labels, *rest))[1])
     assert g.generate(source, job, tmp_path / "png", "png", 8) and sum(made) == 2
     assert np.array_equal(images(tmp_path / "png"), whole)
+    whole_file = (tmp_path / "png" / "000004.png").read_bytes()
+    (tmp_path / "png" / "000004.png").write_bytes(whole_file[:-20])
+    assert g.generate(source, job, tmp_path / "png", "png", 8) and sum(made) == 3
+    assert (tmp_path / "png" / "000004.png").read_bytes() == whole_file
     for kind, name in (("png", "png"), ("npz", "a.npz"), ("shards", "s")):
-        assert g.generate(source, job, tmp_path / name, kind, 8) and sum(made) == 2
+        assert g.generate(source, job, tmp_path / name, kind, 8) and sum(made) == 3
         with pytest.raises(UserError, match="seed: 7 there, 8 here"):
             g.generate(source, g.Job((0, 1, 3), 30, 8, job.settings), tmp_path / name, kind, 8)
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:1000])
+    assert g.generate(source, job, tmp_path / "a.npz", "npz", 8) and np.array_equal(images(tmp_path / "a.npz"), whole)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").touch()
     with pytest.raises(UserError, match="not made by this command"):
         g.generate(source, job, tmp_path / "mine", "png", 8)
+
+
+def test_one_generator_draws_as_the_official_call(source: Source) -> None:
+    labels, settings = torch.tensor([1, 1, 0, 0]), Settings(2.0, 5, 0.9)
+    grid = g.grid_of_classes(source, [1, 0], 2, 3, settings, one_generator=True)
+    official = source.var.autoregressive_infer_cfg(4, labels, g_seed=3, cfg=2.0, top_k=5, top_p=0.9)
+    assert np.array_equal(grid.reshape(-1, *grid.shape[2:]), g.to_uint8(official))  # type: ignore[arg-type]
+    assert not np.array_equal(grid, g.grid_of_classes(source, [1, 0], 2, 3, settings))
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,13 +185,26 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                              (["--out", "f", "--part", "4/4"], "is not a part"), (["--cfg", "1,2"], "one a scale"),
                              (["--device", "gpu"], "is not a device"), (["--device", "cuda:99"], "this machine shows"),
                              (["--paper", "--cfg", "4", "--out", "p"], "has its own guidance"), (["--vae", "x.pth"], "leave --vae out"),
+                             (["--out", "d.npz", "--count", "3"], "is a folder"), (["--one-generator", "--out", "f"], "is for a grid"),
+                             (["--steps-picture", "samples.png"], "the same file"), (["--out", "h/0.png"], "samples of its own"),
                              (["--process", "2"], "unknown arguments: --process"), (["--classes", "9"], "classes 0 to 3")):  # fmt: skip
         monkeypatch.chdir(tmp_path)
+        for name in ("d.npz", "h"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / "h" / "samples.json").touch()
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main(["sample", str(folder), *arguments])
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and words in said and len(said.strip().splitlines()) == 1, said
+
+
+def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / folder.name)
+    (part,) = sorted((tmp_path / folder.name / "checkpoints").glob("step-*"))[-1].glob("part-*.safetensors")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{part.name}: missing or damaged"):
+        load_source(str(tmp_path / folder.name), torch.device("cpu"))
 
 
 def test_images_of_other_weights_or_form_do_not_mix(folder: Path, source: Source, tmp_path: Path) -> None:

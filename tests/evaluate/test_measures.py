@@ -145,6 +145,12 @@ def test_samples_against_a_reference(folder: Path, source: Source, tmp_path: Pat
     mar, virtual = (e.compare_sets(e.read_reference(tmp_path / f"{n}.npz", extractor), samples, extractor) for n in ("mar", "virtual"))
     assert mar["FD-tok"] == virtual["FD-tok"] == results["dark", "ref"]["FD-tok"] and "precision" not in mar
     assert virtual["precision"] == results["dark", "ref"]["precision"]
+    D = len(extractor.run(torch.zeros(1, 3, *side, dtype=torch.uint8)).pool_ND[0])
+    for arrays, words in (({"mu": np.zeros(D)}, "sigma none"), ({"mu": np.zeros(D), "sigma": np.zeros((2, D))}, "covariance"),
+                          ({"mu": np.full(D, np.nan), "sigma": np.eye(D)}, "not finite")):  # fmt: skip
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        with pytest.raises(UserError, match=words):
+            e.read_reference(tmp_path / "wrong.npz", extractor)
     with pytest.raises(UserError, match="use one extractor"):
         e.read_reference(tmp_path / "other.npz", extractor)
     for text, words in (("inception", "give tok:MODEL"), ("script:no.pt", "does not exist"),
@@ -152,6 +158,14 @@ def test_samples_against_a_reference(folder: Path, source: Source, tmp_path: Pat
         with pytest.raises(UserError, match=words):
             e.load_extractor(text, torch.device("cpu"))
     capsys.readouterr()
+    (tmp_path / "dark.npz.json").write_text('{"count": 200}')
+    with pytest.raises(SystemExit):
+        main(["evaluate", "samples", str(tmp_path / "dark.npz"), "--reference", str(tmp_path / "stats.npz"), "--extractor", tok])
+    assert "holds 150 of 200 images" in capsys.readouterr().err
+    np.savez(tmp_path / "few.npz", arr_0=noise_images(5, side, 1))
+    main(["evaluate", "samples", str(tmp_path / "few.npz"), "--reference", str(tmp_path / "stats.npz"), "--extractor", tok])
+    said = capsys.readouterr().out
+    assert f"warning: 5 samples for {D} features" in said and str(tmp_path / "stats.npz") in said
 
 
 class Net(torch.nn.Module):
@@ -160,6 +174,19 @@ class Net(torch.nn.Module):
     def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
         pooled = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, [2, 2]).flatten(1)[:, :8]
         return pooled if return_features else pooled.softmax(1)
+
+
+class OtherNet(torch.nn.Module):
+    """A network that cannot be called so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+def test_a_network_of_another_call(tmp_path: Path) -> None:
+    torch.jit.script(OtherNet()).save(str(tmp_path / "net.pt"))
+    with pytest.raises(UserError, match="cannot be called as"):
+        e.load_extractor(f"script:{tmp_path / 'net.pt'}", torch.device("cpu")).run(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_a_network_by_path(tmp_path: Path) -> None:
@@ -199,6 +226,8 @@ def test_edit_keeps_what_the_mask_keeps(source: Source, folder: Path, tmp_path: 
         assert Image.open(tmp_path / "e.png").size == (3 * (side[1] + 2) - 2, side[0] + 14 + 2 - 2)
     Image.new("L", (4, 4)).save(tmp_path / "black.png")
     for more, words in (([], "one of them"), (["--mask", str(tmp_path / "black.png")], "nothing in this mask is light"),
+                        (["--box", "0,0,1,1", "--keep"], "the whole picture"),
+                        (["--box", "0,0,1,1", "--out", str(tmp_path / "i.png")], "is a picture that is read"),
                         (["--box", "0,0,1,1", "--as-class", "77"], "--as-class 77: this model has classes")):  # fmt: skip
         with pytest.raises(SystemExit):
             main(["edit", str(folder), str(tmp_path / "i.png"), *more])

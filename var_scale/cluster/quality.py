@@ -10,7 +10,7 @@ import torch
 
 from var_scale.cluster.pipeline import Study
 from var_scale.errors import UserError
-from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, statistics
+from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, say_if_few, statistics
 from var_scale.evaluate.generate import Job, generate, read_images
 from var_scale.evaluate.source import load_source
 from var_scale.files import canonical_hash, write_json, write_text
@@ -42,16 +42,20 @@ def study_quality(study: Study, count: int, extractor_text: str | None, referenc
         made = canonical_hash({**source.what, "count": count, **asdict(settings)})[:8]  # other weights or settings: another file
         out = study.folder / "quality" / f"{record.name}-{made}.npz"
         generate(source, Job(tuple(range(source.classes)), count, 0, settings), out, "npz", batch)
-        found = compare_sets(truth, statistics(read_images(out), extractor, label=f"features of {record.name}"), extractor)
+        drawn = statistics(read_images(out), extractor, label=f"features of {record.name}")
+        found = compare_sets(truth, drawn, extractor)
+        if record is kept[0]:
+            say_if_few(drawn, extractor)
         say(f"{record.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, float)))
         rows.append(Quality(record.name, float(record.params_paper), record.loss_avg, found[extractor.distance]))
         results.append({"run": record.name, "loss_avg": record.loss_avg, **found})
     fits = fit_quality(rows, extractor.distance)
     for fit in fits:
         say(fit.equation if follows(fit) else f"{extractor.distance} follows no power law of {fit.variable} here (r = {fit.r:.2f})")
-    write_json(study.report / "quality.json", {"runs": plain(results), "fits": [fit.to_json() for fit in fits], "count": count})
+    write_json(study.report / "quality.json", {"runs": plain(results), "fits": [fit.to_json() for fit in fits], "count": count,
+                                              "seed": 0, "settings": asdict(settings), "reference": str(images)})  # fmt: skip
     with look():
-        drawn = quality_figure(rows, fits, extractor.distance)
-        path = save(drawn, study.report, "quality")
-    write_text(study.report / "quality.csv", figure_data(drawn))
+        figure = quality_figure(rows, fits, f"{extractor.distance}, {count:,} samples, guidance {settings.cfg}")
+        path = save(figure, study.report, "quality")
+    write_text(study.report / "quality.csv", figure_data(figure))
     say(f"{path}; `var-scale study report` takes it into the report")

@@ -61,7 +61,7 @@ def evaluate_stats(args: argparse.Namespace) -> None:
 
 def evaluate_samples(args: argparse.Namespace) -> None:
     """FID, sFID, IS, precision and recall of samples against a reference, those of them that the extractor's features allow."""
-    from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, statistics
+    from var_scale.evaluate.extract import compare_sets, load_extractor, read_reference, say_if_few, statistics
     from var_scale.evaluate.generate import RECORD, read_images
     from var_scale.files import read_json
 
@@ -69,8 +69,12 @@ def evaluate_samples(args: argparse.Namespace) -> None:
     reference = read_reference(args.reference, extractor)
     samples = statistics(read_images(args.samples), extractor, label=f"features of {args.samples.name}")
     record = args.samples / RECORD if args.samples.is_dir() else args.samples.with_name(f"{args.samples.name}.json")
-    made = {"made": read_json(record)} if record.exists() else {}
-    _say(compare_sets(reference, samples, extractor) | made, args.json)
+    made = {"made": read_json(record, "description of samples")} if record.exists() else {}
+    if made and (wanted := made["made"].get("count", samples.count)) != samples.count:
+        raise UserError(f"{args.samples}: holds {samples.count:,} of {wanted:,} images; make the rest with the same `sample` command first")
+    found = compare_sets(reference, samples, extractor)
+    say_if_few(samples, extractor)
+    _say(found | {"samples_from": str(args.samples), "reference_from": str(args.reference)} | made, args.json)
 
 
 def add(commands: Commands) -> None:

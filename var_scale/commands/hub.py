@@ -37,10 +37,14 @@ def hub_convert(args: argparse.Namespace) -> None:
 
 def hub_pull(args: argparse.Namespace) -> None:
     """Fetch a model of the hub into its cache, check that it loads, and say where it lies."""
+    from var_scale.model.hub import SCHEME, repository, weights_file
     from var_scale.progress import say
 
+    if not args.model.startswith(SCHEME):
+        raise UserError(f"{args.model}: is no address of the hub; give hf://OWNER/NAME or hf://OWNER/NAME/FILE")
     source = load_model(args, sampling=False)
-    say(f"{args.model}: depth {source.var.depth}, {source.classes} classes; {source.what}")
+    path = (repository if args.model.removeprefix(SCHEME).count("/") == 1 else weights_file)(args.model)
+    say(f"{args.model}: depth {source.var.depth}, {source.classes} classes, sha256 {source.what['sha256'][:16]}...; in {path}")
 
 
 def hub_push(args: argparse.Namespace) -> None:

@@ -59,11 +59,12 @@ def load_model(args: argparse.Namespace, sampling: bool = True) -> Source:
 def drawing_arguments(sub: Parser, cfg: float = 1.5) -> None:
     """How tokens are drawn."""
     sub.add_argument("--seed", type=number_in(int, 0, 2**62), default=0, help="image j of class c depends on (seed, c, j) alone")
-    sub.add_argument("--cfg", type=_per_scale(float, 0), default=cfg, help="guidance; a number rises to it over the scales")
+    sub.add_argument("--cfg", type=_per_scale(float, 0), default=cfg, help="guidance; a number rises to it; also one a scale")
     sub.add_argument("--top-k", type=_per_scale(int, 0), default=0, help="keep the k likeliest tokens; 0: all; also k0,k1,...")
-    sub.add_argument("--top-p", type=_per_scale(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; 0: all")
+    sub.add_argument("--top-p", type=_per_scale(float, 0, 1), default=0.0, help="keep the likeliest tokens of this mass; also p0,p1,...")
     sub.add_argument("--temperature", type=_per_scale(float, 1e-6), default=1.0, help="divides the logits; also one a scale")
-    sub.add_argument("--more-smooth", action="store_true", help="Gumbel-softmax embeddings: smoother pictures, not for measurements")
+    sub.add_argument("--more-smooth", action=argparse.BooleanOptionalAction, default=False,
+                     help="Gumbel-softmax embeddings: smoother pictures, not for measurements")  # fmt: skip
     sub.add_argument("--batch", type=number_in(int, 1), default=32, help="images at a time")
 
 
@@ -120,7 +121,7 @@ def _sample(args: argparse.Namespace, kind: str, settings: Settings, children: l
         steps_picture(source, classes[:8], args.seed, settings, args.steps_picture, args.zoom)
         say(f"coarse to fine{f', the first 8 of {len(classes)} classes' if len(classes) > 8 else ''}: {args.steps_picture}")
     if kind == "grid":
-        images = grid_of_classes(source, classes, args.per_class, args.seed, settings, args.batch)
+        images = grid_of_classes(source, classes, args.per_class, args.seed, settings, args.batch, args.one_generator)
         write_grid(images, out, zoom=args.zoom, names=[source.label(c) for c in classes])
         say(f"{len(classes)} classes x {args.per_class} images: {out}")
         return
@@ -138,16 +139,32 @@ def _kind_of(args: argparse.Namespace) -> str:
     """grid, png, shards or npz; UserError for a combination that means nothing."""
     if args.out.suffix.lower() not in ("", ".png", ".npz"):
         raise UserError(f"--out {args.out}: a grid is a .png file, an npz a .npz file, png and shards are folders")
+    if args.out.is_dir() and args.out.suffix.lower() in (".png", ".npz"):
+        raise UserError(f"--out {args.out}: is a folder; choose another name for the file")
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "samples.json").exists():
         raise UserError(f"--out {args.out}: is a folder with other things in it; choose another place")
     kind = args.format or ("npz" if args.out.suffix == ".npz" else "grid" if args.out.suffix == ".png" else "png")
     if (kind == "npz") != (args.out.suffix == ".npz") or (kind == "grid") != (args.out.suffix.lower() == ".png"):
         raise UserError(f"--out {args.out}: a grid is a .png file, an npz a .npz file, png and shards are folders")
+    if kind == "grid":
+        refuse_among_samples(args.out, "--out")
+    if args.steps_picture:
+        refuse_among_samples(args.steps_picture, "--steps-picture")
+        if args.steps_picture.resolve() == args.out.resolve():
+            raise UserError("--steps-picture and --out: are the same file; give two names")
     if kind == "grid" and (args.count or args.paper or args.part != (0, 1) or args.processes > 1):
         raise UserError(f"--out {args.out}: is one picture; give a folder or an .npz for --count, --paper, --part and --processes")
+    if args.one_generator and kind != "grid":
+        raise UserError(f"--one-generator: is for a grid; images of {args.out} have a seed each, so that parts can be made anywhere")
     if args.processes > 1 and args.part != (0, 1):
         raise UserError("--processes and --part: give one of them")
     return kind
+
+
+def refuse_among_samples(path: Path, option: str) -> None:
+    """UserError for a picture that would lie, or take one's place, among the samples of a folder."""
+    if (path.parent / "samples.json").exists():
+        raise UserError(f"{option} {path}: that folder holds samples of its own; choose another place")
 
 
 def _spawn(args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
@@ -180,11 +197,17 @@ def edit(args: argparse.Namespace) -> None:
 
     if (args.box is None) == (args.mask is None):
         raise UserError("edit: give --box TOP,LEFT,BOTTOM,RIGHT or --mask PICTURE, one of them")
+    if args.out.resolve() in (args.image.resolve(), args.mask.resolve() if args.mask else None):
+        raise UserError(f"--out {args.out}: is a picture that is read; choose another name")
+    refuse_among_samples(args.out, "--out")
     source = load_model(args)
     (label,) = source.find([args.as_class], "--as-class") if args.as_class else [-1]
     image = read_picture(args.image, source.var.vae_proxy[0].image_size)
     mask = box_mask(args.box, grid(source.var.patch_nums[-1])) if args.box else image_mask(args.mask)
-    drawn = edit(source, image, mask if not args.keep else 1 - mask, label, args.count, args.seed, settings_of(args))
+    redraw = 1 - mask if args.keep else mask
+    if not (redraw > 0.5).any():
+        raise UserError("--keep: the box or mask is the whole picture, so nothing would be drawn anew; keep less")
+    drawn = edit(source, image, redraw, label, args.count, args.seed, settings_of(args))
     write_grid(np.concatenate([image[None], drawn])[None], args.out, zoom=args.zoom, names=[{0: "given", 1: source.label(label)}])
     say(f"{args.count} edits, {source.label(label)}: {args.out}")
 
@@ -206,13 +229,14 @@ def add(commands: Commands) -> None:
     model_arguments(sub)
     sub.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PATH", help="picture (.png), .npz, or folder")
     sub.add_argument("--format", choices=("grid", "png", "shards", "npz"), default=None, help="default by --out: .png, .npz, else png")
-    sub.add_argument("--classes", default=None, help="numbers or names such as 0,3,tench; -1 is none; default the first ten, or all")
+    sub.add_argument("--classes", default=None, help="numbers or names such as 0,3,tench; --classes=-1,3: none, 3; default ten, or all")
     sub.add_argument("--per-class", type=number_in(int, 1), default=6, help="images a class")
+    sub.add_argument("--one-generator", action="store_true", help="of a grid: one generator from --seed draws all, as the official code")
     sub.add_argument("--count", type=number_in(int, 1), default=None, help="images in all, in equal parts of the classes")
     sub.add_argument("--paper", action="store_true", help="the paper's protocol: 50,000 images, cfg 1.5, top-k 900, top-p 0.96")
     drawing_arguments(sub)
     sub.add_argument("--processes", type=number_in(int, 1), default=1, help="share the images among processes, one a GPU")
-    sub.add_argument("--part", type=_part, default=(0, 1), metavar="R/N", help="make only the R-th of N parts, such as in a job array")
+    sub.add_argument("--part", type=_part, default=(0, 1), metavar="R/N", help="make only part R of 0 to N-1, as in a job array")
     sub.add_argument("--steps-picture", type=Path, default=None, metavar="FILE.png", help="also a picture of every scale, coarse to fine")
     sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the pictures")
 
@@ -226,5 +250,5 @@ def add(commands: Commands) -> None:
     sub.add_argument("--count", type=number_in(int, 1), default=4, help="edits, each with other random numbers")
     sub.add_argument("--out", type=picture_file, default=Path("edit.png"), metavar="FILE.png", help="the given picture, then the edits")
     drawing_arguments(sub, cfg=3.0)
-    sub.set_defaults(top_k=900, top_p=0.95)
+    sub.set_defaults(top_k=900, top_p=0.95, more_smooth=True)
     sub.add_argument("--zoom", type=number_in(int, 1), default=1, help="enlarge the picture")

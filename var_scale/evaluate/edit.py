@@ -42,6 +42,8 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> n
 
 def image_mask(path: Path) -> np.ndarray:
     """(H, W) of a picture: 1 where it is light."""
+    if not path.is_file():
+        raise UserError(f"{path}: this picture does not exist")
     try:
         mask = np.asarray(Image.open(path).convert("L"), np.float32) / 255
     except OSError as error:
@@ -53,6 +55,8 @@ def image_mask(path: Path) -> np.ndarray:
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3): resized and cropped in the middle as validation images are; as it is where it has the size."""
+    if not path.is_file():
+        raise UserError(f"{path}: this picture does not exist")
     try:
         image = np.array(Image.open(path).convert("RGB"))
     except OSError as error:

@@ -24,7 +24,7 @@ from var_scale.evaluate.measures import SPLIT, inception_score, precision_recall
 from var_scale.evaluate.source import load_source
 from var_scale.files import atomic_file, sha256_file
 from var_scale.model.frechet import Moments, frechet_distance
-from var_scale.progress import progress
+from var_scale.progress import progress, say
 
 KEPT = 10_000
 """features of the reference that are kept for precision and recall, as the ADM evaluator does"""
@@ -75,6 +75,11 @@ def _tokenizer(model: str, device: torch.device) -> Extractor:
     return Extractor(f"tok:{hash_of(weights)}", "FD-tok", run)
 
 
+def last_line(error: Exception) -> str:
+    """The last line that says something: TorchScript begins with its own call stack."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
 def hash_of(values: Tensor) -> str:
     """A short name of numbers."""
     import hashlib
@@ -91,7 +96,11 @@ def _script(file: str, device: torch.device) -> Extractor:
     @torch.no_grad()
     def run(images_B3HW: Tensor) -> Features:
         x = images_B3HW.to(device)
-        return Features(net(x, return_features=True).float().cpu(), None, net(x, no_output_bias=True).float().cpu())
+        try:
+            return Features(net(x, return_features=True).float().cpu(), None, net(x, no_output_bias=True).float().cpu())
+        except RuntimeError as error:
+            raise UserError(f"extractor script:{file}: cannot be called as NVIDIA's inception-2015-12-05.pt is, net(uint8 images (B, 3, H, "
+                            f"W), return_features=True) and no_output_bias=True ({last_line(error)})") from None  # fmt: skip
 
     return Extractor(f"script:{sha256_file(Path(file))[:16]}", "FID", run)
 
@@ -185,11 +194,27 @@ def _stored(path: Path, file: Any, extractor: Extractor) -> Statistics:
     if "extractor" in file and str(file["extractor"]) != extractor.name:
         raise UserError(f"{path}: statistics of {file['extractor']}, the samples are measured by {extractor.name}; use one extractor")
     tensors = {name: torch.from_numpy(file[name]).double() for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file}
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean == "mu_s" and mean not in tensors:
+            continue
+        D = tensors[mean].numel()
+        if tensors[mean].shape != (D,) or covariance not in tensors or tensors[covariance].shape != (D, D):
+            shape = tuple(tensors[covariance].shape) if covariance in tensors else "none"
+            raise UserError(f"{path}: {mean} is {tuple(tensors[mean].shape)} and {covariance} {shape}; a mean (D,) and a covariance (D, D) "
+                            "are needed; make the statistics anew with `var-scale evaluate stats`")  # fmt: skip
+        if not (tensors[mean].isfinite().all() and tensors[covariance].isfinite().all()):
+            raise UserError(f"{path}: {mean} or {covariance} has values that are not finite; make the statistics anew")
     pool = torch.from_numpy(file["features"]) if "features" in file else None
     if pool is None and "arr_0" in file:
         pool = statistics(read_images(path), extractor, label=f"features of {path.name}").pool_ND
     count = int(file["count"]) if "count" in file else 0
     return Statistics(count, tensors["mu"], tensors["sigma"], tensors.get("mu_s"), tensors.get("sigma_s"), pool)
+
+
+def say_if_few(samples: Statistics, extractor: Extractor) -> None:
+    """A warning where the covariance has no full rank: the distance is then mostly that of having few samples."""
+    if samples.count <= len(samples.mean_D):
+        say(f"warning: {samples.count:,} samples for {len(samples.mean_D):,} features; {extractor.distance} of so few is much too high")
 
 
 def compare_sets(reference: Statistics, samples: Statistics, extractor: Extractor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from var_scale.errors import UserError
 from var_scale.evaluate.source import Source
 from var_scale.files import atomic_file, canonical_hash, flat, read_json, remove_tree, write_json
 from var_scale.model.graphs import Graphs
-from var_scale.model.sampling import Hooks, SeedPerImage, Settings, sample
+from var_scale.model.sampling import Draws, Hooks, OneGenerator, SeedPerImage, Settings, sample
 from var_scale.progress import progress, say
 
 FORMATS = ("png", "shards", "npz")
@@ -49,21 +50,27 @@ def to_uint8(images_B3HW: torch.Tensor) -> np.ndarray:
 
 
 def draw(
-    source: Source, labels: Sequence[int], numbers: Sequence[int], seed: int, settings: Settings, hooks: Hooks | None = None
-) -> np.ndarray:
-    """uint8 images (B, H, W, 3) of classes `labels` (-1: none), the `numbers`-th of each."""
+    source: Source, labels: Sequence[int], numbers: Sequence[int], seed: int, settings: Settings, hooks: Hooks | None = None,
+    draws: Draws | None = None,
+) -> np.ndarray:  # fmt: skip
+    """uint8 images (B, H, W, 3) of classes `labels` (-1: none), the `numbers`-th of each, by a seed an image, or by `draws`."""
     var = source.var
     device = var.lvl_1L.device
     label_B = torch.tensor([var.num_classes if label < 0 else label for label in labels], device=device)
     seeds = [seed_of(seed, label, number) for label, number in zip(labels, numbers, strict=True)]
-    return to_uint8(sample(var, label_B, settings, SeedPerImage(seeds), hooks).images)
+    return to_uint8(sample(var, label_B, settings, draws or SeedPerImage(seeds), hooks).images)
 
 
-def grid_of_classes(source: Source, labels: Sequence[int], per_class: int, seed: int, settings: Settings, batch: int = 32) -> np.ndarray:
-    """uint8 images (classes, per_class, H, W, 3)."""
+def grid_of_classes(
+    source: Source, labels: Sequence[int], per_class: int, seed: int, settings: Settings, batch: int = 32, one_generator: bool = False
+) -> np.ndarray:
+    """uint8 images (classes, per_class, H, W, 3). `one_generator`: one, seeded with `seed`, draws all batches in turn; a single batch is
+    then that of the official `autoregressive_infer_cfg` with g_seed."""
     wanted = [(label, number) for label in labels for number in range(per_class)]
     parts = [wanted[start : start + batch] for start in range(0, len(wanted), batch)]
-    images = np.concatenate([draw(source, [c for c, _ in part], [n for _, n in part], seed, settings) for part in parts])
+    draws = OneGenerator(source.var.rng.manual_seed(seed)) if one_generator else None
+    made = [draw(source, [c for c, _ in part], [n for _, n in part], seed, settings, draws=draws) for part in parts]
+    images = np.concatenate(made)
     return images.reshape(len(labels), per_class, *images.shape[1:])
 
 
@@ -96,6 +103,16 @@ class Job:
         return range(number * UNIT, min((number + 1) * UNIT, self.count))
 
 
+def whole_png(path: Path) -> bool:
+    """Whether the file is there and ends as a PNG does."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            return file.read(4) == b"IEND"
+    except OSError:
+        return False
+
+
 class PngFolder:
     """000000.png, 000001.png, ... and labels.csv."""
 
@@ -103,7 +120,7 @@ class PngFolder:
         self.out, self.job = out, job
 
     def missing(self, unit: int) -> list[int]:
-        return [i for i in self.job.unit(unit) if not (self.out / f"{i:06d}.png").exists()]
+        return [i for i in self.job.unit(unit) if not whole_png(self.out / f"{i:06d}.png")]
 
     def write(self, unit: int, indices: Sequence[int], images: np.ndarray) -> None:
         for i, image in zip(indices, images, strict=True):
@@ -146,6 +163,8 @@ class Npz:
 
     def __init__(self, out: Path, job: Job):
         self.out, self.job, self.parts = out, job, out.with_name(f"{out.name}.parts")
+        if out.exists() and not zipfile.is_zipfile(out):  # cut or damaged since: made again
+            out.unlink()
 
     def missing(self, unit: int) -> list[int]:
         return [] if self.out.exists() or (self.parts / f"{unit:06d}.npy").exists() else list(self.job.unit(unit))
@@ -202,7 +221,7 @@ def generate(
                       else Shards(out, job, source.classes, {key: str(value) for key, value in what.items()}))  # fmt: skip
     source.var.graphs = Graphs()
     mine = [(unit, indices) for unit in range(part[0], job.units, part[1]) if (indices := output.missing(unit))]
-    label = "sample" if part[1] == 1 else f"sample, part {part[0] + 1} of {part[1]}"
+    label = "sample" if part[1] == 1 else f"sample, part {part[0]}/{part[1]}"
     with progress(label, sum(len(indices) for _, indices in mine), "images") as bar:
         done = 0
         for unit, indices in mine:
@@ -214,7 +233,7 @@ def generate(
                 bar.update(done)
             output.write(unit, indices, np.concatenate(images))
     if any(output.missing(unit) for unit in range(job.units)):
-        say(f"{out}: the other parts are not complete yet; the last one to end puts it together")
+        say(f"{out}: part {part[0]}/{part[1]} is there; the last part to end puts it together")
         return False
     output.finish()
     return True

@@ -15,7 +15,7 @@ from var_scale.files import canonical_hash, read_json, sha256_file
 from var_scale.machine import keep_freed_memory
 from var_scale.model.hub import SCHEME, repository, weights_file
 from var_scale.model.load import build_model, load_tokenizer, tokenizer_file
-from var_scale.model.pretrained import VAR_FILE, is_pretrained, load_files, load_pretrained
+from var_scale.model.pretrained import VAE_FILE, VAR_FILE, is_pretrained, load_files, load_pretrained
 from var_scale.model.var import VAR
 from var_scale.train.loop import newest_checkpoint
 
@@ -53,8 +53,8 @@ class Source:
             hits = [k for k, name in enumerate(self.class_names) if text.lower() in map(str.strip, name.lower().split(","))]
             hits = hits or [k for k, name in enumerate(self.class_names) if text.lower() in name.lower()]
             if len(hits) != 1:
-                several = ", ".join(self.class_names[k] for k in hits[:4])
-                raise UserError(f"{option} {text}: " + (f"fits {several}; say more of it" if hits else "no class has this name"))
+                several = ", ".join(f"{k} {self.class_names[k]}" for k in hits[:4])
+                raise UserError(f"{option} {text}: " + (f"fits {several}; give the number" if hits else "no class has this name"))
             found.append(hits[0])
         if twice := [text for text, number in zip(texts, found, strict=True) if found.count(number) > 1]:
             raise UserError(f"{option} {','.join(twice)}: name one class more than once; the images would be the same")
@@ -83,6 +83,8 @@ def load_source(
     elif path.is_dir():
         if not is_pretrained(path):
             raise UserError(f"{text}: is neither a run folder (config.yaml) nor a folder of a model (config.json, model.safetensors)")
+        if vae is not None and (path / VAE_FILE).exists():
+            raise UserError(f"--vae {vae}: {text} brings its tokenizer; leave --vae out")
         var, _, config = load_pretrained(path, weights_file(vae) if vae else None, device)
         what = {"model": text, "sha256": sha256_file(path / VAR_FILE)}
         source = Source(var, var.num_classes, list(config.get("class_names") or []), what)

@@ -70,11 +70,12 @@ def is_pretrained(folder: Path) -> bool:
     return (folder / CONFIG).exists() and (folder / VAR_FILE).exists()
 
 
-def load_pretrained(folder: Path, vae: Path | None = None, device: torch.device | str = "cpu") -> tuple[VAR, VQVAE, dict[str, Any]]:
+def load_pretrained(folder: Path | str, vae: Path | None = None, device: torch.device | str = "cpu") -> tuple[VAR, VQVAE, dict[str, Any]]:
     """The model of a folder, in eval mode, its tokenizer, and its config.json. `vae`, a file, is needed for official `VARHF` folders alone.
 
     UserError: no such folder, another format, tensors that do not fit, strictly; an official folder without `vae`.
     """
+    folder = Path(folder)
     config = read_json(folder / CONFIG, "description of a model")
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: is not the description of a VAR model")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from var_scale.errors import UserError
 from var_scale.files import read_json, sha256_file
@@ -86,7 +86,10 @@ class Checkpoint:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, "pt")
+            try:
+                self._files[file] = safe_open(self.folder / file, "pt")
+            except (OSError, SafetensorError):
+                raise UserError(damaged_message(file, self.folder)) from None
         return self._files[file]
 
     @cached_property
