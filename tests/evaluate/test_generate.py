@@ -102,7 +102,7 @@ def main_error(argv: list[str]) -> None:
 def test_classes_by_name() -> None:
     named = Source(None, 4, ["tench, Tinca tinca", "goldfish", "great white shark", "tiger shark"])  # type: ignore[arg-type]
     assert named.find(["2", "-1", "goldfish", "tinca tinca", "tiger"]) == [2, -1, 1, 0, 3]
-    for text, words in (("shark", "fits 2 great white shark, 3 tiger shark; give the number"), ("cat", "no class"), ("4", "classes 0 to 3")):
+    for text, words in (("shark", "fits 2 great white shark, 3 tiger shark; give"), ("cat", "no class"), ("4", "classes 0 to 3")):
         with pytest.raises(UserError, match=words):
             named.find([text])
     with pytest.raises(UserError, match="--classes goldfish,1: name one class more than once"):
