@@ -84,6 +84,8 @@ def test_sources(folder: Path, source: Source, tmp_path: Path) -> None:
     card = (tmp_path / "ours" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: var-scale") and "loss_avg, validation" in card
     assert "| FD-tok, 1,000 samples | 0.25 |" in card and "9" not in card.split("FD-tok")[1].split("|")[1]
+    main(["hub", "convert", str(tmp_path / "ours"), str(tmp_path / "again"), "--name", "ours"])
+    assert (tmp_path / "again" / "README.md").read_text() == card, "the study's numbers and the run are kept"
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     config["format"] = 9
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config))

@@ -12,7 +12,7 @@ from var_scale.errors import UserError
 
 def hub_convert(args: argparse.Namespace) -> None:
     """A model of any kind as a folder: ours (safetensors, config.json, model card), or the official project's files or VARHF folder."""
-    from var_scale.evaluate.card import write_card
+    from var_scale.evaluate.card import numbers_of, write_card
     from var_scale.model.pretrained import save_official, save_pretrained, save_varhf
     from var_scale.progress import say
 
@@ -30,8 +30,11 @@ def hub_convert(args: argparse.Namespace) -> None:
         save_varhf(args.out, var, vae)
         say(f"{args.out}: written; the tokenizer is not in this form")
         return
-    save_pretrained(args.out, var, vae, source.class_names, source.what)
-    write_card(args.out, args.name or args.out.resolve().name, var, source.what, Path(args.model) if Path(args.model).is_dir() else None)
+    numbers = numbers_of(Path(args.model)) if (Path(args.model) / "run.json").exists() else source.told.get("numbers", {})
+    # Of a folder that was made from a run, the run.
+    what = (source.told.get("provenance") or source.what) | {"precision": source.what["precision"]}
+    save_pretrained(args.out, var, vae, source.class_names, what, numbers)
+    write_card(args.out, args.name or args.out.resolve().name, var, what, numbers)
     say(f"{args.out}: written")
 
 

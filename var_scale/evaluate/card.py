@@ -31,8 +31,23 @@ def _quality(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["run"] == run.name]
 
 
-def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Path | None = None) -> None:
-    """Write README.md with the hub's front matter; numbers of a `run` folder and the law of its study where there are some."""
+def numbers_of(run: Path) -> dict[str, str]:
+    """What the card says of a run folder: its training, its losses, its samples, and the law of its study, where there are some."""
+    record = read_run(run)
+    found = {"images seen": f"{record.images:,}", "training FLOP": f"{record.flops_exact:.3g}"}
+    found |= {f"{metric}, validation": f"{record.metric(metric):.4f}" for metric in METRICS}
+    found |= {f"{key}, {row['samples']:,} samples": f"{row[key]:.4g}" for row in _quality(run) for key in row if key in DISTANCES}
+    fits = run.parent / "report" / "fit.json"
+    for fit in read_json(fits, "fits")["fits"] if fits.exists() else []:
+        if fit["metric"] == "loss_avg" and fit["form"] == "power" and fit["status"] == "converged":
+            low, high = fit["intervals"]["alpha"]
+            law = f"{fit['params']['alpha']:.4f} ({low:.4f} to {high:.4f}), E = {fit['params']['E']:g}"
+            found["exponent of its study's average loss"] = law
+    return found
+
+
+def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], numbers: dict[str, str]) -> None:
+    """Write README.md with the hub's front matter, what the model was made from, and the numbers of `numbers_of`."""
     shape = shape_of_model(var)
     params, flops = count_params(shape), count_flops(shape)
     lines = ["---", "library_name: var-scale", "tags: [image-generation, visual-autoregressive, var]", "---", ""]
@@ -45,18 +60,7 @@ def write_card(folder: Path, name: str, var: VAR, what: dict[str, Any], run: Pat
         'var, vae, _ = load_pretrained(Path("FOLDER"))',
         "images = var.autoregressive_infer_cfg(B=8, label_B=None, g_seed=0, cfg=1.5, top_k=900, top_p=0.96)  # [0, 1]", "```", "",
     ]  # fmt: skip
-    if run is not None and (run / "run.json").exists():
-        record = read_run(run)
-        lines += ["| | |", "|---|---|", f"| images seen | {record.images:,} |", f"| training FLOP | {record.flops_exact:.3g} |"]
-        lines += [f"| {metric}, validation | {record.metric(metric):.4f} |" for metric in METRICS]
-        lines += [f"| {key}, {row['samples']:,} samples | {row[key]:.4g} |" for row in _quality(run) for key in row if key in DISTANCES]
-        fits = run.parent / "report" / "fit.json"
-        if fits.exists():
-            for fit in read_json(fits, "fits")["fits"]:
-                if fit["metric"] == "loss_avg" and fit["form"] == "power" and fit["status"] == "converged":
-                    low, high = fit["intervals"]["alpha"]
-                    lines.append(f"| exponent of its study's average loss | {fit['params']['alpha']:.4f} ({low:.4f} to {high:.4f}), E = "
-                                 f"{fit['params']['E']:g} |")  # fmt: skip
-        lines.append("")
+    if numbers:
+        lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in numbers.items()), ""]
     lines += ["Made from:", "", *(f"- {key}: `{value}`" for key, value in what.items()), ""]
     write_text(folder / "README.md", "\n".join(lines))

@@ -33,6 +33,8 @@ class Source:
     """empty where they are not known"""
     what: dict[str, Any] = field(default_factory=dict)
     """identity: path, step, checksum"""
+    told: dict[str, Any] = field(default_factory=dict)
+    """of a folder of ours its "provenance" and "numbers", what it was made from and its study's results"""
 
     def label(self, number: int) -> str:
         """A class for a picture."""
@@ -87,7 +89,8 @@ def load_source(
             raise UserError(f"--vae {vae}: {text} brings its tokenizer; leave --vae out")
         var, _, config = load_pretrained(path, weights_file(vae) if vae else None, device)
         what = {"model": text, "sha256": sha256_file(path / VAR_FILE)}
-        source = Source(var, var.num_classes, list(config.get("class_names") or []), what)
+        told = {key: config.get(key) or {} for key in ("provenance", "numbers")}
+        source = Source(var, var.num_classes, list(config.get("class_names") or []), what, told)
     elif path.is_file():
         beside = f"{text.rsplit('/', 1)[0]}/vae_ch160v4096z32.pth" if text.startswith(SCHEME) and vae is None else vae
         var, _ = load_files(path, weights_file(beside) if beside else None, device=device)

@@ -1,7 +1,8 @@
 """Models as folders: ours (VAR and VQVAE as safetensors, one config.json) and the official `VARHF` folders, which lack the VQVAE.
 
 config.json: {"model_type": "var", "format": 1, "var": arguments of build_var, "vae": arguments of build_vae, "class_names", "provenance",
-"var_scale_version"}. Tensors that follow from the sizes (mask, scale numbers) are left out and made anew, so a round trip is exact.
+"numbers", "var_scale_version"}. Tensors that follow from the sizes (mask, scale numbers) are left out and made anew, so a round trip is
+exact.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
 
 
 def save_pretrained(
-    folder: Path, var: VAR, vae: VQVAE, class_names: Sequence[str] | None = None, provenance: dict[str, Any] | None = None
-) -> None:
-    """Write our form of a model; the tensors keep their official names and dtypes."""
+    folder: Path, var: VAR, vae: VQVAE, class_names: Sequence[str] | None = None, provenance: dict[str, Any] | None = None,
+    numbers: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write our form of a model; the tensors keep their official names and dtypes. `numbers`: of the model's study, for its card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, module, left_out in ((VAE_FILE, vae, ()), (VAR_FILE, var, DERIVED)):
@@ -43,6 +45,7 @@ def save_pretrained(
     write_json(folder / CONFIG, {
         "model_type": "var", "format": FORMAT, "var_scale_version": var_scale.__version__, "var": var_arguments(var),
         "vae": vae_arguments(vae), "class_names": list(class_names) if class_names else None, "provenance": provenance or {},
+        "numbers": numbers or {},
     })  # fmt: skip
 
 
