@@ -183,6 +183,7 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     command = ["study", "quality", MINI[0], *MINI[1:], *wide, "--runs", str(tmp_path), "--count", "40"]
     main(command)
     quality = json.loads((folder / "report" / "quality.json").read_text())
+    assert quality["count"] == 40 and quality["settings"]["cfg"] == 0 and quality["reference"].endswith("val")
     assert [row["run"] for row in quality["runs"]] == ["d01-s0", "d02-s0"] and all(row["FD-tok"] > 0 for row in quality["runs"])
     (images,) = (folder / "quality").glob("d01-s0-*.npz")
     before = images.stat().st_mtime_ns

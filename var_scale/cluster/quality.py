@@ -55,7 +55,7 @@ def study_quality(study: Study, count: int, extractor_text: str | None, referenc
     write_json(study.report / "quality.json", {"runs": plain(results), "fits": [fit.to_json() for fit in fits], "count": count,
                                               "seed": 0, "settings": asdict(settings), "reference": str(images)})  # fmt: skip
     with look():
-        figure = quality_figure(rows, fits, f"{extractor.distance}, {count:,} samples, guidance {settings.cfg}")
+        figure = quality_figure(rows, fits, f"{extractor.distance}, {count:,} samples, guidance {settings.cfg}".removesuffix(".0"))
         path = save(figure, study.report, "quality")
     write_text(study.report / "quality.csv", figure_data(figure))
     say(f"{path}; `var-scale study report` takes it into the report")

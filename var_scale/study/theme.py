@@ -50,7 +50,7 @@ def save(fig: Any, folder: Path, name: str) -> Path:
 
 def decimal_log_axis(axis: Any, which: str) -> None:
     """Plain decimals on a log axis that spans less than a decade, at a handful of ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     side = axis.yaxis if which == "y" else axis.xaxis
     low, high = axis.get_ylim() if which == "y" else axis.get_xlim()
@@ -58,7 +58,7 @@ def decimal_log_axis(axis: Any, which: str) -> None:
         side.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         side.set_minor_formatter(NullFormatter())
         side.set_minor_locator(LogLocator(subs=[]))
-        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}" if value < 1e4 else EngFormatter()(value)))
 
 
 def size_colours(sizes: Sequence[int]) -> dict[int, Any]:
