@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:  # a path that is a file where a folder is needed, a folder in place of a file, ...
         if not error.filename:
             raise
-        print(f"error: {error.filename2 or error.filename}: {error.strerror}; choose another path", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

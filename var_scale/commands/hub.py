@@ -30,7 +30,7 @@ def hub_convert(args: argparse.Namespace) -> None:
         save_varhf(args.out, var, vae)
         say(f"{args.out}: written; the tokenizer is not in this form")
         return
-    numbers = numbers_of(Path(args.model)) if (Path(args.model) / "run.json").exists() else source.told.get("numbers", {})
+    numbers = numbers_of(source.path) if (source.path / "run.json").exists() else source.told.get("numbers", {})
     # Of a folder that was made from a run, the run.
     what = (source.told.get("provenance") or source.what) | {"precision": source.what["precision"]}
     save_pretrained(args.out, var, vae, source.class_names, what, numbers)
@@ -40,14 +40,13 @@ def hub_convert(args: argparse.Namespace) -> None:
 
 def hub_pull(args: argparse.Namespace) -> None:
     """Fetch a model of the hub into its cache, check that it loads, and say where it lies."""
-    from var_scale.model.hub import SCHEME, repository, weights_file
+    from var_scale.model.hub import SCHEME
     from var_scale.progress import say
 
     if not args.model.startswith(SCHEME):
         raise UserError(f"{args.model}: is no address of the hub; give hf://OWNER/NAME or hf://OWNER/NAME/FILE")
     source = load_model(args, sampling=False)
-    path = (repository if args.model.removeprefix(SCHEME).count("/") == 1 else weights_file)(args.model)
-    say(f"{args.model}: depth {source.var.depth}, {source.classes} classes, sha256 {source.what['sha256'][:16]}...; in {path}")
+    say(f"{args.model}: depth {source.var.depth}, {source.classes} classes, sha256 {source.what['sha256'][:16]}...; in {source.path}")
 
 
 def hub_push(args: argparse.Namespace) -> None:

@@ -40,14 +40,19 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> n
     return mask
 
 
-def image_mask(path: Path) -> np.ndarray:
-    """(H, W) of a picture: 1 where it is light."""
+def _opened(path: Path, mode: str) -> np.ndarray:
+    """uint8 of a picture, (H, W) for mode L, (H, W, 3) for RGB."""
     if not path.is_file():
         raise UserError(f"{path}: this picture does not exist")
     try:
-        mask = np.asarray(Image.open(path).convert("L"), np.float32) / 255
+        return np.array(Image.open(path).convert(mode))
     except OSError as error:
         raise UserError(f"{path}: is not a picture ({error})") from None
+
+
+def image_mask(path: Path) -> np.ndarray:
+    """(H, W) of a picture: 1 where it is light."""
+    mask = _opened(path, "L").astype(np.float32) / 255
     if not (mask > 0.5).any():
         raise UserError(f"{path}: nothing in this mask is light, so nothing would be drawn anew")
     return mask
@@ -55,12 +60,7 @@ def image_mask(path: Path) -> np.ndarray:
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3): resized and cropped in the middle as validation images are; as it is where it has the size."""
-    if not path.is_file():
-        raise UserError(f"{path}: this picture does not exist")
-    try:
-        image = np.array(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path}: is not a picture ({error})") from None
+    image = _opened(path, "RGB")
     return image if image.shape[:2] == size else eval_transform(image, size, who_resizes("auto"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Source:
     """empty where they are not known"""
     what: dict[str, Any] = field(default_factory=dict)
     """identity: path, step, checksum"""
+    path: Path = Path()
+    """where it lies on this machine"""
     told: dict[str, Any] = field(default_factory=dict)
     """of a folder of ours its "provenance" and "numbers", what it was made from and its study's results"""
 
@@ -90,7 +92,7 @@ def load_source(
         var, _, config = load_pretrained(path, weights_file(vae) if vae else None, device)
         what = {"model": text, "sha256": sha256_file(path / VAR_FILE)}
         told = {key: config.get(key) or {} for key in ("provenance", "numbers")}
-        source = Source(var, var.num_classes, list(config.get("class_names") or []), what, told)
+        source = Source(var, var.num_classes, list(config.get("class_names") or []), what, told=told)
     elif path.is_file():
         beside = f"{text.rsplit('/', 1)[0]}/vae_ch160v4096z32.pth" if text.startswith(SCHEME) and vae is None else vae
         var, _ = load_files(path, weights_file(beside) if beside else None, device=device)
@@ -107,7 +109,7 @@ def load_source(
         if device.type == "cpu":
             keep_freed_memory()
     source.what["precision"] = precision
-    return source
+    return replace(source, path=path)
 
 
 def _of_run(folder: Path, device: torch.device, step: int | None, averaged: bool) -> Source:

@@ -89,13 +89,14 @@ def _ask(text: str, help: str, ask: Callable[[], T], failed: str = "cannot be ha
     """What the hub's client gives, its errors as one line."""
     try:
         from huggingface_hub import constants
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise UserError(f'{text}: needs huggingface_hub; `pip install "var-scale[hub]"`, or {help}') from None
     try:
         return ask()
     except Exception as error:  # its clients raise errors of several packages
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        if type(error).__name__ == "LocalEntryNotFoundError":
+        if isinstance(error, LocalEntryNotFoundError):
             off = "is not asked, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else "cannot be reached"
             why = f"it is not in the hub's cache, and {constants.ENDPOINT} {off}"
         raise UserError(f"{text}: {failed} ({why}); {help}") from None
