@@ -1,17 +1,21 @@
-# Two commands: `make study` and `make test`. Both make the environment first when it is missing or out of date.
+# Three commands: `make study`, `make truth` and `make test`. They build the environment first when it is missing or out of date.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STUDY ?= study/tiny
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: env study test test-slow test-slurm lint clean
+# Tests on two processes. Tests that share a fixture or depend on time share a group: tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest --durations=15
+PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: env study truth test test-slow test-slurm test-nightly lint docs docs-coverage clean
 
 env: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	@echo "making the environment in $(VENV): one to three minutes, about 2 GB"
+	@echo "building the environment in $(VENV): one to three minutes, about 2 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools
 	@$(PIP) --editable '.[dev]'
@@ -21,18 +25,36 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 study: env
 	$(BIN)/var-scale study run $(STUDY)
 
+# A law whose answer is known: the report compares the fitted floor with the exact one.
+truth: env
+	$(BIN)/var-scale study run study/truth
+
 test: env
-	$(BIN)/python -m pytest -m 'not slow and not slurm and not gpu'
+	$(PYTEST) $(PARALLEL) -m 'not slow and not slurm and not gpu and not nightly'
 
 test-slow: env
-	$(BIN)/python -m pytest -m 'slow and not gpu and not slurm'
+	$(PYTEST) $(PARALLEL) -m 'slow and not slurm and not gpu'
 
 test-slurm: env
-	$(BIN)/python -m pytest -m slurm
+	$(PYTEST) -m slurm
+
+# The complete engine matrix, fifty kills, and the tests in an environment that nothing has used.
+test-nightly: env
+	$(PYTEST) $(PARALLEL) -m nightly
+	fresh=$$(mktemp -d) && $(MAKE) VENV=$$fresh/venv test; status=$$?; rm -rf $$fresh; exit $$status
 
 lint: env
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The generated pages of docs/ and kernels/README.md.
+docs: env
+	$(BIN)/python -m tools.docs
+
+# The tables of coverage in docs/explanation/intervals.md take long.
+docs-coverage: env
+	$(BIN)/python -m tools.coverage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Keep the frame of a picture and draw its middle anew, as another class."""
+"""Keep the frame of an image and redraw its centre as another class."""
 
 import sys
 

@@ -1,8 +1,14 @@
-"""The fused operators without the rest: Triton kernels on an NVIDIA GPU, their PyTorch form elsewhere."""
+"""The fused operators without var_scale: Triton kernels on an NVIDIA GPU, PyTorch elsewhere."""
 
 import torch
 
-from var_kernels import block_attention, gate_adaptive_layer_norm, gelu_mlp, linear_cross_entropy, why_not
+from var_kernels import (
+    block_attention,
+    gate_adaptive_layer_norm,
+    gelu_mlp,
+    linear_cross_entropy,
+    why_not,
+)
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("kernels:", why_not(device) or "Triton")
@@ -10,7 +16,8 @@ B, H, D, patch_nums, V = 2, 4, 64, (1, 2, 3, 4), 512
 L, C = sum(p * p for p in patch_nums), H * D
 
 qkv = torch.randn(B, L, 3, H, D, device=device, requires_grad=True)
-x = block_attention(qkv, patch_nums, torch.full((H,), 1.4, device=device), 1.0)  # every scale sees itself and the coarser ones
+# Tokens of a scale attend to their own scale and to all coarser ones.
+x = block_attention(qkv, patch_nums, torch.full((H,), 1.4, device=device), 1.0)
 gate, scale, shift = (torch.randn(B, 1, C, device=device) for _ in range(3))
 x, h = gate_adaptive_layer_norm(x.new_zeros(B, L, C), x, gate, scale, shift, None, 1e-6, x.dtype)
 w1, b1 = torch.randn(4 * C, C, device=device) / C**0.5, torch.zeros(4 * C, device=device)

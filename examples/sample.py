@@ -1,4 +1,4 @@
-"""Images of a trained run, how likely each class finds them, and a smaller model for the last scales."""
+"""Sample images of a run, rank their classes, and sample the last scale with a smaller model."""
 
 import sys
 from pathlib import Path
@@ -19,17 +19,27 @@ var = source.var
 
 label_B = torch.tensor([0, 1, 2, 3])
 settings = Settings(cfg=2.0, top_k=100, top_p=0.95)
-out = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]))  # a seed an image: the same in any batch
+# With one seed per image, an image is the same in any batch.
+out = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]))
 pictures = to_uint8(out.images)
 
 scores = class_log_likelihoods(var, out.tokens, range(source.classes))
-print("drawn as", label_B.tolist(), "likeliest under", scores.argmax(1).tolist())
+print("sampled as", label_B.tolist(), "most likely under", scores.argmax(1).tolist())
 
 smallest = sorted(run.resolve().parent.glob("d*/config.yaml"))[0].parent
 helper = load_source(str(smallest), torch.device("cpu")).var
-mixed = sample(var, label_B, settings, SeedPerImage([10, 11, 12, 13]), Hooks(models={len(var.patch_nums) - 1: helper}))
-print(f"last scale by {smallest.name}: {int((mixed.tokens[-1] != out.tokens[-1]).sum())} of {out.tokens[-1].numel()} tokens differ")
+mixed = sample(
+    var,
+    label_B,
+    settings,
+    SeedPerImage([10, 11, 12, 13]),
+    Hooks(models={len(var.patch_nums) - 1: helper}),
+)
+differ, total = int((mixed.tokens[-1] != out.tokens[-1]).sum()), out.tokens[-1].numel()
+print(f"last scale by {smallest.name}: {differ} of {total} tokens differ")
 
 rows = np.stack([pictures, to_uint8(mixed.images)])
-write_grid(rows, Path("example-samples.png"), zoom=4, names=["one model", f"last scale by {smallest.name}"])
+write_grid(
+    rows, Path("example-samples.png"), zoom=4, names=["one model", f"last scale by {smallest.name}"]
+)
 print("example-samples.png")

@@ -1,26 +1,68 @@
-"""Pages that must stay complete."""
+"""Documentation pages that must stay complete."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
+from tools.docs import PAGES, ROOT
+from tools.kernel_tables import operators_table, target_of, verdict
 from var_scale.cli import build_parser
 from var_scale.config.schema import Config
-from var_scale.study.record import METRICS
+from var_scale.records.record import METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLAGS = [
-    "data_path", "local_debug", "exp_name", "vfast", "tfast", "depth", "ini", "hd", "aln", "alng", "fp16", "tblr", "tlr", "twd", "twde",
-    "tclip", "ls", "bs", "ac", "ep", "wp", "wp0", "wpe", "sche", "opt", "afuse", "saln", "anorm", "fuse", "pn", "patch_size",
-    "mid_reso", "hflip", "workers", "pg", "pg0", "pgwp", "tf32", "seed", "same_seed_for_all_ranks", "local_out_dir_path",
-]  # fmt: skip
+    "data_path",
+    "local_debug",
+    "exp_name",
+    "vfast",
+    "tfast",
+    "depth",
+    "ini",
+    "hd",
+    "aln",
+    "alng",
+    "fp16",
+    "tblr",
+    "tlr",
+    "twd",
+    "twde",
+    "tclip",
+    "ls",
+    "bs",
+    "ac",
+    "ep",
+    "wp",
+    "wp0",
+    "wpe",
+    "sche",
+    "opt",
+    "afuse",
+    "saln",
+    "anorm",
+    "fuse",
+    "pn",
+    "patch_size",
+    "mid_reso",
+    "hflip",
+    "workers",
+    "pg",
+    "pg0",
+    "pgwp",
+    "tf32",
+    "seed",
+    "same_seed_for_all_ranks",
+    "local_out_dir_path",
+]
 """what a user may set of the official train.py"""
 
 
 def test_every_official_flag_has_its_place() -> None:
-    """No flag is missing; every key that the page names exists; every field and command too."""
-    text = (DOCS / "from-official.md").read_text()
+    """No flag is missing; every key, field and command that the page names exists."""
+    text = (DOCS / "reference" / "from-official.md").read_text()
     rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `--")]
     assert [re.findall(r"`--(\w+)`", row[0])[0] for row in rows] == FLAGS
     for row in rows:
@@ -34,3 +76,52 @@ def test_every_official_flag_has_its_place() -> None:
         words = command.split()
         names = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         assert words[0] in names, command  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_current(name: str) -> None:
+    """A page in docs/ is what its generator returns; `make docs` writes it."""
+    assert (ROOT / name).read_text() == PAGES[name]()
+
+
+def test_kernel_tables_show_shares_and_targets() -> None:
+    """The time of our operators, the others as multiples of it, and which targets are met."""
+    time = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    forms = {
+        "ours": {"forward": time},
+        "eager": {"forward": time | {"p50": 5.0}},
+        "flex": {"failed": "no"},
+    }
+    row = {
+        "shape": "d16 B=1 L=680",
+        "operator": "x",
+        "forms": forms,
+        "bytes": [1e9, 0],
+        "flops": [0, 0],
+        "serial": False,
+    }
+    shown = operators_table(
+        {
+            "device": "H",
+            "date": "d",
+            "commit": None,
+            "versions": {"torch": "1", "triton": "2"},
+            "command": "c",
+            "timing": "t",
+            "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e12},
+            "rows": [row],
+        }
+    )
+    assert (
+        "| d16 B=1 L=680 | x | forward | 2.0000 (1.0000 to 3.0000) | 50 % |  | eager 2.50, flex: "
+        "no |" in shown
+    )
+    named = row | {
+        "operator": "adaptive_layer_norm",
+        "forms": forms | {"compile": {"forward": time | {"p50": 1.9}}},
+    }
+    assert (
+        verdict(named, "forward", 0.5, target_of(named, 0))
+        == "MISSED (90 %), MISSED (slower than torch.compile)"
+    )
+    assert verdict(named, "forward", 0.93, target_of(named, 0)).startswith("met (90 %)")

@@ -1,3 +1,3 @@
-"""var-scale: how does a VAR image model get better as it gets bigger, and what should we train next?"""
+"""Scaling studies of VAR image models: what does a larger model gain, and what to train next?"""
 
 __version__ = "0.1.0"

@@ -1,16 +1,32 @@
-"""What this process may use of the machine; no torch here."""
+"""The processor and the GPUs of this machine, and what this process may use of it."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-from contextlib import suppress
 from pathlib import Path
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Files of the drivers of NVIDIA, of Windows' Linux subsystem, and of AMD."""
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine may have a GPU. Without a driver nothing has to ask torch, whose import
+    takes seconds."""
+    return any(Path(name).exists() for name in GPU_DEVICES)
+
+
+def gpu_count() -> int:
+    """Number of GPUs that this process may use."""
+    if not has_gpu_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -18,17 +34,8 @@ def processor_name() -> str:
     """Model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, for its next allocation. It gives blocks of over 32 MiB back at once, and the system clears
-    every page of the next one; the float32 decoder at 256 pixels, whose maps have 42 MB, loses 8 percent of its time so. Nothing where
-    the C library is another."""
-    trim_threshold, mmap_max = -1, -4  # of mallopt, malloc.h
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)

@@ -1,1 +1,1 @@
-"""Timing the operators against eager PyTorch, torch.compile and what else is installed."""
+"""Benchmarks of the operators against eager PyTorch, torch.compile and installed libraries."""

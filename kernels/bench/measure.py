@@ -1,4 +1,7 @@
-"""How a time is taken, and the two ceilings of a device: a copy and a matrix product, in the same process."""
+"""Measurements of times and of the two ceilings of a device.
+
+The ceilings are the rates of a copy and of a matrix product, measured in the same process.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,36 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds at the 20th, 50th and 80th percentile."""
+    """The milliseconds at the 20th, 50th and 80th percentiles."""
 
     p20: float
     p50: float
     p80: float
 
 
-def measure(function: Callable[[], object], device: torch.device, milliseconds: float = 100.0, graph: bool = True) -> Time:
-    """Time `function` after a warm-up. On a GPU by triton.testing.do_bench, which empties the L2 cache before each call: the time of the
-    GPU, without that of launching, where `function` can be recorded as a CUDA graph (on a stream of its own), else of the whole call."""
+def measure(
+    function: Callable[[], object],
+    device: torch.device,
+    milliseconds: float = 100.0,
+    graph: bool = True,
+) -> Time:
+    """Time `function` after a warm-up.
+
+    On a GPU, triton.testing.do_bench takes the time and empties the L2 cache before each call. If
+    `function` can be recorded as a CUDA graph (on a separate stream), the result is the time of the
+    GPU without the launches. Otherwise it is the time of the whole call.
+    """
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return Time(*do_bench(recorded(function) if graph else function, warmup=25, rep=milliseconds, quantiles=list(QUANTILES)))
+        return Time(
+            *do_bench(
+                recorded(function) if graph else function,
+                warmup=25,
+                rep=milliseconds,
+                quantiles=list(QUANTILES),
+            )
+        )
     function()
     times, end = [], time.perf_counter() + milliseconds / 1e3
     while len(times) < 3 or time.perf_counter() < end:
@@ -39,7 +58,10 @@ def measure(function: Callable[[], object], device: torch.device, milliseconds: 
 
 
 def recorded(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` as a CUDA graph; itself where it cannot be one, since it waits for the GPU or no stream of its own is current."""
+    """Return `function` as a CUDA graph, or `function` itself if it cannot be recorded.
+
+    It cannot be recorded if it waits for the GPU, or if the current stream is the default stream.
+    """
     function()
     torch.cuda.synchronize()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -48,14 +70,18 @@ def recorded(function: Callable[[], object]) -> Callable[[], object]:
     try:
         with torch.cuda.graph(graph, stream=stream):
             function()
-    except Exception:  # whatever the library behind it raises
+    # The library behind the function may raise any exception.
+    except Exception:
         torch.cuda.synchronize()
         return function
     return graph.replay
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that is far larger than the L2 cache (8 GB on a GPU)."""
+    """Return the bytes per second, read and written, of a copy.
+
+    The copy is far larger than the L2 cache (8 GB on a GPU).
+    """
     count = 1 << (32 if device.type == "cuda" else 25)
     source = torch.empty(count, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -63,7 +89,10 @@ def copy_rate(device: torch.device) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large square matrix product on random numbers (on zeros GPUs are reported to run faster)."""
+    """Return the FLOP per second of a large square matrix product on random numbers.
+
+    GPUs are reported to run faster on zeros.
+    """
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / (1e-3 * measure(lambda: a @ b, device).p50)

@@ -1,6 +1,8 @@
-"""`var-scale bench kernels`: time every operator in every form, forward, backward and both, and write it down.
+"""The command `var-scale bench kernels`.
 
-Each form is first compared with the eager one in float32; a form that is wrong is reported as such and not timed.
+It times the forward pass, the backward pass and both for every operator in every form, and writes
+the results. It first compares each form with the eager form in float32. A form that is wrong is
+reported as wrong and is not timed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from var_kernels.bench.measure import Time, copy_rate, measure, product_rate
+from var_kernels.bench.measure import copy_rate, measure, product_rate
 from var_kernels.bench.operators import OPERATORS, SHAPES, TRY, Problem, Shape, problems
 
 from var_kernels import gelu_mlp
@@ -28,16 +30,22 @@ TOLERANCE = 0.02
 
 
 def outputs(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]:
-    """The outputs that gradients are given for; all of them where there is none."""
+    """Return the outputs that the problem has gradients for, or all outputs if it has none."""
     out = form(*problem.inputs)
     outs = list(out) if isinstance(out, tuple) else [out]
     return outs[: len(problem.gradients) or None]
 
 
 def wrong(form: Callable[..., Any], problem: Problem) -> str:
-    """What is wrong with a form, by the eager one in float32; empty when nothing is."""
-    exact = replace(problem, inputs=[t.detach().float().requires_grad_(t.requires_grad) for t in problem.inputs],
-                    gradients=[g.float() for g in problem.gradients])  # fmt: skip
+    """Compare a form with the eager form in float32.
+
+    Returns a description of the difference, or "" if the form is right.
+    """
+    exact = replace(
+        problem,
+        inputs=[t.detach().float().requires_grad_(t.requires_grad) for t in problem.inputs],
+        gradients=[g.float() for g in problem.gradients],
+    )
     results, truths = everything(form, problem), everything(problem.forms["eager"], exact)
     for number, (value, truth) in enumerate(zip(results, truths, strict=True)):
         if not value.is_floating_point():
@@ -49,26 +57,38 @@ def wrong(form: Callable[..., Any], problem: Problem) -> str:
 
 
 def everything(form: Callable[..., Any], problem: Problem) -> list[torch.Tensor]:
-    """Outputs and gradients, detached."""
+    """Return the outputs and the gradients, detached."""
     outs = outputs(form, problem)
     wanted = [t for t in problem.inputs if t.requires_grad]
-    grads = torch.autograd.grad(outs, wanted, problem.gradients, allow_unused=True) if problem.gradients else ()
+    grads = (
+        torch.autograd.grad(outs, wanted, problem.gradients, allow_unused=True)
+        if problem.gradients
+        else ()
+    )
     return [t.detach() for t in (*outs, *grads) if t is not None]
 
 
 def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) -> dict[str, Any]:
-    """Forward (with what it keeps for the backward), backward, both, a whole call with its launches; and the peak of memory beyond the
-    inputs."""
+    """Time one form and measure its memory.
+
+    The times are those of the forward pass (which includes what it keeps for the backward pass),
+    the backward pass, both, and a whole call with its launches. The peak of the memory excludes the
+    inputs.
+    """
     result: dict[str, Any] = {"forward": asdict(measure(lambda: form(*problem.inputs), device))}
     if problem.gradients:
         wanted = [t for t in problem.inputs if t.requires_grad]
         outs = outputs(form, problem)
 
         def backward() -> None:
-            torch.autograd.grad(outs, wanted, problem.gradients, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                outs, wanted, problem.gradients, retain_graph=True, allow_unused=True
+            )
 
         def both() -> None:
-            torch.autograd.grad(outputs(form, problem), wanted, problem.gradients, allow_unused=True)
+            torch.autograd.grad(
+                outputs(form, problem), wanted, problem.gradients, allow_unused=True
+            )
 
         result["backward"] = asdict(measure(backward, device))
         del outs
@@ -87,10 +107,17 @@ def time_form(form: Callable[..., Any], problem: Problem, device: torch.device) 
     return result
 
 
-def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, float], forms: Sequence[str] = ()) -> dict[str, Any]:
-    """The forms of one operator at one shape, all where none is named."""
-    row: dict[str, Any] = {"operator": problem.name, "shape": problem.shape.name, "bytes": problem.bytes, "flops": problem.flops,
-                           "serial": problem.serial}  # fmt: skip
+def run_problem(
+    problem: Problem, device: torch.device, ceilings: dict[str, float], forms: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Time the given forms of one operator at one shape, or all forms if none is given."""
+    row: dict[str, Any] = {
+        "operator": problem.name,
+        "shape": problem.shape.name,
+        "bytes": problem.bytes,
+        "flops": problem.flops,
+        "serial": problem.serial,
+    }
     row["forms"] = {}
     for name, form in problem.forms.items():
         if forms and not any(name.startswith(text) for text in forms):
@@ -98,30 +125,43 @@ def run_problem(problem: Problem, device: torch.device, ceilings: dict[str, floa
         try:
             reason = "" if name in problem.parts else wrong(form, problem)
             row["forms"][name] = {"wrong": reason} if reason else time_form(form, problem, device)
-        except Exception as error:  # a competitor that does not run here must not end the bench
-            row["forms"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        # A competitor that does not run on this machine must not end the benchmark.
+        except Exception as error:
+            row["forms"][name] = {
+                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            }
         print(line(row, name, ceilings), flush=True)
     return row
 
 
 def line(row: dict[str, Any], name: str, ceilings: dict[str, float]) -> str:
-    """One form as text."""
+    """Return the result of one form as text."""
     form = row["forms"][name]
     head = f"{row['shape']:16} {row['operator']:26} {name:10}"
     if "failed" in form or "wrong" in form:
         return f"{head} {form.get('failed') or 'WRONG: ' + form['wrong']}"
-    parts = [f"{what} {Time(**form[what]).p50:9.4f} ms" for what in ("forward", "backward", "both", "called") if what in form]
+    parts = [
+        f"{what} {form[what]['p50']:9.4f} ms"
+        for what in ("forward", "backward", "both", "called")
+        if what in form
+    ]
     return f"{head} {'  '.join(parts)}  {share(row, form, ceilings)}"
 
 
 def floor_seconds(row: dict[str, Any], place: int, ceilings: dict[str, float]) -> float:
-    """The least time of the forward (0) or backward (1) pass on this device, by its measured copy and product rates."""
-    moving, counting = row["bytes"][place] / ceilings["copy_bytes_per_s"], row["flops"][place] / ceilings["product_flop_per_s"]
+    """Return the least time of the forward (0) or backward (1) pass on this device.
+
+    It follows from the measured copy and product rates.
+    """
+    moving, counting = (
+        row["bytes"][place] / ceilings["copy_bytes_per_s"],
+        row["flops"][place] / ceilings["product_flop_per_s"],
+    )
     return moving + counting if row["serial"] else max(moving, counting)
 
 
 def share(row: dict[str, Any], form: dict[str, Any], ceilings: dict[str, float]) -> str:
-    """Of the measured copy or product rate, forward and backward."""
+    """Return the share of the floor that the forward and backward passes reach, as text."""
     parts = []
     for place, what in enumerate(("forward", "backward")):
         if what not in form:
@@ -132,7 +172,7 @@ def share(row: dict[str, Any], form: dict[str, Any], ceilings: dict[str, float])
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, device, command, date."""
+    """Return the versions, the device, the command and the date."""
     from importlib import metadata
 
     versions = {}
@@ -141,40 +181,72 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.processor() or platform.machine()})"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU ({platform.processor() or platform.machine()})"
+    )
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
-    return {"device": name, "versions": versions, "commit": commit or None, "command": " ".join(["var-scale", *sys.argv[1:]]),
-            "timing": "the GPU alone" if device.type == "cuda" else "whole calls", "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here
+    ).stdout.strip()
+    return {
+        "device": name,
+        "versions": versions,
+        "commit": commit or None,
+        "command": " ".join(["var-scale", *sys.argv[1:]]),
+        "timing": "the GPU alone" if device.type == "cuda" else "whole calls",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def ceilings_of(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure the rates of copies and of matrix products, which bound every kernel."""
+    return {
+        "copy_bytes_per_s": copy_rate(device),
+        "product_flop_per_s": product_rate(device, dtype),
+    }
 
 
 def require_writable(out: Path | None) -> None:
-    """ValueError when results could not be written there, before an hour is spent on them."""
+    """Raise ValueError if the results cannot be written to `out`.
+
+    The check runs before an hour is spent on the results.
+    """
     if out is None:
         return
     if out.suffix != ".json":
-        raise ValueError(f"--out {out}: results are JSON; give a name that ends in .json")
+        raise ValueError(f"--out {out}: the results are JSON; use a name that ends in .json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a"):
             pass
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot write there ({error.strerror}); give another file") from None
+        raise ValueError(
+            f"--out {out}: cannot write this file ({error.strerror}); use another file"
+        ) from None
 
 
 def require_known(what: str, given: list[str], known: list[str]) -> None:
-    """ValueError for a name that none of the known ones begins with."""
+    """Raise ValueError for a given name that is not the beginning of a known name."""
     for name in given:
         if not any(other.startswith(name) for other in known):
-            raise ValueError(f"--{what} {name}: not known; take one of {', '.join(known)}")
+            raise ValueError(f"--{what} {name}: not known; use one of {', '.join(known)}")
 
 
 def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Time the MLP's two forms, forward and backward, at a shape, and keep the faster for its widths; see mlp/tune.py."""
+    """Time the two forms of the MLP at a shape and store the faster form for its widths.
+
+    The times include the forward and backward passes; see mlp/tune.py.
+    """
     C, hidden = shape.C, 4 * shape.C
-    x, dy = (torch.randn(shape.B, shape.L, C, device=device).to(dtype).requires_grad_() for _ in range(2))
+    x, dy = (
+        torch.randn(shape.B, shape.L, C, device=device).to(dtype).requires_grad_() for _ in range(2)
+    )
     sizes = ((hidden, C), (hidden,), (C, hidden), (C,))
-    weights = [(torch.randn(*size, device=device) * size[-1] ** -0.5).requires_grad_() for size in sizes]
+    weights = [
+        (torch.randn(*size, device=device) * size[-1] ** -0.5).requires_grad_() for size in sizes
+    ]
 
     def form(name: str) -> Callable[[], object]:
         os.environ["VAR_KERNELS_MLP"] = name
@@ -188,7 +260,15 @@ def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
 
     given = os.environ.get("VAR_KERNELS_MLP")
     try:
-        return tune.tune(form, device, dtype, C, hidden, shape.B * shape.L, lambda call: measure(call, device).p50)
+        return tune.tune(
+            form,
+            device,
+            dtype,
+            C,
+            hidden,
+            shape.B * shape.L,
+            lambda call: measure(call, device).p50,
+        )
     finally:
         os.environ.pop("VAR_KERNELS_MLP", None)
         if given is not None:
@@ -197,59 +277,97 @@ def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def run_sweep(names: list[str], out: Path | None) -> None:
-    """Time the launch settings of the kernels one by one; see sweep.py. ValueError where there is no GPU."""
+    """Time the launch settings of the kernels one by one; see sweep.py.
+
+    Raises ValueError if there is no GPU.
+    """
     from var_kernels.bench.sweep import KERNELS, sweep
 
     require_known("operators", names, list(KERNELS))
     require_writable(out)
     if not torch.cuda.is_available():
-        raise ValueError("--sweep: settings are timed on a GPU, and there is none")
+        raise ValueError("--sweep: the settings are timed on a GPU, but this machine has none")
     device = torch.device("cuda")
-    ceilings = {"copy_bytes_per_s": copy_rate(device), "product_flop_per_s": product_rate(device, torch.bfloat16)}
+    ceilings = ceilings_of(device, torch.bfloat16)
     with torch.cuda.stream(torch.cuda.Stream()):
-        rows = sweep([known for known in KERNELS if any(known.startswith(name) for name in names or KERNELS)])
+        rows = sweep(
+            [known for known in KERNELS if any(known.startswith(name) for name in names or KERNELS)]
+        )
     if out:
-        out.write_text(json.dumps({**describe(device), "ceilings": ceilings, "sweep": rows}, indent=1) + "\n")
-        print(f"written: {out}")
+        result = {**describe(device), "ceilings": ceilings, "sweep": rows}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {out}")
 
 
 def run(
-    operators: list[str], shapes: list[str], out: Path | None, tune_first: bool = False, forms: list[str] | None = None
+    operators: list[str],
+    shapes: list[str],
+    out: Path | None,
+    tune_first: bool = False,
+    forms: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time what is named (all where nothing is); on a CPU only a small shape, which says nothing about a GPU. `tune_first` decides the
-    form of the MLP at each width and keeps the decision on this machine."""
+    """Time the given operators at the given shapes in the given forms, or all where none is given.
+
+    On a CPU only a small shape is timed, and its times do not apply to a GPU. `tune_first` first
+    chooses the form of the MLP at each width and stores the choice on this machine.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require_known("operators", operators, OPERATORS)
     require_known("shapes", shapes, [shape.name for shape in SHAPES])
     require_writable(out)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = [s for s in SHAPES if not shapes or any(s.name.startswith(text) for text in shapes)] if device.type == "cuda" else TRY
-    ceilings = {"copy_bytes_per_s": copy_rate(device), "product_flop_per_s": product_rate(device, dtype)}
+    chosen = (
+        [s for s in SHAPES if not shapes or any(s.name.startswith(text) for text in shapes)]
+        if device.type == "cuda"
+        else TRY
+    )
+    ceilings = ceilings_of(device, dtype)
     about = describe(device)
-    print(f"{about['device']}: copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s, {dtype} product "
-          f"{ceilings['product_flop_per_s'] / 1e12:.4g} TFLOP/s", flush=True)  # fmt: skip
+    print(
+        f"{about['device']}: copy {ceilings['copy_bytes_per_s'] / 1e12:.3g} TB/s, {dtype} product "
+        f"{ceilings['product_flop_per_s'] / 1e12:.4g} TFLOP/s",
+        flush=True,
+    )
     if device.type != "cuda":
-        print("no GPU here: a small shape on the CPU, to try the bench; its times say nothing about the kernels", flush=True)
+        print(
+            "this machine has no GPU: the benchmark runs a small shape on the CPU as a trial; "
+            "its times do not apply to the kernels",
+            flush=True,
+        )
     torch.manual_seed(0)
-    if device.type == "cuda":  # else compiled forms refuse a second backward over one graph
+    # With donated buffers, compiled forms refuse a second backward pass over one graph.
+    if device.type == "cuda":
         from torch._functorch import config as functorch
 
         functorch.donated_buffer = False
     rows = []
-    with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext():  # where graphs can be recorded
+    # CUDA graphs can be recorded on a separate stream.
+    with (
+        torch.cuda.stream(torch.cuda.Stream())
+        if device.type == "cuda"
+        else contextlib.nullcontext()
+    ):
         for shape in chosen:
             if tune_first:
                 entry = tune_mlp(shape, device, dtype)
-                times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items())
-                print(f"{shape.name}: the MLP runs on {entry['choice']} products ({times}); kept in {tune.cache_file()}", flush=True)
+                times = ", ".join(
+                    f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items()
+                )
+                print(
+                    f"{shape.name}: the MLP uses the {entry['choice']} products ({times}); "
+                    f"the choice is stored in {tune.cache_file()}",
+                    flush=True,
+                )
             for problem in problems(shape, device, dtype):
                 if not operators or any(problem.name.startswith(name) for name in operators):
-                    torch._dynamo.reset()  # each shape compiled for itself
+                    # Each shape is compiled separately.
+                    torch._dynamo.reset()
                     rows.append(run_problem(problem, device, ceilings, forms or []))
     if out:
-        out.write_text(json.dumps({**about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
         from var_kernels.bench.roofline import draw
 
-        draw(json.loads(out.read_text()), out.with_suffix(".png"))
-        print(f"written: {out}, {out.with_suffix('.png')}")
+        result = {**about, "ceilings": ceilings, "rows": rows}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, out.with_suffix(".png"))
+        print(f"wrote {out} and {out.with_suffix('.png')}")
     return rows

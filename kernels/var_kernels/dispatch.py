@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and what else the operators share."""
+"""The decision where the Triton kernels can run, and functions that all operators share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,26 @@ R = TypeVar("R")
 
 MINIMUM_CAPABILITY = (8, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""the kernels run in Triton's interpreter: tests without a GPU"""
+"""Whether the kernels run in Triton's interpreter, as they do in tests without a GPU."""
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function whose result is a constant for torch.compile.
+
+    `torch.compiler.assume_constant_result` sets the same mark and nothing else. It would import
+    torch's compiler, which costs 1.3 CPU seconds in every program that imports these operators.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def why_not(device: torch.device) -> str:
-    """Why the kernels cannot run on `device`; empty when they can. With VAR_KERNELS_INTERPRET=1 and TRITON_INTERPRET=1 they run anywhere,
-    very slowly: for tests of what is built on them. A compiler takes the answer as a constant."""
+    """Return the reason why the kernels cannot run on `device`, or "" if they can.
+
+    With VAR_KERNELS_INTERPRET=1 and TRITON_INTERPRET=1 they run on every device, but very slowly.
+    This is for tests of the code that uses the kernels.
+    """
     return _why_not(device)
 
 
@@ -37,48 +50,78 @@ def _why_not(device: torch.device) -> str:
         return f"the kernels need an NVIDIA GPU, not {device.type}"
     if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return f"the kernels need compute capability 8.0 (Ampere), {name} has {torch.cuda.get_device_capability(device)}"
+        found = torch.cuda.get_device_capability(device)
+        return f"the kernels need compute capability 8.0 (Ampere), but {name} has {found}"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
+        return "Triton is not installed; install it with: pip install triton"
     return ""
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the operators run as Triton kernels for `x`; otherwise (also for float64 and for nothing) in their PyTorch form."""
+    """Return whether the operators run as Triton kernels for `x`.
+
+    Otherwise they run in their PyTorch form. This includes float64 and empty tensors.
+    """
     return x.dtype != torch.float64 and x.numel() > 0 and not why_not(x.device)
 
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 4 where there is none (tests in the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Return the number of streaming multiprocessors of a GPU.
+
+    Without a GPU (in tests in the interpreter) the number is 4.
+    """
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
 
 
 def launches(function: Callable[P, R]) -> Callable[P, R]:
-    """Triton launches on the current device: make it that of the first tensor."""
+    """Make a function launch its kernels on the device of its first tensor.
+
+    Triton itself uses the current device.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
-        with torch.cuda.device_of(first) if isinstance(first, Tensor) and first.is_cuda else contextlib.nullcontext():
+        with (
+            torch.cuda.device_of(first)
+            if isinstance(first, Tensor) and first.is_cuda
+            else contextlib.nullcontext()
+        ):
             return function(*args, **kwargs)
 
     return wrapper
 
 
 def require(condition: bool, message: str, *values: Any) -> None:
-    """ValueError unless the arguments of an operator fit: the kernels themselves would read past their ends. `values` fill the message."""
+    """Raise ValueError unless the arguments of an operator fit.
+
+    The kernels themselves do not check the shapes: they would read past the ends of the tensors.
+    `values` fill the placeholders of the message.
+    """
     if not condition:
-        raise ValueError(message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values)))
+        raise ValueError(
+            message.format(*(tuple(v) if isinstance(v, torch.Size) else v for v in values))
+        )
 
 
 def eager(
-    forward: Callable[..., tuple[Tensor, ...]], save: Callable[..., None], backward: Callable[..., tuple[Any, ...]], differentiable: int = 1
+    forward: Callable[..., tuple[Tensor, ...]],
+    save: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    differentiable: int = 1,
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """An operator's autograd function for eager calls, past the dispatcher and its overhead.
+    """Return an autograd function of an operator for eager calls.
 
-    `forward(*inputs)` gives all outputs, of which the first `differentiable` have gradients; `save(ctx, inputs, outputs)` and
-    `backward(ctx, *gradients)` are as torch.library.register_autograd takes them.
+    It avoids the overhead of the dispatcher.
+
+    `forward(*inputs)` returns all outputs, of which the first `differentiable` have gradients.
+    `save(ctx, inputs, outputs)` and `backward(ctx, *gradients)` are the functions that
+    torch.library.register_autograd takes.
     """
 
     class Function(torch.autograd.Function):
@@ -99,11 +142,20 @@ def eager(
 
 @lru_cache(maxsize=16)
 def generation(device: torch.device) -> int:
-    """Major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell; 9 where there is no GPU."""
+    """Return the major compute capability of a GPU, or 9 without a GPU.
+
+    It is 8 for Ampere and Ada, 9 for Hopper, and 10 for Blackwell.
+    """
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Return the precision of tl.dot: float32 is exact unless torch allows TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type matrix products run in: autocast's when it is on, else that of `x`."""
+    """Return the dtype of matrix products: that of autocast if it is enabled, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,4 +1,4 @@
-"""What the references of all operators share."""
+"""Functions that the references of all operators share."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least float32: half precision is computed in float32, float64 stays float64."""
+    """Return x in at least float32: half precision becomes float32, and float64 stays float64."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

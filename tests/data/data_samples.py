@@ -5,11 +5,18 @@ from pathlib import Path
 import numpy as np
 
 from var_scale.data.embedded import png_bytes
-from var_scale.data.shards import ShardSetWriter
+from var_scale.data.shards import ShardSetWriter, token_sample
 from var_scale.files import sha256_file
 
 PATCH_NUMS = [1, 2, 3]
-TOKENS = {"dtype": "<u2", "views": 2, "length": 14, "patch_nums": PATCH_NUMS, "vocab_size": 300, "tokenizer_hash": "abc"}
+TOKENS = {
+    "dtype": "<u2",
+    "views": 2,
+    "length": 14,
+    "patch_nums": PATCH_NUMS,
+    "vocab_size": 300,
+    "tokenizer_hash": "abc",
+}
 
 
 def image(index: int) -> np.ndarray:
@@ -17,7 +24,9 @@ def image(index: int) -> np.ndarray:
 
 
 def write_images(folder: Path, count: int = 20, per_shard: int = 8) -> None:
-    with ShardSetWriter(folder, "image", "train", 5, per_shard, {"name": "test", "count": count}) as writer:
+    with ShardSetWriter(
+        folder, "image", "train", 5, per_shard, {"name": "test", "count": count}
+    ) as writer:
         for index in range(writer.completed_samples(), count):
             writer.add_image(png_bytes(image(index)), index % 5)
         writer.finish()
@@ -25,12 +34,18 @@ def write_images(folder: Path, count: int = 20, per_shard: int = 8) -> None:
 
 def write_tokens(folder: Path, count: int = 20, per_shard: int = 8) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, 300, (count, 2, 14))
-    with ShardSetWriter(folder, "tokens", "train", 5, per_shard, {"name": "test"}, TOKENS) as writer:
+    with ShardSetWriter(
+        folder, "tokens", "train", 5, per_shard, {"name": "test"}, TOKENS
+    ) as writer:
         for index in range(writer.completed_samples(), count):
-            writer.add_tokens(tokens[index], index % 5)
+            writer.add(token_sample(tokens[index], index % 5))
         writer.finish()
     return tokens
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,4 +1,4 @@
-"""The embedded set, the transforms, and image shards to token shards."""
+"""The embedded image set, the transforms, and the conversion of image shards to token shards."""
 
 import io
 from pathlib import Path
@@ -7,17 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_samples import hashes
-from PIL import Image
+from PIL import Image, ImageOps
 
+from tests.data.data_samples import hashes
+from tests.raises import raises
+from var_scale.cli import main
+from var_scale.data.convert import shard_images
 from var_scale.data.embedded import LeavesSettings, leaves_images, write_leaves
-from var_scale.data.images import decode_image, open_image
-from var_scale.data.loader import ImageData, TokenData
+from var_scale.data.image_loader import ImageData
+from var_scale.data.images import ORIENTATION, decode_image, open_image
+from var_scale.data.indexing import index_folder
+from var_scale.data.loader import TokenData
 from var_scale.data.manifest import Manifest
-from var_scale.data.shards import verify_folder
 from var_scale.data.tokenize import Encode, TokenSet, tokenize_folder
-from var_scale.data.transforms import eval_transform, resize_to_cover, to_minus1_1, train_transform, who_resizes
-from var_scale.errors import UserError
+from var_scale.data.transforms import (
+    eval_transform,
+    pil_loader,
+    resize_to_cover,
+    to_minus1_1,
+    train_transform,
+    who_resizes,
+)
+from var_scale.data.verify import verify_folder
+from var_scale.evaluate.edit import read_picture
+from var_scale.evaluate.read_images import read_images
 
 SMALL = LeavesSettings(size=16, num_classes=4, species=32, leaves=6)
 
@@ -28,20 +41,25 @@ def test_an_image_depends_only_on_its_number() -> None:
     assert labels.tolist() == [index % 4 for index in range(600)]
     for start, count in ((0, 1), (255, 2), (300, 300), (511, 3)):
         part, part_labels = leaves_images(SMALL, "train", start, count)
-        np.testing.assert_array_equal(part, whole[start:start + count])
-        np.testing.assert_array_equal(part_labels, labels[start:start + count])
+        np.testing.assert_array_equal(part, whole[start : start + count])
+        np.testing.assert_array_equal(part_labels, labels[start : start + count])
 
 
 def test_splits_and_seeds_are_disjoint() -> None:
     sets = [leaves_images(SMALL, split, 0, 400)[0] for split in ("train", "val", "test")]
-    sets.append(leaves_images(LeavesSettings(size=16, num_classes=4, species=32, leaves=6, seed=1), "train", 0, 400)[0])
+    sets.append(
+        leaves_images(
+            LeavesSettings(size=16, num_classes=4, species=32, leaves=6, seed=1), "train", 0, 400
+        )[0]
+    )
     assert len({image.tobytes() for images in sets for image in images}) == 1600
-    with pytest.raises(UserError, match="split 'valid'"):
+    with raises("data.split-name", "'valid'"):
         leaves_images(SMALL, "valid", 0, 1)
 
 
 def test_classes_differ_and_images_vary() -> None:
-    """A nearest-mean-colour-histogram rule, fitted on train, finds the class in val far above chance: the classes are conditional."""
+    """A rule that takes the nearest mean colour histogram, fitted on train, finds the class in val
+    far more often than by chance: the images depend on their class."""
     settings = LeavesSettings()
 
     def histogram(images: np.ndarray) -> np.ndarray:
@@ -50,14 +68,17 @@ def test_classes_differ_and_images_vary() -> None:
 
     train, train_labels = leaves_images(settings, "train", 0, 1024)
     val, val_labels = leaves_images(settings, "val", 0, 256)
-    means = np.stack([np.log(histogram(train[train_labels == label]).mean(0) + 1e-3) for label in range(10)])
+    means = np.stack(
+        [np.log(histogram(train[train_labels == label]).mean(0) + 1e-3) for label in range(10)]
+    )
     accuracy = ((histogram(val) @ means.T).argmax(1) == val_labels).mean()
     assert 0.3 < accuracy < 0.99
     assert train.std(0).mean() > 40 and (train.reshape(1024, -1).std(1) > 10).mean() > 0.99
 
 
 def test_golden_pixels() -> None:
-    """The set must not drift: coarse means, with room for one grey level between numpy builds."""
+    """The set must not change: coarse means are compared, with a tolerance of one grey level
+    between numpy builds."""
     images, _ = leaves_images(LeavesSettings(leaves=16), "train", 0, 256)
     np.testing.assert_allclose(images.mean((0, 1, 2)), GOLDEN_MEANS, atol=0.1)
     np.testing.assert_allclose(images[7, 3, ::8].astype(int), GOLDEN_PIXELS, atol=1)
@@ -68,7 +89,9 @@ GOLDEN_PIXELS = [[37, 32, 3], [181, 30, 99], [175, 250, 169], [252, 244, 133]]
 
 
 def test_write_leaves_continues_and_does_not_depend_on_processes(tmp_path: Path) -> None:
-    manifest = write_leaves(tmp_path / "a", "train", 1100, SMALL, samples_per_shard=300, processes=1)
+    manifest = write_leaves(
+        tmp_path / "a", "train", 1100, SMALL, samples_per_shard=300, processes=1
+    )
     write_leaves(tmp_path / "b", "train", 1100, SMALL, samples_per_shard=300, processes=2)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
     assert manifest.num_samples == 1100 and verify_folder(tmp_path / "a") == []
@@ -77,16 +100,22 @@ def test_write_leaves_continues_and_does_not_depend_on_processes(tmp_path: Path)
     assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
     images = ImageData(tmp_path / "a").images(np.arange(250, 350))
     np.testing.assert_array_equal(images, leaves_images(SMALL, "train", 250, 100)[0])
-    with pytest.raises(UserError, match=r"source\.seed: 0 there, 1 here.*remove the folder or choose another"):
+    with raises("data.other-settings", "source.seed"):
         write_leaves(tmp_path / "a", "train", 1100, LeavesSettings(16, 4, 32, 6, seed=1))
 
 
-def test_write_leaves_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_leaves_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from var_scale.data import embedded
 
     write_leaves(tmp_path / "whole", "val", 700, SMALL, 150, processes=1)
     real = embedded._encoded
-    monkeypatch.setattr(embedded, "_encoded", lambda job: (_ for _ in ()).throw(KeyboardInterrupt) if job[2] >= 512 else real(job))
+    monkeypatch.setattr(
+        embedded,
+        "_encoded",
+        lambda job: (_ for _ in ()).throw(KeyboardInterrupt) if job[2] >= 512 else real(job),
+    )
     with pytest.raises(KeyboardInterrupt):
         write_leaves(tmp_path / "cut", "val", 700, SMALL, 150, processes=1)
     monkeypatch.setattr(embedded, "_encoded", real)
@@ -95,7 +124,7 @@ def test_write_leaves_after_an_interruption(tmp_path: Path, monkeypatch: pytest.
 
 
 def encode(images: np.ndarray) -> np.ndarray:
-    """A stand-in tokenizer: 14 pixel values."""
+    """A tokenizer for tests: 14 pixel values."""
     return images.reshape(len(images), -1)[:, :14].astype(np.int64)
 
 
@@ -109,8 +138,10 @@ def tokenize(
     size: tuple[int, int] | None = None,
     **more: Any,
 ) -> Manifest:
-    """Image shards to token shards with three scales."""
-    return tokenize_folder(TokenSet(ImageData(images, size), out, identity, (1, 2, 3), vocab, **more), encode, batch)
+    """Convert image shards to token shards with three scales."""
+    return tokenize_folder(
+        TokenSet(ImageData(images, size), out, identity, (1, 2, 3), vocab, **more), encode, batch
+    )
 
 
 def test_tokenize(tmp_path: Path) -> None:
@@ -126,7 +157,12 @@ def test_tokenize(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tokenize(tmp_path / "images", tmp_path / "cut", counted, samples_per_shard=100)
     calls.clear()
-    manifest = tokenize(tmp_path / "images", tmp_path / "cut", lambda x: calls.append(len(x)) or encode(x), samples_per_shard=100)
+    manifest = tokenize(
+        tmp_path / "images",
+        tmp_path / "cut",
+        lambda x: calls.append(len(x)) or encode(x),
+        samples_per_shard=100,
+    )
     assert sum(calls) == 200, "the complete shard was not made again"
     tokenize(tmp_path / "images", tmp_path / "whole", encode, samples_per_shard=100)
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
@@ -139,12 +175,17 @@ def test_tokenize(tmp_path: Path) -> None:
     def never(images: np.ndarray) -> np.ndarray:
         raise AssertionError("complete: nothing to encode")
 
-    assert tokenize(tmp_path / "images", tmp_path / "whole", never, samples_per_shard=100) == manifest
-    with pytest.raises(UserError, match="made by tokenizer abc, this run uses xyz"):
+    assert (
+        tokenize(tmp_path / "images", tmp_path / "whole", never, samples_per_shard=100) == manifest
+    )
+    with raises("data.other-tokenizer", "abc", "xyz"):
         tokenize(tmp_path / "images", tmp_path / "whole", never, "xyz")
-    for vocab_size, wrong, message in ((70000, encode, "65536"), (256, lambda x: encode(x)[:, :3], "returned int64"),
-                                       (9, encode, "outside 0..8")):
-        with pytest.raises(UserError, match=message):
+    for vocab_size, wrong, code, name in (
+        (70000, encode, "data.vocabulary", "65536"),
+        (256, lambda x: encode(x)[:, :3], "data.tokenizer-output", "int64"),
+        (9, encode, "data.tokenizer-output", "0 to 8"),
+    ):
+        with raises(code, name):
             tokenize(tmp_path / "images", tmp_path / "new", wrong, vocab=vocab_size)
         assert not (tmp_path / "new" / "manifest.json").exists()
 
@@ -161,11 +202,14 @@ def test_several_views_are_random_crops(tmp_path: Path) -> None:
 
 
 def test_parts_make_the_same_tokens(tmp_path: Path) -> None:
-    """Several processes, each with its own shards, one of them killed and run again: the bytes of one process."""
+    """Several processes, each with its own shards, one of which is killed and run again, write the
+    bytes of one process."""
     write_leaves(tmp_path / "images", "train", 100, SMALL, 128, processes=1)
     tokenize(tmp_path / "images", tmp_path / "one", encode, samples_per_shard=16)
     for part in (2, 0, 2, 1):
-        tokens = TokenSet(ImageData(tmp_path / "images"), tmp_path / "three", "abc", (1, 2, 3), 256, 16)
+        tokens = TokenSet(
+            ImageData(tmp_path / "images"), tmp_path / "three", "abc", (1, 2, 3), 256, 16
+        )
         tokens.write(encode, 48, part, 3)
     assert tokens.done() == 100
     tokens.shards.finish()
@@ -176,21 +220,30 @@ def picture(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-needs_lanczos = pytest.mark.skipif(who_resizes("auto") != "torch", reason="PyTorch before 2.12 has no Lanczos")
+needs_lanczos = pytest.mark.skipif(
+    who_resizes("auto") != "torch", reason="PyTorch before 2.12 has no Lanczos"
+)
 
 
 @needs_lanczos
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (36, 36), (33, 200)])
 def test_transform_sizes(size: tuple[int, int]) -> None:
-    for shape in (eval_transform(picture(*size), (32, 32)).shape, train_transform(picture(*size), (32, 32), 0, 1, 2).shape):
+    for shape in (
+        eval_transform(picture(*size), (32, 32)).shape,
+        train_transform(picture(*size), (32, 32), 0, 1, 2).shape,
+    ):
         assert shape == (32, 32, 3)
 
 
 @needs_lanczos
 @pytest.mark.parametrize("size", [(50, 40), (40, 50), (300, 31), (18, 36), (33, 200)])
 def test_transforms_to_what_is_not_square(size: tuple[int, int]) -> None:
-    """Resized until one side is 1.125 times what is wanted and the other no less, then cut."""
-    for shape in (eval_transform(picture(*size), (16, 32)).shape, train_transform(picture(*size), (16, 32), 0, 1, 2).shape):
+    """Images are resized until one side is 1.125 times the requested size and the other is no less,
+    and then cropped."""
+    for shape in (
+        eval_transform(picture(*size), (16, 32)).shape,
+        train_transform(picture(*size), (16, 32), 0, 1, 2).shape,
+    ):
         assert shape == (16, 32, 3)
     height, width = resize_to_cover(picture(*size), (18, 36), "pillow").shape[:2]
     assert (height == 18 and width >= 36) or (height >= 18 and width == 36)
@@ -198,28 +251,45 @@ def test_transforms_to_what_is_not_square(size: tuple[int, int]) -> None:
 
 @needs_lanczos
 def test_transform_is_the_official_one() -> None:
-    """By Pillow bit for bit; by PyTorch at most two grey levels from it."""
+    """With Pillow the transform is the official one bit for bit; with PyTorch it differs by at most
+    two grey levels."""
     image = picture(90, 60)
     resized = Image.fromarray(image).resize((54, 36), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(eval_transform(image, (32, 32), "pillow"), np.asarray(resized)[2:34, 11:43])
-    crops = {train_transform(image, (32, 32), 0, 0, sample, "pillow").tobytes() for sample in range(50)}
-    windows = {np.ascontiguousarray(np.asarray(resized)[y:y + 32, x:x + 32]).tobytes() for y in range(5) for x in range(23)}
+    np.testing.assert_array_equal(
+        eval_transform(image, (32, 32), "pillow"), np.asarray(resized)[2:34, 11:43]
+    )
+    crops = {
+        train_transform(image, (32, 32), 0, 0, sample, "pillow").tobytes() for sample in range(50)
+    }
+    windows = {
+        np.ascontiguousarray(np.asarray(resized)[y : y + 32, x : x + 32]).tobytes()
+        for y in range(5)
+        for x in range(23)
+    }
     assert crops <= windows and len(crops) > 20
-    np.testing.assert_array_equal(train_transform(image, (32, 32), 0, 0, 7), train_transform(image, (32, 32), 0, 0, 7))
+    np.testing.assert_array_equal(
+        train_transform(image, (32, 32), 0, 0, 7), train_transform(image, (32, 32), 0, 0, 7)
+    )
 
 
 @needs_lanczos
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 480), (300, 290), (1000, 333), (120, 160)])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (375, 500), (640, 480), (300, 290), (1000, 333), (120, 160)]
+)
 def test_the_fast_resize_is_near_the_exact_one(size: tuple[int, int]) -> None:
-    """On what resizing finds hardest, noise: at most 2 grey levels, in few pixels."""
+    """On noise, which is the hardest input for resizing, the fast resize differs by at most 2 grey
+    levels, in few pixels."""
     image = picture(*size)
-    exact, fast = (resize_to_cover(image, (288, 288), how).astype(int) for how in ("pillow", "torch"))
+    exact, fast = (
+        resize_to_cover(image, (288, 288), how).astype(int) for how in ("pillow", "torch")
+    )
     difference = np.abs(exact - fast)
     assert exact.shape == fast.shape and difference.max() <= 2 and difference.mean() < 0.02
 
 
 def test_decoding() -> None:
-    """JPEGs, also grey and CMYK ones, come as Pillow decodes them; half a file is refused."""
+    """JPEGs, including grey and CMYK ones, are decoded as Pillow decodes them; half a file is
+    refused."""
     simplejpeg = pytest.importorskip("simplejpeg")
     smooth = Image.fromarray(picture(40, 30)).resize((200, 150), Image.Resampling.BICUBIC)
     for mode in ("RGB", "L", "CMYK"):
@@ -227,8 +297,10 @@ def test_decoding() -> None:
         smooth.convert(mode).save(stream, "JPEG", quality=90)
         payload = stream.getvalue()
         assert simplejpeg.is_jpeg(payload)
-        np.testing.assert_array_equal(decode_image(payload, "here"), np.asarray(open_image(payload, "here")))
-        with pytest.raises(UserError, match="here is not a readable image"):
+        np.testing.assert_array_equal(
+            decode_image(payload, "here"), np.asarray(open_image(payload, "here"))
+        )
+        with raises("data.image-invalid", "here"):
             decode_image(payload[: len(payload) // 2], "here")
 
 
@@ -238,4 +310,107 @@ def test_to_minus1_1() -> None:
     result = to_minus1_1(images)
     assert result.shape == (2, 3, 4, 5) and result.dtype == torch.float32 and result.is_contiguous()
     assert result[0, :, 0, 0].tolist() == [-1.0, pytest.approx(1 / 255, abs=1e-6), 1.0]
-    torch.testing.assert_close(result[1, 2, 3, 4], torch.tensor(images[1, 3, 4, 2] / 127.5 - 1).float())
+    torch.testing.assert_close(
+        result[1, 2, 3, 4], torch.tensor(images[1, 3, 4, 2] / 127.5 - 1).float()
+    )
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+GREY = np.round(RAMP * 255)
+"""`RAMP` in 8 bits, to be met within half a grey level."""
+
+
+def file_of(pixels: np.ndarray, form: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "mode"),
+    [
+        ("<u2", "PNG", "I;16"),
+        ("<u2", "TIFF", "I;16"),
+        (">u2", "TIFF", "I;16B"),
+        ("<i4", "TIFF", "I"),
+        ("<u2", "PPM", "I"),
+        ("<f4", "TIFF", "F"),
+    ],
+)
+def test_more_than_8_bits(dtype: str, form: str, mode: str, tmp_path: Path) -> None:
+    """Grey images of 16 bits are scaled by their range and floating-point ones from 0 to 1, in
+    every place that reads images."""
+    pixels = RAMP.astype(dtype) if "f" in dtype else np.round(RAMP * 65535).astype(dtype)
+    payload = file_of(pixels, form)
+    assert Image.open(io.BytesIO(payload)).mode == mode
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    path = tmp_path / "in" / "a" / f"1.{form.lower()}"
+    path.write_bytes(payload)
+    shard_images(tmp_path / "in", tmp_path / "out")
+    for image in (
+        decode_image(payload, "here"),
+        ImageData(tmp_path / "out").images(np.array([0]))[0],
+        next(read_images(tmp_path / "in"))[0],
+        np.asarray(pil_loader(str(path))),
+        read_picture(path, (8, 8)),
+    ):
+        assert image.shape == (8, 8, 3)
+        np.testing.assert_allclose(image, np.repeat(GREY[..., None], 3, 2), atol=1)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        (RAMP * 255).astype("<f4"),
+        (RAMP - 0.5).astype("<f4"),
+        np.full((8, 8), np.nan, "<f4"),
+        (RAMP * 2**20).astype("<i4"),
+        (RAMP * 200).astype("<i4"),
+        (-RAMP * 200).astype("<i4"),
+    ],
+)
+def test_numbers_of_unknown_range(pixels: np.ndarray, tmp_path: Path) -> None:
+    """Other numbers are refused with the name of the file: they have no obvious range."""
+    payload = file_of(pixels, "TIFF")
+    with raises("data.image-range", "here"):
+        decode_image(payload, "here")
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "1.tif").write_bytes(payload)
+    with raises("data.too-many-broken", "1.tif has "):
+        shard_images(tmp_path / "in", tmp_path / "out", processes=1)
+
+
+def test_photos_of_phones_keep_their_bytes(tmp_path: Path) -> None:
+    """A JPEG with further views (MPO) is a JPEG."""
+    stream = io.BytesIO()
+    views = [Image.fromarray(picture(16, 16)), Image.fromarray(picture(8, 8))]
+    views[0].save(stream, "MPO", save_all=True, append_images=views[1:])
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "1.jpg").write_bytes(stream.getvalue())
+    shard_images(tmp_path / "in", tmp_path / "out")
+    tar = (tmp_path / "out" / "train-000000.tar").read_bytes()
+    assert stream.getvalue() in tar and b"000000000.jpg" in tar
+    assert ImageData(tmp_path / "out").shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(
+    orientation: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An orientation is counted and ignored, as in the official code, or applied once."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    path = tmp_path / "in" / "a" / "1.png"
+    Image.fromarray(picture(16, 8)).save(path, exif=exif)
+    shard_images(tmp_path / "in", tmp_path / "stored", processes=1)
+    index_folder(tmp_path / "stored")
+    told = capsys.readouterr().out
+    assert told.count("ignored the EXIF orientation of 1 image,") == (2 if orientation > 1 else 0)
+    (image,) = ImageData(tmp_path / "stored").images(np.array([0]))
+    np.testing.assert_array_equal(image, picture(16, 8))
+    for source, out in (("in", "upright"), ("upright", "again")):
+        main(["data", "shard", str(tmp_path / source), str(tmp_path / out), "--apply-exif"])
+        (image,) = ImageData(tmp_path / out).images(np.array([0]))
+        with Image.open(path) as stored:
+            np.testing.assert_array_equal(image, np.asarray(ImageOps.exif_transpose(stored)))

@@ -1,16 +1,24 @@
-"""Order and loader: every sample once an epoch, the same global batches at any world size, exact resumption."""
+"""The order and the loader: every sample occurs once per epoch, the global batches are the same at
+any world size, and resumption is exact."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_samples import TOKENS, image, write_images, write_tokens
 
-from var_scale.data.loader import ImageData, TokenData, TokenLoader
-from var_scale.data.order import epoch_permutation, eval_slices, global_batch_indices, rank_slice, uniform
+from tests.data.data_samples import TOKENS, image, write_images, write_tokens
+from tests.raises import raises
+from var_scale.data.image_loader import ImageData
+from var_scale.data.loader import TokenData, TokenLoader
+from var_scale.data.order import (
+    epoch_permutation,
+    eval_slices,
+    global_batch_indices,
+    rank_slice,
+    uniform,
+)
 from var_scale.data.shards import ShardSetWriter
-from var_scale.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +32,14 @@ def test_every_sample_exactly_once_an_epoch() -> None:
     for num_samples, batch in ((50, 8), (50, 64), (7, 3), (64, 16)):
         steps = -(-3 * num_samples // batch)
         parts = [global_batch_indices(num_samples, 5, step, batch) for step in range(steps)]
-        indices, epochs = (np.concatenate(column)[:3 * num_samples] for column in zip(*parts, strict=True))
+        indices, epochs = (
+            np.concatenate(column)[: 3 * num_samples] for column in zip(*parts, strict=True)
+        )
         for epoch in range(3):
             assert sorted(indices[epochs == epoch].tolist()) == list(range(num_samples))
-            np.testing.assert_array_equal(indices[epochs == epoch], epoch_permutation(num_samples, 5, epoch))
+            np.testing.assert_array_equal(
+                indices[epochs == epoch], epoch_permutation(num_samples, 5, epoch)
+            )
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -45,7 +57,8 @@ PINNED_UNIFORM = [0.4536586561820086, 0.6620858112555618, 0.789521970292708]
 
 
 def global_hash(data: TokenData, world: int, accumulate: int, steps: range) -> list[str]:
-    """Hash of the global batches, put together from the ranks' parts by position in the stream."""
+    """Hash of the global batches, assembled from the parts of the ranks by position in the
+    stream."""
     result = []
     loaders = [TokenLoader(data, 3, 24, world, rank, accumulate) for rank in range(world)]
     for step in steps:
@@ -53,8 +66,13 @@ def global_hash(data: TokenData, world: int, accumulate: int, steps: range) -> l
         positions = np.concatenate([batch.sample_positions_B for batch in batches])
         np.testing.assert_array_equal(np.sort(positions), np.arange(step * 24, step * 24 + 24))
         order = np.argsort(positions)
-        content = [np.concatenate([batch.tokens_BL for batch in batches]), np.concatenate([batch.labels_B for batch in batches])]
-        result.append(hashlib.sha256(b"".join(array[order].tobytes() for array in content)).hexdigest())
+        content = [
+            np.concatenate([batch.tokens_BL for batch in batches]),
+            np.concatenate([batch.labels_B for batch in batches]),
+        ]
+        result.append(
+            hashlib.sha256(b"".join(array[order].tobytes() for array in content)).hexdigest()
+        )
     return result
 
 
@@ -93,7 +111,12 @@ def test_both_views_are_shown_and_change_with_the_epoch(folder: Path) -> None:
     indices = [global_batch_indices(50, 0, step, 50)[0] for step in (0, 1)]
     shown = []
     for batch, index in zip((first, second), indices, strict=True):
-        view = np.array([int((batch.tokens_BL[i] == data.gather(index[i:i + 1], 1)[0][0]).all()) for i in range(50)])
+        view = np.array(
+            [
+                int((batch.tokens_BL[i] == data.gather(index[i : i + 1], 1)[0][0]).all())
+                for i in range(50)
+            ]
+        )
         assert 10 < view.sum() < 40
         shown.append(view[np.argsort(index)])
     assert (shown[0] != shown[1]).any()
@@ -101,14 +124,14 @@ def test_both_views_are_shown_and_change_with_the_epoch(folder: Path) -> None:
 
 def test_mismatches_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     TokenData(folder, "abc", (1, 2, 3))
-    with pytest.raises(UserError, match="made by tokenizer abc, this run uses def; tokenise again"):
+    with raises("data.other-tokenizer", "abc", "def"):
         TokenData(folder, expect_tokenizer_hash="def")
-    with pytest.raises(UserError, match="patch_nums"):
+    with raises("data.other-patch-nums", "patch_nums"):
         TokenData(folder, expect_patch_nums=(1, 2, 4))
     write_images(tmp_path)
-    with pytest.raises(UserError, match="holds image shards"):
+    with raises("data.kind", "image"):
         TokenData(tmp_path)
-    with pytest.raises(UserError, match="does not divide"):
+    with raises("data.batch-divide"):
         TokenLoader(TokenData(folder), 0, 10, 4)
     assert TOKENS["tokenizer_hash"] == "abc"
 
@@ -119,7 +142,12 @@ def test_rank_slices_tile_the_batch() -> None:
 
 
 def test_uniform_streams_are_apart() -> None:
-    draws = [uniform(seed, stream, step, 1000) for seed in (0, 1) for stream in ("a", "b") for step in (0, 1)]
+    draws = [
+        uniform(seed, stream, step, 1000)
+        for seed in (0, 1)
+        for stream in ("a", "b")
+        for step in (0, 1)
+    ]
     correlation = np.corrcoef(draws) - np.eye(8)
     assert np.abs(correlation).max() < 0.12 and abs(np.mean(draws) - 0.5) < 0.01
 
@@ -127,7 +155,9 @@ def test_uniform_streams_are_apart() -> None:
 def test_eval_slices_cover_exactly_once() -> None:
     for world in (1, 2, 4):
         parts = [part for rank in range(world) for part in eval_slices(50, 8, world, rank)]
-        assert sorted(np.concatenate(parts).tolist()) == list(range(50)) and max(map(len, parts)) <= 8
+        assert (
+            sorted(np.concatenate(parts).tolist()) == list(range(50)) and max(map(len, parts)) <= 8
+        )
     assert eval_slices(1, 8, 2, 1) == []
 
 
@@ -135,7 +165,9 @@ def test_images_are_decoded_exactly(tmp_path: Path) -> None:
     write_images(tmp_path)
     data = ImageData(tmp_path)
     for _ in range(2):  # decoded, then from the cache
-        np.testing.assert_array_equal(data.images(np.array([3, 19, 3])), np.stack([image(3), image(19), image(3)]))
+        np.testing.assert_array_equal(
+            data.images(np.array([3, 19, 3])), np.stack([image(3), image(19), image(3)])
+        )
     assert ImageData(tmp_path, size=(6, 6)).images(np.array([0, 1])).shape == (2, 6, 6, 3)
 
 
@@ -148,20 +180,27 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         writer.add_image(png_bytes(np.zeros((5, 5, 3), np.uint8)), 0)
         writer.finish()
     data = ImageData(tmp_path)
-    with pytest.raises(UserError, match=r"train-000000\.tar: sample 1"):
+    with raises("data.image-invalid", "train-000000.tar: sample 1"):
         data.images(np.array([1]))
-    with pytest.raises(UserError, match="sample 2 is 5x5"):
+    with raises("data.image-sizes", "sample 2", "5x5"):
         data.images(np.array([2]))
 
 
 def test_a_share_of_the_data(tmp_path: Path) -> None:
-    """Only the chosen samples, each once an epoch; a larger share holds the smaller; whole and share keep their own streams."""
+    """Only the chosen samples are read, each once per epoch; a larger share contains the smaller
+    one; the whole set and a share keep their own streams."""
     from var_scale.train.inputs import chosen
 
     tokens = write_tokens(tmp_path)
     data = TokenData(tmp_path)
     half, most = chosen(len(tokens), 0.5), chosen(len(tokens), 0.75)
-    assert half is not None and most is not None and set(half) < set(most) and len(half) == 10 and chosen(20, None) is None
+    assert (
+        half is not None
+        and most is not None
+        and set(half) < set(most)
+        and len(half) == 10
+        and chosen(20, None) is None
+    )
     loader = TokenLoader(data, 1, 5, subset=half)
     seen = np.concatenate([loader.places(step, 0)[0] for step in range(4)])
     assert sorted(seen) == sorted([*half, *half]) and sorted(seen[:10]) == sorted(half)

@@ -1,4 +1,7 @@
-"""On an NVIDIA GPU, at the sizes of real models: `pytest -m gpu`. Smaller and odd sizes are in the other files, which use the GPU too."""
+"""Tests on an NVIDIA GPU at the sizes of real models: `pytest -m gpu`.
+
+The other files test smaller and odd sizes, and they also use the GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from tests.kernels.compare import check
-from var_kernels import adaptive_layer_norm, block_attention, gate_adaptive_layer_norm, gelu_mlp, linear_cross_entropy, nearest_code
+from var_kernels import (
+    adaptive_layer_norm,
+    block_attention,
+    gate_adaptive_layer_norm,
+    gelu_mlp,
+    linear_cross_entropy,
+    nearest_code,
+)
 from var_kernels.adaln import reference as norm
 from var_kernels.attention import mask, scales
 from var_kernels.attention import reference as attention
@@ -24,7 +34,10 @@ from var_scale.model.quantizer import enlarge
 from var_scale.model.sampling import Hooks, OneGenerator, SeedPerImage, Settings, sample
 from var_scale.train.step import TrainStep
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 PATCHES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -34,17 +47,24 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "L", "C"), [(4, 680, 1024), (2, 680, 1920), (1, 2240, 2304), (3, 91, 1536)])
+@pytest.mark.parametrize(
+    ("B", "L", "C"), [(4, 680, 1024), (2, 680, 1920), (1, 2240, 2304), (3, 91, 1536)]
+)
 def test_adaln(B: int, L: int, C: int, dtype: torch.dtype) -> None:
     rows = [randn(B, C, dtype=dtype) for _ in range(3)]
-    inputs, gradients = [randn(B, L, C, dtype=dtype) for _ in range(2)], [randn(B, L, C) for _ in range(2)]
+    inputs, gradients = (
+        [randn(B, L, C, dtype=dtype) for _ in range(2)],
+        [randn(B, L, C) for _ in range(2)],
+    )
 
     def reference_form(x, y, gamma, scale, shift):
         x_new = norm.gate_residual(x, y, gamma, None)
         return x_new, norm.adaln(x_new, scale, shift, 1e-6)
 
     check(gate_adaptive_layer_norm, reference_form, [*inputs, *rows], gradients)
-    check(adaptive_layer_norm, lambda *t: norm.adaln(*t, 1e-6), [inputs[0], *rows[1:]], gradients[:1])
+    check(
+        adaptive_layer_norm, lambda *t: norm.adaln(*t, 1e-6), [inputs[0], *rows[1:]], gradients[:1]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,7 +74,9 @@ def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype
     B, H, D = 1, 3, 64
     visible = scales(PATCHES[L], pattern)
     seen = mask(visible, "cuda")
-    inputs = [randn(B, L, 3, H, D, dtype=dtype)] + ([torch.tensor([1.4, 0.3, 3.0], device="cuda")] if l2_norm else [])
+    inputs = [randn(B, L, 3, H, D, dtype=dtype)] + (
+        [torch.tensor([1.4, 0.3, 3.0], device="cuda")] if l2_norm else []
+    )
 
     def reference_form(qkv, log_scale=None):
         return attention.attention(*qkv.unbind(2), visible, log_scale, 0.125).flatten(2)
@@ -62,10 +84,17 @@ def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype
     def eager(qkv, log_scale=None):
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         if log_scale is not None:
-            q = (F.normalize(q.float(), dim=-1) * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)).to(v.dtype)
+            q = (
+                F.normalize(q.float(), dim=-1)
+                * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)
+            ).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         scale = 0.125 if log_scale is None else 1.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2).flatten(2)
+        return (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
     def ours(qkv, log_scale=None):
         return block_attention(qkv, PATCHES[L], log_scale, 0.125, pattern)
@@ -78,50 +107,89 @@ def test_mlp_and_cross_entropy(dtype: torch.dtype) -> None:
     C, N, V = 1024, 1360, 4096
     weights = [randn(4 * C, C) / C**0.5, randn(4 * C), randn(C, 4 * C) / (4 * C) ** 0.5, randn(C)]
     for save in ("preact", "both", "input"):
-        check(lambda *t, save=save: gelu_mlp(*t, save=save), two_layers.mlp,
-              [randn(2, 680, C, dtype=dtype), *(w.to(dtype) for w in weights)], [randn(2, 680, C)])  # fmt: skip
+        check(
+            lambda *t, save=save: gelu_mlp(*t, save=save),
+            two_layers.mlp,
+            [randn(2, 680, C, dtype=dtype), *(w.to(dtype) for w in weights)],
+            [randn(2, 680, C)],
+        )
     target = torch.randint(V, (N,), device="cuda")
     for smoothing in (0.0, 0.1):
-        check(lambda *t, s=smoothing: linear_cross_entropy(*t, target, s)[0],
-              lambda x, w, b, s=smoothing: ce.cross_entropy(F.linear(x, w, b), target, s)[0],
-              [t.to(dtype) for t in (randn(N, C), randn(V, C) / C**0.5, randn(V))], [torch.full((N,), 1 / N, device="cuda")])  # fmt: skip
+        check(
+            lambda *t, s=smoothing: linear_cross_entropy(*t, target, s)[0],
+            lambda x, w, b, s=smoothing: ce.cross_entropy(F.linear(x, w, b), target, s)[0],
+            [t.to(dtype) for t in (randn(N, C), randn(V, C) / C**0.5, randn(V))],
+            [torch.full((N,), 1 / N, device="cuda")],
+        )
 
 
 def test_nearest_code() -> None:
     z, codes = randn(21760, 32), randn(4096, 32)
-    assert (nearest_code(z, codes) == vq.nearest_code(z.double(), codes.double())).float().mean() > 0.9999
-    assert (nearest_code(z, codes, precision="tf32") == vq.nearest_code(z.double(), codes.double())).float().mean() > 0.98
+    assert (
+        nearest_code(z, codes) == vq.nearest_code(z.double(), codes.double())
+    ).float().mean() > 0.9999
+    assert (
+        nearest_code(z, codes, precision="tf32") == vq.nearest_code(z.double(), codes.double())
+    ).float().mean() > 0.98
 
 
 def test_a_d16_step_with_and_without_kernels() -> None:
-    """One training step of d16 at L = 680: loss and gradients in bfloat16 are as far from float32 with the kernels as without."""
+    """One training step of d16 at L = 680 is as accurate with the kernels as without.
+
+    The measure is the distance of the loss and the gradients in bfloat16 from those in float32.
+    """
     vae = build_vae(ch=32, device="cuda")
-    tokens, labels = torch.randint(4096, (2, 680), device="cuda"), torch.tensor([3, 999], device="cuda")
-    plain = build_var(vae, depth=16, drop_path_rate=0.0, kernels="off", attention="sdpa", init_adaln_gamma=0.5, device="cuda").train()
-    fused = build_var(vae, depth=16, drop_path_rate=0.0, kernels="on", attention="triton", device="cuda").train()
+    tokens, labels = (
+        torch.randint(4096, (2, 680), device="cuda"),
+        torch.tensor([3, 999], device="cuda"),
+    )
+    plain = build_var(
+        vae,
+        depth=16,
+        drop_path_rate=0.0,
+        kernels="off",
+        attention="sdpa",
+        init_adaln_gamma=0.5,
+        device="cuda",
+    ).train()
+    fused = build_var(
+        vae, depth=16, drop_path_rate=0.0, kernels="on", attention="triton", device="cuda"
+    ).train()
     fused.load_state_dict(plain.state_dict())
     drop = torch.zeros(2, dtype=torch.bool, device="cuda")
 
     def step(var, bf16):
-        loss, _, _ = TrainStep(var, vae.quantize, TrainConfig(steps=1), "bf16" if bf16 else "fp32")(tokens, labels, drop)
-        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(var.parameters()))])
+        loss, _, _ = TrainStep(var, vae.quantize, TrainConfig(steps=1), "bf16" if bf16 else "fp32")(
+            tokens, labels, drop
+        )
+        return loss.detach(), torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(var.parameters()))]
+        )
 
-    (exact, exact_gradient), (loss, gradient), (ours, our_gradient) = step(plain, False), step(plain, True), step(fused, True)
+    (exact, exact_gradient), (loss, gradient), (ours, our_gradient) = (
+        step(plain, False),
+        step(plain, True),
+        step(fused, True),
+    )
     assert abs(float(ours - exact)) < 2 * abs(float(loss - exact)) + 1e-3
-    error, allowed = ((g - exact_gradient).norm() / exact_gradient.norm() for g in (our_gradient, gradient))
+    error, allowed = (
+        (g - exact_gradient).norm() / exact_gradient.norm() for g in (our_gradient, gradient)
+    )
     assert float(error) < 1.5 * float(allowed) + 1e-3
     again, again_gradient = step(fused, True)
     assert torch.equal(again, ours) and torch.equal(again_gradient, our_gradient), "two runs differ"
 
 
 def skip_unless_usable(backend: str) -> None:
-    """Installed, and for xformers with kernels for this torch and GPU."""
+    """Skip a test if its library is not installed, or if xformers has no kernels for this GPU."""
     pytest.importorskip({"flash": "flash_attn", "xformers": "xformers"}.get(backend, "torch"))
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         try:
-            memory_efficient_attention(*(randn(1, 8, 1, 64, dtype=torch.bfloat16) for _ in range(3)))
+            memory_efficient_attention(
+                *(randn(1, 8, 1, 64, dtype=torch.bfloat16) for _ in range(3))
+            )
         except NotImplementedError as error:
             pytest.skip(str(error).splitlines()[0])
 
@@ -129,7 +197,7 @@ def skip_unless_usable(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["flex", "xformers"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_back_ends_train(backend: str, dtype: torch.dtype) -> None:
-    """Output and gradients of the other back-ends that train, against the one with a mask."""
+    """The other back-ends that train give the output and gradients of the back-end with a mask."""
     skip_unless_usable(backend)
     L, H, D = 680, 2, 64
     scale_mask = ScaleMask(PATCHES[L], block_causal_bias(PATCHES[L]).cuda(), dtype)
@@ -141,12 +209,14 @@ def test_other_back_ends_train(backend: str, dtype: torch.dtype) -> None:
         out = attend(qkv, scale_mask, log_scale, 1.0, name, None)
         results.append((out.detach(), *torch.autograd.grad(out, [qkv], g)))
     for value, truth in zip(*reversed(results), strict=True):
-        assert float((value - truth).norm() / truth.norm()) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+        assert float((value - truth).norm() / truth.norm()) < (
+            2e-2 if dtype == torch.bfloat16 else 1e-4
+        )
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash", "xformers", "flex"])
 def test_other_back_ends_sample(backend: str) -> None:
-    """The same image, up to rounding, whatever attention runs; flash-attn has no float32."""
+    """Every attention gives the same image up to rounding; flash-attn does not support float32."""
     skip_unless_usable(backend)
     torch.manual_seed(0)
     vae = build_vae(ch=32, device="cuda")
@@ -154,15 +224,19 @@ def test_other_back_ends_sample(backend: str) -> None:
     other = build_var(vae, depth=2, kernels="off", attention=backend, device="cuda").eval()
     other.load_state_dict(plain.state_dict())
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        images = [var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5, top_k=1) for var in (plain, other)]
+        images = [
+            var.autoregressive_infer_cfg(2, 1, g_seed=0, cfg=1.5, top_k=1) for var in (plain, other)
+        ]
     assert float((images[0] - images[1]).abs().mean()) < 0.05
 
 
 def small_models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The same model twice, for sampling: the second keeps its steps as graphs."""
+    """Return the same model twice for sampling; the second one records its steps as CUDA graphs."""
     torch.manual_seed(0)
     vae = build_vae(ch=32, device="cuda")
-    plain, recorded = (build_var(vae, depth=3, init_adaln_gamma=0.5, device="cuda").eval() for _ in range(2))
+    plain, recorded = (
+        build_var(vae, depth=3, init_adaln_gamma=0.5, device="cuda").eval() for _ in range(2)
+    )
     recorded.load_state_dict(plain.state_dict())
     recorded.graphs = Graphs()
     return plain, recorded
@@ -170,14 +244,21 @@ def small_models() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float32])
 def test_sampling_by_graphs(half: torch.dtype) -> None:
-    """As without: other labels, seeds and settings than when recorded, another batch between, new weights, hooks. In bfloat16 the same
-    bits; in float32 cuBLAS takes other kernels while recording (1e-8), which can turn a token, and with it all after it."""
+    """Sampling with CUDA graphs gives the same result as without.
+
+    This holds for labels, seeds and settings other than those of the recording, after another
+    batch, with new weights and with hooks. In bfloat16 the bits are the same. In float32 cuBLAS
+    uses other kernels while recording (1e-8), which can change a token and all tokens after it.
+    """
     plain, recorded = (model.to(half) for model in small_models())
 
     def same(labels: list[int], hooks: Hooks | None = None, **settings: float) -> None:
         label_B = torch.tensor(labels, device="cuda")
         seeds = [7 * label for label in labels]
-        made = [sample(model, label_B, Settings(**settings), SeedPerImage(seeds), hooks) for model in (plain, recorded)]
+        made = [
+            sample(model, label_B, Settings(**settings), SeedPerImage(seeds), hooks)
+            for model in (plain, recorded)
+        ]
         tokens = [torch.cat(one.tokens, 1) for one in made]
         differ = (tokens[0] != tokens[1]).float().mean()
         assert float(differ) == 0 or (half == torch.float32 and float(differ) < 0.4)
@@ -202,7 +283,10 @@ def test_sampling_by_graphs(half: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoding_in_half_precision(dtype: torch.dtype) -> None:
-    """The official decoder as sampling runs it, by our group norm and the padded last convolution, beside float32."""
+    """The official decoder, as sampling runs it, agrees with float32.
+
+    It uses our group norm and the padded last convolution.
+    """
     torch.manual_seed(0)
     vae = build_vae(ch=64, device="cuda").eval()
     f_hat = torch.randn(2, 32, 16, 16, device="cuda")
@@ -217,7 +301,10 @@ def test_a_seed_draws_as_multinomial_does() -> None:
     logits = randn(3, 5, 4096)
     ours, theirs = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
     draws = [OneGenerator(ours).tokens(logits) for _ in range(3)]
-    wanted = [torch.multinomial(logits.softmax(-1).view(-1, 4096), 1, True, generator=theirs).view(3, 5) for _ in range(3)]
+    wanted = [
+        torch.multinomial(logits.softmax(-1).view(-1, 4096), 1, True, generator=theirs).view(3, 5)
+        for _ in range(3)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(draws, wanted, strict=True))
 
 
@@ -231,4 +318,6 @@ def test_bicubic_interpolation_is_exact_under_autocast_and_tf32() -> None:
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    torch.testing.assert_close(made, F.interpolate(h, size=(16, 16), mode="bicubic"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        made, F.interpolate(h, size=(16, 16), mode="bicubic"), atol=1e-5, rtol=0
+    )

@@ -1,20 +1,36 @@
-"""Group norm and SiLU of channels-last maps."""
+"""Tests of the group norm and SiLU of channels-last maps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.kernels.compare import DEVICE, ROOM, relative
+from tests.kernels.compare import DEVICE, DTYPES, ROOM, relative
 from var_kernels.group_norm import op, reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("B", "C", "side", "groups", "silu"), [(2, 160, 7, 32, True), (1, 64, 33, 32, False), (3, 24, 1, 3, True)])
-def test_group_norm_silu(B: int, C: int, side: int, groups: int, silu: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64, with a large mean; the same bits again; the memory format stays."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "C", "side", "groups", "silu"),
+    [(2, 160, 7, 32, True), (1, 64, 33, 32, False), (3, 24, 1, 3, True)],
+)
+def test_group_norm_silu(
+    B: int,
+    C: int,
+    side: int,
+    groups: int,
+    silu: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The result matches float64 at a large mean, repeats bit for bit, and keeps the memory
+    format."""
     monkeypatch.setattr(op, "use_triton", lambda _: True)
-    x = (torch.randn(B, C, side, side + 1, device=DEVICE) * 2 + 20).to(dtype).to(memory_format=torch.channels_last)
+    x = (
+        (torch.randn(B, C, side, side + 1, device=DEVICE) * 2 + 20)
+        .to(dtype)
+        .to(memory_format=torch.channels_last)
+    )
     weight, bias = (torch.randn(C, device=DEVICE) for _ in range(2))
     y = op.group_norm_silu(x, weight, bias, groups, 1e-6, silu)
     exact = reference.group_norm(x.double(), weight.double(), bias.double(), groups, 1e-6, silu)
@@ -30,4 +46,7 @@ def test_what_cannot_be_done_is_said() -> None:
         op.group_norm_silu(x, w, w, 4)
     with pytest.raises(RuntimeError, match="no gradient"):
         op.group_norm_silu(x.requires_grad_(), w, w, 3)
-    assert torch.allclose(op.group_norm_silu(x.detach(), w, w, 3), reference.group_norm(x.detach(), w, w, 3, 1e-5, True))
+    assert torch.allclose(
+        op.group_norm_silu(x.detach(), w, w, 3),
+        reference.group_norm(x.detach(), w, w, 3, 1e-5, True),
+    )

@@ -1,13 +1,12 @@
-"""Weights from a hub: a server on loopback that speaks as much of it as a download needs."""
+"""Files from and to a hub: a server on the loopback device with the answers that these need."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,7 +14,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+from tests.raises import raises
+from var_scale.cli import main
 from var_scale.errors import UserError
 from var_scale.model import build_vae, build_var, hub
 from var_scale.model.hub import weights_file
@@ -28,7 +30,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def answer(self, body: bool) -> None:
         found = self.path == "/FoundationVision/var/resolve/main/vae.pth"
@@ -51,45 +53,52 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(True)
 
 
-ASK = """
-import sys
-from var_scale.errors import UserError
-from var_scale.model.hub import weights_file
-try:
-    print(weights_file(sys.argv[1]))
-except UserError as error:
-    print("error:", error)
-"""
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that sets the hub's environment variables, which its client reads when it is
+    imported."""
+
+    def put(**values: object) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+        importlib.reload(constants)
+
+    yield put
+    monkeypatch.undo()
+    importlib.reload(constants)
 
 
-def test_weights_from_a_hub(tmp_path: Path) -> None:
-    """Downloaded once and then found without the server; a file that is not there and an absent server are one line."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+def start(handler: type[BaseHTTPRequestHandler]) -> tuple[ThreadingHTTPServer, str]:
+    """A server and its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
 
-    def ask(file: str, **more: str) -> str:
-        done = subprocess.run([sys.executable, "-c", ASK, file], env={**env, **more}, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
 
-    path = Path(ask("hf://FoundationVision/var/vae.pth"))
-    assert path.read_bytes() == CONTENT
-    missing = ask("hf://FoundationVision/var/none.pth")
-    assert missing.startswith("error: hf://FoundationVision/var/none.pth: cannot be had") and "\n" not in missing
+def test_weights_from_a_hub(tmp_path: Path, variables: Callable[..., None]) -> None:
+    """A file is downloaded once and then found without the server. A missing file and a server that
+    does not answer are errors of one line."""
+    server, address = start(Hub)
+    variables(HF_ENDPOINT=address, HF_HOME=tmp_path, HF_HUB_DISABLE_XET=1)
+    files = "hf://FoundationVision/var/"
+    path = weights_file(files + "vae.pth")
+    assert path.read_bytes() == CONTENT and path.is_relative_to(tmp_path)
+    with raises("model.hub-failed", files + "none.pth"):
+        weights_file(files + "none.pth")
     server.shutdown()
     server.server_close()
     for offline in ("0", "1"):
-        assert ask("hf://FoundationVision/var/vae.pth", HF_HUB_OFFLINE=offline) == str(path)
-        said = ask("hf://FoundationVision/var/other.pth", HF_HUB_OFFLINE=offline)
-        why = "is not asked, as HF_HUB_OFFLINE says" if offline == "1" else "cannot be reached"
-        assert said.startswith("error: hf://") and f"not in the hub's cache, and {env['HF_ENDPOINT']} {why}" in said
+        variables(HF_HUB_OFFLINE=offline)
+        assert weights_file(files + "vae.pth") == path
+        with pytest.raises(UserError) as error:
+            weights_file(files + "other.pth")
+        text = str(error.value)
+        assert error.value.code == "model.hub-failed" and files + "other.pth" in text
+        assert address in text and ("HF_HUB_OFFLINE" in text) == (offline == "1")
 
 
 def test_the_hub_is_tried_with_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the client is asked, which alone tries for half a minute."""
-    from huggingface_hub import constants
-
+    """One connection is tried before the hub's client, which tries for half a minute."""
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -105,24 +114,28 @@ def test_the_hub_is_tried_with_one_connection(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_path_stays_a_path() -> None:
     assert weights_file("some/file.pth") == Path("some/file.pth")
-    with pytest.raises(UserError, match="give hf://OWNER/NAME/FILE"):
+    with raises("model.hub-address", "hf://FoundationVision/var", "hf://OWNER/NAME/FILE"):
         weights_file("hf://FoundationVision/var")
 
 
 class Repositories(BaseHTTPRequestHandler):
-    """As much of a hub as making a repository, a commit and a snapshot ask for."""
+    """The part of a hub's interface that creating a repository, a commit and a snapshot need."""
 
     protocol_version = "HTTP/1.1"
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
 
     def log_message(self, *arguments: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def reply(self, value: Any, status: int = 200, **headers: str) -> None:
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+        for name, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
         if self.command != "HEAD":
@@ -137,13 +150,22 @@ class Repositories(BaseHTTPRequestHandler):
             self.reply({"url": f"http://{self.headers['host']}/me/small", "id": "me/small"})
         elif "/preupload/" in self.path:
             names = [item["path"] for item in json.loads(body)["files"]]
-            self.reply({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]})
+            self.reply(
+                {
+                    "files": [
+                        {"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                        for name in names
+                    ]
+                }
+            )
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             url = f"http://{self.headers['host']}/me/small/commit/{'b' * 40}"
-            self.reply({"commitUrl": url, "commitOid": "b" * 40, "pullRequestUrl": None, "success": True})
+            self.reply(
+                {"commitUrl": url, "commitOid": "b" * 40, "pullRequestUrl": None, "success": True}
+            )
         else:
             self.reply({})
 
@@ -153,20 +175,46 @@ class Repositories(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/me/small/tree/"):
-            self.reply([{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                        for name, body in self.files.items()])  # fmt: skip
+            self.reply(
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(body),
+                        "oid": hashlib.sha1(body).hexdigest(),
+                    }
+                    for name, body in self.files.items()
+                ]
+            )
         elif path.startswith("/api/models/me/small"):
             siblings = [{"rfilename": name} for name in self.files]
-            self.reply({"id": "me/small", "sha": "b" * 40, "siblings": siblings, "private": False, "tags": []})
-        elif "/resolve/" in path and (name := path.rpartition("/resolve/")[2].partition("/")[2]) in self.files:
+            self.reply(
+                {
+                    "id": "me/small",
+                    "sha": "b" * 40,
+                    "siblings": siblings,
+                    "private": False,
+                    "tags": [],
+                }
+            )
+        elif (
+            "/resolve/" in path
+            and (name := path.rpartition("/resolve/")[2].partition("/")[2]) in self.files
+        ):
             etag = hashlib.sha1(self.files[name]).hexdigest()
             self.reply(self.files[name], X_Repo_Commit="b" * 40, ETag=f'"{etag}"')
         else:
             self.reply({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
 
-def test_a_model_goes_up_and_comes_down(tmp_path: Path) -> None:
-    """Converted, pushed, pulled and sampled by its name; a wrong token and what is no model are one line; found again without the hub."""
+def test_a_model_goes_up_and_comes_down(
+    tmp_path: Path,
+    variables: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A model is pushed, pulled, and sampled by its name, also without the hub. A wrong token, a
+    folder without a model and an unknown repository give errors of one line."""
     torch.manual_seed(0)
     vae = build_vae(arch="patch", hidden=8, V=32, Cvae=8, patch_nums=(1, 2, (2, 3)))
     var = build_var(vae, depth=2, width=16, heads=2, num_classes=5, shared_aln=True)
@@ -175,49 +223,66 @@ def test_a_model_goes_up_and_comes_down(tmp_path: Path) -> None:
     assert again.patch_nums == (1, 2, (2, 3)) and config["class_names"][4] == "e"
     for one, two in ((var, again), (vae, tokens)):
         assert one.state_dict().keys() == two.state_dict().keys()
-        assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Repositories)
-    Thread(target=server.serve_forever, daemon=True).start()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-           "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_right"}  # fmt: skip
+        assert all(
+            torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items()
+        )
+    server, address = start(Repositories)
+    home = tmp_path / "home"
+    variables(HF_ENDPOINT=address, HF_HOME=home, HF_HUB_DISABLE_XET=1, HF_TOKEN="hf_right")
+    monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "var_scale.cli", *arguments]
-        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, check=False, cwd=tmp_path)
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(error.splitlines()) == 1, error
+        return error
 
-    done = call("hub", "push", str(tmp_path / "small"), "hf://me/small")
-    assert done.returncode == 0 and "commit/bbbb" in done.stdout, done.stderr
+    main(["hub", "push", "small", "hf://me/small"])
+    assert "commit/bbbb" in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "vae.safetensors"} <= Repositories.files.keys()
-    assert Repositories.files["model.safetensors"] == (tmp_path / "small" / "model.safetensors").read_bytes()
-    wrong = call("hub", "push", str(tmp_path / "small"), "hf://me/small", HF_TOKEN="hf_wrong")
-    assert wrong.returncode == 2 and "log in with" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1, wrong.stderr
-    assert "no folder of a model" in call("hub", "push", str(tmp_path), "hf://me/small").stderr
-    done = call("hub", "pull", "hf://me/small")
-    assert done.returncode == 0 and "depth 2, 5 classes" in done.stdout, done.stderr
+    sent = Repositories.files["model.safetensors"]
+    assert sent == (tmp_path / "small" / "model.safetensors").read_bytes()
+    variables(HF_TOKEN="hf_wrong")
+    assert "HF_TOKEN" in refused("hub", "push", "small", "hf://me/small")
+    assert "home: " in refused("hub", "push", "home", "hf://me/small")
+    main(["hub", "pull", "hf://me/small"])
+    assert "depth 2, 5 classes" in capsys.readouterr().out
     server.shutdown()
-    done = call("sample", "hf://me/small", "--out", "g.png", "--classes", "b", "--per-class", "2", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0 and (tmp_path / "g.png").exists(), done.stderr
-    assert "cannot be had" in call("hub", "pull", "hf://me/other", HF_HUB_OFFLINE="1").stderr
+    server.server_close()
+    variables(HF_HUB_OFFLINE=1)
+    main(["sample", "hf://me/small", "--out", "g.png", "--classes", "b", "--per-class", "2"])
+    assert (tmp_path / "g.png").exists()
+    assert "hf://me/other" in refused("hub", "pull", "hf://me/other")
 
 
 def test_the_official_folder_form(tmp_path: Path) -> None:
-    """What VARHF.save_pretrained writes: arguments and the transformer; the tokenizer comes from its own file, and must fit."""
+    """The folder that VARHF.save_pretrained writes: arguments and the transformer. The tokenizer
+    comes from a separate file, and must fit."""
     torch.manual_seed(0)
     vae = build_vae(ch=32, V=16, Cvae=8, patch_nums=(1, 2))
     var = build_var(vae, depth=1, width=64, heads=1, num_classes=3)
     save_varhf(tmp_path / "hf", var, vae)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["embed_dim"] == 64 and config["vae_kwargs"]["v_patch_nums"] == [1, 2] and config["attn_l2_norm"]
-    with pytest.raises(UserError, match="no tokenizer in it"):
+    assert (
+        config["embed_dim"] == 64
+        and config["vae_kwargs"]["v_patch_nums"] == [1, 2]
+        and config["attn_l2_norm"]
+    )
+    with raises("model.tokenizer-missing", str(tmp_path / "hf")):
         load_pretrained(tmp_path / "hf")
     _, file = save_official(tmp_path / "pth", var, vae)
     again, tokens, _ = load_pretrained(tmp_path / "hf", file)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in var.state_dict().items())
-    assert all(torch.equal(value, tokens.state_dict()[key]) for key, value in vae.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in var.state_dict().items()
+    )
+    assert all(
+        torch.equal(value, tokens.state_dict()[key]) for key, value in vae.state_dict().items()
+    )
     other = build_vae(ch=32, V=8, Cvae=8, patch_nums=(1, 2))
     _, wrong = save_official(tmp_path / "other", var, other)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with raises("model.tokenizer-differs", str(tmp_path / "hf"), str(wrong), "V=8"):
         load_pretrained(tmp_path / "hf", wrong)
     (tmp_path / "hf" / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="is not the description"):
+    with raises("model.pretrained", str(tmp_path / "hf" / "config.json")):
         load_pretrained(tmp_path / "hf", file)

@@ -1,4 +1,4 @@
-"""The quantiser: which phi, the chain of scales, the training paths."""
+"""The quantiser: which phi it uses, the chain of scales, and the training paths."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from var_scale.errors import UserError
+from tests.raises import raises
 from var_scale.model import MultiScaleQuantizer, build_vae
 from var_scale.model.quantizer import _bicubic_matrix, phi_index, scale_position
 
-torch.set_num_threads(1)
 PATCH_NUMS = (1, 2, 3, 4)
 
 
-def quantizer(share: int = 4, patch_nums: tuple[int, ...] = PATCH_NUMS, **kwargs: object) -> MultiScaleQuantizer:
+def quantizer(
+    share: int = 4, patch_nums: tuple[int, ...] = PATCH_NUMS, **kwargs: object
+) -> MultiScaleQuantizer:
     torch.manual_seed(0)
     return MultiScaleQuantizer(16, 6, v_patch_nums=patch_nums, share_quant_resi=share, **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("scales", "expected"),
-    [(10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]), (14, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]), (4, [0, 1, 2, 3]), (1, [0])],
+    [
+        (10, [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
+        (14, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]),
+        (4, [0, 1, 2, 3]),
+        (1, [0]),
+    ],
 )
 def test_four_shared_phis(scales: int, expected: list[int]) -> None:
     assert [phi_index(scale_position(i, scales), 4) for i in range(scales)] == expected
@@ -29,7 +35,9 @@ def test_four_shared_phis(scales: int, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("scales", [1, 2, 3, 4, 7, 10, 14])
 def test_one_phi_a_scale(scales: int) -> None:
-    assert [phi_index(scale_position(i, scales), scales) for i in range(scales)] == list(range(scales))
+    assert [phi_index(scale_position(i, scales), scales) for i in range(scales)] == list(
+        range(scales)
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,12 +69,16 @@ def test_phi_formula() -> None:
 @pytest.mark.parametrize("share", [0, 1, 2, 4])
 @pytest.mark.parametrize("znorm", [False, True])
 def test_input_chain_is_the_sampling_chain(share: int, znorm: bool) -> None:
-    """idxBl_to_var_input, get_next_autoregressive_input, f_to_idxBl_or_fhat and embed_to_fhat are four views of one pyramid."""
+    """idxBl_to_var_input, get_next_autoregressive_input, f_to_idxBl_or_fhat and embed_to_fhat are
+    four views of one pyramid."""
     q = quantizer(share, using_znorm=znorm)
     f = torch.randn(2, 6, 4, 4)
     idx = q.f_to_idxBl_or_fhat(f, to_fhat=False)
     fhats = q.f_to_idxBl_or_fhat(f, to_fhat=True)
-    embeds = [q.embedding(i).transpose(1, 2).reshape(2, 6, pn, pn).detach() for i, pn in zip(idx, PATCH_NUMS, strict=True)]
+    embeds = [
+        q.embedding(i).transpose(1, 2).reshape(2, 6, pn, pn).detach()
+        for i, pn in zip(idx, PATCH_NUMS, strict=True)
+    ]
     f_hat, rows = torch.zeros(2, 6, 4, 4), []
     with torch.no_grad():
         for si, h in enumerate(embeds):
@@ -82,19 +94,31 @@ def test_input_chain_is_the_sampling_chain(share: int, znorm: bool) -> None:
     assert [tuple(s.shape[2:]) for s in small] == [(pn, pn) for pn in PATCH_NUMS]
 
 
-@pytest.mark.parametrize(("size", "target"), [((1, 1), (16, 16)), ((5, 13), (16, 24)), ((16, 16), (16, 16)), ((8, 8), (3, 5))])
-def test_bicubic_interpolation_is_two_products(size: tuple[int, int], target: tuple[int, int]) -> None:
-    """As GPUs do it."""
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((1, 1), (16, 16)), ((5, 13), (16, 24)), ((16, 16), (16, 16)), ((8, 8), (3, 5))],
+)
+def test_bicubic_interpolation_is_two_products(
+    size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    """The two products are computed as on GPUs."""
     h = torch.randn(2, 3, *size, dtype=torch.float64)
-    down, across = (_bicubic_matrix(n, m, torch.device("cpu")).double() for n, m in zip(size, target, strict=True))
-    torch.testing.assert_close(down @ h @ across.t(), F.interpolate(h, size=target, mode="bicubic"), atol=1e-6, rtol=0)
+    down, across = (
+        _bicubic_matrix(n, m, torch.device("cpu")).double()
+        for n, m in zip(size, target, strict=True)
+    )
+    torch.testing.assert_close(
+        down @ h @ across.t(), F.interpolate(h, size=target, mode="bicubic"), atol=1e-6, rtol=0
+    )
 
 
 def test_nearest_code() -> None:
     q, z = quantizer(), torch.randn(50, 6)
     assert torch.equal(q.nearest(z), torch.cdist(z, q.embedding.weight).argmin(1))
     q.using_znorm = True
-    assert torch.equal(q.nearest(z), F.cosine_similarity(z[:, None], q.embedding.weight[None], dim=-1).argmax(1))
+    assert torch.equal(
+        q.nearest(z), F.cosine_similarity(z[:, None], q.embedding.weight[None], dim=-1).argmax(1)
+    )
 
 
 def test_progressive_stages() -> None:
@@ -105,7 +129,9 @@ def test_progressive_stages() -> None:
     for stage in range(4):
         q.prog_si = stage
         short, part = q.f_to_idxBl_or_fhat(f, to_fhat=False), q.idxBl_to_var_input(full)
-        assert [torch.equal(a, b) for a, b in zip(short, full, strict=False)] == [True] * (stage + 1)
+        assert [torch.equal(a, b) for a, b in zip(short, full, strict=False)] == [True] * (
+            stage + 1
+        )
         assert len(short) == stage + 1
         if part is None:
             assert stage == 0
@@ -116,9 +142,11 @@ def test_progressive_stages() -> None:
 
 def test_custom_schedule_and_wrong_size() -> None:
     q = quantizer()
-    idx = q.f_to_idxBl_or_fhat(torch.randn(1, 6, 4, 6), to_fhat=False, v_patch_nums=[1, (2, 3), (4, 6)])
+    idx = q.f_to_idxBl_or_fhat(
+        torch.randn(1, 6, 4, 6), to_fhat=False, v_patch_nums=[1, (2, 3), (4, 6)]
+    )
     assert [i.shape[1] for i in idx] == [1, 6, 24]
-    with pytest.raises(UserError, match="5x5 map"):
+    with raises("model.input", "5x5"):
         q.f_to_idxBl_or_fhat(torch.randn(1, 6, 5, 5), to_fhat=False)
 
 
@@ -140,17 +168,23 @@ def test_training_forward() -> None:
     out, usages, loss = q(f, ret_usages=True)
     fhats = q.f_to_idxBl_or_fhat(f.detach(), to_fhat=True)
     torch.testing.assert_close(out.detach(), fhats[-1])
-    torch.testing.assert_close(loss.detach(), 1.25 * torch.stack([F.mse_loss(x, f.detach()) for x in fhats]).mean())
+    torch.testing.assert_close(
+        loss.detach(), 1.25 * torch.stack([F.mse_loss(x, f.detach()) for x in fhats]).mean()
+    )
     (grad,) = torch.autograd.grad(out.sum(), f, retain_graph=True)
     torch.testing.assert_close(grad, torch.ones_like(f))
     loss.backward()
     assert q.embedding.weight.grad is not None
     idx = q.f_to_idxBl_or_fhat(f.detach(), to_fhat=False)
     hits = [i.flatten().bincount(minlength=16).float() for i in idx]
-    torch.testing.assert_close(q.ema_vocab_hit_SV, torch.stack([hits[0], *(0.1 * h for h in hits[1:])]))
+    torch.testing.assert_close(
+        q.ema_vocab_hit_SV, torch.stack([hits[0], *(0.1 * h for h in hits[1:])])
+    )
     assert q.record_hit == 4
     margin = 2 * 16 / 16 * 0.08
-    assert usages == pytest.approx([100 * float((row >= margin).float().mean()) for row in q.ema_vocab_hit_SV])
+    assert usages == pytest.approx(
+        [100 * float((row >= margin).float().mean()) for row in q.ema_vocab_hit_SV]
+    )
 
 
 def test_encode_for_training() -> None:
@@ -182,7 +216,9 @@ def test_patch_tokenizer() -> None:
 
 def test_fresh_weights_are_finite_and_frozen_in_test_mode() -> None:
     vae = build_vae(ch=32, V=16, Cvae=8, patch_nums=PATCH_NUMS)
-    assert all(bool(t.isfinite().all()) and float(t.abs().max()) < 10 for t in vae.state_dict().values())
+    assert all(
+        bool(t.isfinite().all()) and float(t.abs().max()) < 10 for t in vae.state_dict().values()
+    )
     assert not vae.training
     assert not any(p.requires_grad for p in vae.parameters())
 
@@ -196,7 +232,8 @@ def test_usage_of_other_scales_is_left_aside() -> None:
 
 
 def test_decoder_in_half_precision() -> None:
-    """Decodes near float32 and as float32 does where it stays that; encoder and quantiser keep their numbers."""
+    """In half precision the decoder's output is near that of float32, and in float32 it is
+    unchanged; the encoder and the quantiser keep their numbers."""
     torch.manual_seed(0)
     vae = build_vae(ch=32)
     f_hat, image = torch.randn(1, 32, 4, 4), torch.rand(1, 3, 32, 32)
@@ -206,4 +243,7 @@ def test_decoder_in_half_precision() -> None:
     vae.prepare_decoder(torch.bfloat16)
     half = vae.fhat_to_img(f_hat)
     assert half.dtype == torch.bfloat16 and float((half.float() - plain).abs().mean()) < 0.02
-    assert torch.equal(vae.encode(image), tokens) and vae.quantize.embedding.weight.dtype == torch.float32
+    assert (
+        torch.equal(vae.encode(image), tokens)
+        and vae.quantize.embedding.weight.dtype == torch.float32
+    )

@@ -1,4 +1,4 @@
-"""The transformer: names, counts, initialisation, dropouts, stages, cached against teacher-forced."""
+"""The transformer: names, counts, initialisation, dropout, stages, cached and teacher-forced."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from var_scale.errors import UserError
+from tests.raises import raises
 from var_scale.model import VAR, VQVAE, backend_name, build_vae, build_vae_var, build_var
 from var_scale.model.attention import block_causal_bias
 from var_scale.scales import PatchNum
 
-torch.set_num_threads(1)
 PATCH_NUMS = (1, 2, 3, 4)
 
 
@@ -26,7 +25,10 @@ def tiny_vae(patch_nums: tuple[PatchNum, ...] = PATCH_NUMS) -> VQVAE:
 def tiny(patch_nums: tuple[PatchNum, ...] = PATCH_NUMS, **kwargs: Any) -> VAR:
     """A small VAR whose every part matters (no damping at the start)."""
     plain = {"init_adaln": 1.0, "init_adaln_gamma": 1.0, "init_head": 1.0, "init_std": 0.1}
-    return build_var(tiny_vae(patch_nums), **{"depth": 2, "width": 32, "heads": 2, "num_classes": 10, **plain, **kwargs})
+    return build_var(
+        tiny_vae(patch_nums),
+        **{"depth": 2, "width": 32, "heads": 2, "num_classes": 10, **plain, **kwargs},
+    )
 
 
 def batch(var: VAR, B: int = 3) -> tuple[Tensor, Tensor]:
@@ -36,7 +38,8 @@ def batch(var: VAR, B: int = 3) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def stepped(var: VAR, label_B: Tensor, x_BlZ: Tensor) -> Tensor:
-    """Logits scale by scale with a key-value cache and no mask, calling the blocks as the official notebooks do."""
+    """Logits scale by scale with a key-value cache and no mask, from the blocks, as in the official
+    notebooks."""
     cond = var.class_emb(label_B)
     position = var.lvl_embed(var.lvl_1L) + var.pos_1LC
     tokens = torch.cat((cond[:, None] + var.pos_start, var.word_embed(x_BlZ)), dim=1) + position
@@ -55,11 +58,17 @@ def stepped(var: VAR, label_B: Tensor, x_BlZ: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shared_aln", [False, True])
 @pytest.mark.parametrize("attn_l2_norm", [False, True])
-@pytest.mark.parametrize("patch_nums", [(1, 2, 3, 4), (2, 3), (3,), (1, (1, 2), (2, 3)), ((2, 1), (3, 2))])
-def test_cached_equals_teacher_forced(shared_aln: bool, attn_l2_norm: bool, patch_nums: tuple[PatchNum, ...]) -> None:
+@pytest.mark.parametrize(
+    "patch_nums", [(1, 2, 3, 4), (2, 3), (3,), (1, (1, 2), (2, 3)), ((2, 1), (3, 2))]
+)
+def test_cached_equals_teacher_forced(
+    shared_aln: bool, attn_l2_norm: bool, patch_nums: tuple[PatchNum, ...]
+) -> None:
     var = tiny(patch_nums, shared_aln=shared_aln, attn_l2_norm=attn_l2_norm).eval()
     label_B, x_BlZ = batch(var)
-    torch.testing.assert_close(stepped(var, label_B, x_BlZ), var(label_B, x_BlZ).detach(), atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        stepped(var, label_B, x_BlZ), var(label_B, x_BlZ).detach(), atol=5e-6, rtol=1e-5
+    )
 
 
 def test_mask_is_block_causal() -> None:
@@ -81,7 +90,8 @@ def test_progressive_stage_is_a_prefix(stage: int) -> None:
     assert all(p.grad is not None for p in var.parameters())  # DDP waits for every one
 
 
-COUNTS = {  # spec 1.12: depth: (total, total with shared AdaLN)
+# Of the official models: depth: (parameters, parameters with shared AdaLN).
+COUNTS = {
     6: (18_492_580, 14_071_204),
     8: (41_315_904, 30_308_928),
     16: (310_283_520, 215_917_824),
@@ -104,8 +114,14 @@ def test_parameter_counts_and_names(depth: int, shared_aln: bool) -> None:
 
 
 def test_official_512_model() -> None:
-    var = build_vae_var(depth=36, shared_aln=True, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), device="meta")[1]
-    assert (var.L, sum(p.numel() for p in var.parameters()), len(var.state_dict())) == (2240, 2_353_893_904, 446)
+    var = build_vae_var(
+        depth=36, shared_aln=True, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), device="meta"
+    )[1]
+    assert (var.L, sum(p.numel() for p in var.parameters()), len(var.state_dict())) == (
+        2240,
+        2_353_893_904,
+        446,
+    )
 
 
 @pytest.mark.parametrize("shared_aln", [False, True])
@@ -118,7 +134,12 @@ def test_initialisation(shared_aln: bool) -> None:
     def std(tensor: Tensor) -> float:
         return float(tensor.detach().std())
 
-    for tensor in (var.class_emb.weight, var.pos_1LC, var.blocks[1].attn.mat_qkv.weight, var.blocks[1].ffn.fc1.weight):  # type: ignore[union-attr]
+    for tensor in (
+        var.class_emb.weight,
+        var.pos_1LC,
+        var.blocks[1].attn.mat_qkv.weight,
+        var.blocks[1].ffn.fc1.weight,
+    ):  # type: ignore[union-attr]
         assert std(tensor) == pytest.approx(auto, rel=0.05)  # type: ignore[arg-type]
     block: Any = var.blocks[2]
     assert std(var.head.weight) == pytest.approx(0.02 * auto, rel=0.05)
@@ -137,7 +158,9 @@ def test_initialisation(shared_aln: bool) -> None:
     assert torch.allclose(block.attn.scale_mul_1H11, torch.tensor(4.0).log())
     assert all(not p.any() for name, p in var.named_parameters() if name.endswith("bias"))
     logits = var.eval()(*batch(var))
-    assert float(torch.log_softmax(logits.detach(), -1).mean()) == pytest.approx(-math.log(32), abs=0.01)
+    assert float(torch.log_softmax(logits.detach(), -1).mean()) == pytest.approx(
+        -math.log(32), abs=0.01
+    )
 
 
 def test_initial_std_leaves_positions_alone() -> None:
@@ -148,7 +171,9 @@ def test_initial_std_leaves_positions_alone() -> None:
 
 def test_drop_path_rates_rise_from_zero() -> None:
     var: Any = build_var(tiny_vae(), depth=5, width=40, heads=5)
-    assert [b.drop_path.rate for b in var.blocks] == pytest.approx(torch.linspace(0, 0.1 * 5 / 24, 5).tolist())
+    assert [b.drop_path.rate for b in var.blocks] == pytest.approx(
+        torch.linspace(0, 0.1 * 5 / 24, 5).tolist()
+    )
 
 
 def test_labels_in_evaluation() -> None:
@@ -187,7 +212,9 @@ def test_path_keep() -> None:
     assert torch.equal(drawn, var(label_B, x_BlZ, label_drop_B=no_drop, path_keep_DB=keep_D2B))
     one = torch.tensor([[True] * 3, [True, False, True]])
     both = var(label_B, x_BlZ, label_drop_B=no_drop, path_keep_DB=one)
-    assert torch.equal(both, var(label_B, x_BlZ, label_drop_B=no_drop, path_keep_DB=one[:, None].expand(2, 2, 3)))
+    assert torch.equal(
+        both, var(label_B, x_BlZ, label_drop_B=no_drop, path_keep_DB=one[:, None].expand(2, 2, 3))
+    )
     assert not torch.allclose(both[0], drawn.new_zeros(()), atol=1e-3)
 
 
@@ -195,7 +222,9 @@ def test_autocast_keeps_embeddings_and_logits_in_float32() -> None:
     var = tiny().eval()
     label_B, x_BlZ = batch(var)
     exact, seen = var(label_B, x_BlZ).detach(), []
-    handle = var.blocks[0].register_forward_pre_hook(lambda _module, args: seen.append([a.dtype for a in args if a is not None]))
+    handle = var.blocks[0].register_forward_pre_hook(
+        lambda _module, args: seen.append([a.dtype for a in args if a is not None])
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = var(label_B, x_BlZ)
         assert var.autoregressive_infer_cfg(2, 1, g_seed=0).isfinite().all()  # type: ignore[union-attr]
@@ -217,7 +246,7 @@ def test_model_in_bfloat16_altogether() -> None:
 
 @pytest.mark.parametrize("attn_l2_norm", [False, True])
 def test_attention_formula(attn_l2_norm: bool) -> None:
-    """Against the definition written out: temperature, cap, biases and mask."""
+    """Compared with the definition written out: temperature, cap, biases and mask."""
     attn: Any = tiny(attn_l2_norm=attn_l2_norm).blocks[0].attn
     with torch.no_grad():
         for p in attn.parameters():
@@ -226,7 +255,11 @@ def test_attention_formula(attn_l2_norm: bool) -> None:
             attn.scale_mul_1H11[0, 0] = 9.0  # above the cap of ln 100
     x, mask = torch.randn(2, 30, 32), block_causal_bias(PATCH_NUMS)
     w, zero = attn.mat_qkv.weight, torch.zeros(32)
-    q, k, v = (x @ w.T + torch.cat((attn.q_bias, zero, attn.v_bias))).view(2, 30, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        (x @ w.T + torch.cat((attn.q_bias, zero, attn.v_bias)))
+        .view(2, 30, 3, 2, 16)
+        .permute(2, 0, 3, 1, 4)
+    )
     if attn_l2_norm:
         q = q / q.norm(dim=-1, keepdim=True) * attn.scale_mul_1H11.exp().clamp(max=100)
         score = q @ (k / k.norm(dim=-1, keepdim=True)).transpose(-1, -2)
@@ -239,17 +272,17 @@ def test_attention_formula(attn_l2_norm: bool) -> None:
 def test_bad_input_is_one_clear_line() -> None:
     var = tiny()
     label_B, x_BlZ = batch(var)
-    with pytest.raises(UserError, match=r"label 11 is outside 0..10"):
+    with raises("model.labels", "label 11", "0..10"):
         var(label_B + 9, x_BlZ)
-    with pytest.raises(UserError, match=r"label -1 is outside"):
+    with raises("model.labels", "label -1"):
         var(label_B - 1, x_BlZ)
-    with pytest.raises(UserError, match=r"is needed for 3 labels"):
+    with raises("model.input", "(3, 5, 8)", "(3, 29, 8)"):
         var(label_B, x_BlZ[:, :5])
-    with pytest.raises(UserError, match="does not divide"):
+    with raises("model.sizes", "64", "3 heads"):
         build_var(tiny_vae(), depth=3, width=64)
-    with pytest.raises(UserError, match=r"flash_attn, which is not installed: pip install"):
+    with raises("model.attention-package", "flash_attn", "pip install flash-attn"):
         build_var(tiny_vae(), depth=2, attention="flash")
-    with pytest.raises(UserError, match="is not known; take one of auto, "):
+    with raises("model.attention", "'flsh'", "auto, triton"):
         backend_name("flsh")
 
 

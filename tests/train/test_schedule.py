@@ -1,4 +1,5 @@
-"""Schedules and optimiser against the golden trajectory of the reference and its closed forms."""
+"""Schedules and the optimiser are compared with the golden trajectory of the reference and with its
+closed forms."""
 
 from __future__ import annotations
 
@@ -25,28 +26,40 @@ from var_scale.train.step import TrainStep, token_weights
 from var_scale.train.world import World
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-HERE = World(0, 1, 0, torch.device("cpu"))
+HERE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_shared_adaln"])
 def test_golden_trajectory(name: str) -> None:
-    """Thirty steps of the official optimiser, schedule and clipping: loss, gradient norm, rates."""
+    """Thirty steps of the official optimiser, schedule and clipping give the same losses, gradient
+    norms and rates."""
     meta = json.loads((GOLDEN / f"{name}.json").read_text())
     data = np.load(GOLDEN / f"{name}.npz")
     c, want = meta["config"], meta["metrics"]["trajectory"]
-    vae, var = build_vae_var(V=c["V"], Cvae=c["Cvae"], ch=c["ch"], patch_nums=c["patch_nums"], num_classes=c["num_classes"],
-                             depth=c["depth"], shared_aln=c["shared_aln"], attn_l2_norm=c["attn_l2_norm"])  # fmt: skip
+    vae, var = build_vae_var(
+        V=c["V"],
+        Cvae=c["Cvae"],
+        ch=c["ch"],
+        patch_nums=c["patch_nums"],
+        num_classes=c["num_classes"],
+        depth=c["depth"],
+        shared_aln=c["shared_aln"],
+        attn_l2_norm=c["attn_l2_norm"],
+    )
     fill(vae.state_dict())
     fill(var.state_dict())
     var.cond_drop_rate = 0.0
     recipe = TrainConfig(steps=1, clip=want["clip"])
     step = TrainStep(var, vae.quantize, recipe, "fp32")
-    step.eval()  # the trajectory was made in eval mode: no dropout of any kind
+    # The trajectory was made in eval mode, without any dropout.
+    step.eval()
     engine = SingleEngine(step, recipe)
     idx, labels = torch.from_numpy(data["idx"]).long(), torch.from_numpy(data["labels"]).long()
     steps, warmup = want["steps"], want["warmup_it"]
     for g in range(steps):
-        lr = want["peak_lr"] * lr_factor(want["schedule"], g, steps, warmup, want["wp0"], want["wpe"])
+        lr = want["peak_lr"] * lr_factor(
+            want["schedule"], g, steps, warmup, want["wp0"], want["wpe"]
+        )
         wd = weight_decay(g, steps, want["wd_start"], want["wd_end"])
         assert lr == pytest.approx(want["lr"][g], rel=1e-9)
         assert wd == pytest.approx(want["wd"][g], rel=1e-9)
@@ -60,24 +73,45 @@ def test_golden_trajectory(name: str) -> None:
 
 
 def test_no_decay_groups() -> None:
-    """class_emb, word_embed and head weights decay; positions, levels, gates, scales, biases do not."""
-    decay = {"class_emb.weight": 2, "word_embed.weight": 2, "head.weight": 2, "blocks.0.ffn.fc1.weight": 2, "blocks.0.ada_lin.1.weight": 2}
-    still = {"pos_start": 3, "pos_1LC": 3, "lvl_embed.weight": 2, "blocks.0.ada_gss": 4, "blocks.0.attn.scale_mul_1H11": 4,
-             "blocks.0.attn.q_bias": 1, "head.bias": 1}  # fmt: skip
+    """The weights of class_emb, word_embed and the head decay; positions, levels, gates, scales and
+    biases do not."""
+    decay = {
+        "class_emb.weight": 2,
+        "word_embed.weight": 2,
+        "head.weight": 2,
+        "blocks.0.ffn.fc1.weight": 2,
+        "blocks.0.ada_lin.1.weight": 2,
+    }
+    still = {
+        "pos_start": 3,
+        "pos_1LC": 3,
+        "lvl_embed.weight": 2,
+        "blocks.0.ada_gss": 4,
+        "blocks.0.attn.scale_mul_1H11": 4,
+        "blocks.0.attn.q_bias": 1,
+        "head.bias": 1,
+    }
     for names, expected in ((decay, True), (still, False)):
         for name, ndim in names.items():
             assert decays(name, torch.empty([2] * ndim)) is expected, name
 
 
 def test_label_and_path_dropout_do_not_depend_on_the_world_size(tmp_path: Path) -> None:
-    """What a sample of the global batch draws is the same on one rank, on two, and over micro-batches."""
+    """A sample of the global batch draws the same on one rank, on two ranks, and over
+    micro-batches."""
     config = small_config(tmp_path, model={"drop_path_rate": 0.5})
     data = TokenData(tmp_path / "train")
     whole = StepNoise(config, 7).of(TokenLoader(data, 0, 8).batch(7), HERE)
-    assert 0 < whole[1].float().mean() < 1 and (whole[1][0]).all()  # the first block always keeps its path
+    # The first block always keeps its path.
+    assert 0 < whole[1].float().mean() < 1 and (whole[1][0]).all()
     for world, accumulate in ((2, 1), (1, 2), (2, 2)):
-        parts = [StepNoise(config, 7).of(TokenLoader(data, 0, 8, world, rank, accumulate).batch(7, micro), HERE)
-                 for micro in range(accumulate) for rank in range(world)]  # fmt: skip
+        parts = [
+            StepNoise(config, 7).of(
+                TokenLoader(data, 0, 8, world, rank, accumulate).batch(7, micro), HERE
+            )
+            for micro in range(accumulate)
+            for rank in range(world)
+        ]
         assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
         assert torch.equal(torch.cat([part[1] for part in parts], dim=2), whole[1])
 
@@ -90,7 +124,7 @@ def test_frozen_parameter_is_refused() -> None:
 
 @pytest.mark.parametrize("schedule", ["lin0", "lin", "lin00", "cos", "exp", "lin0.8"])
 def test_schedule_ends(schedule: str) -> None:
-    """Starts at lr_start, reaches 1 after the warm-up, ends at lr_end."""
+    """The schedule starts at lr_start, reaches 1 after the warm-up, and ends at lr_end."""
     total, warmup = 1000, 20
     assert lr_factor(schedule, 0, total, warmup, 0.005, 0.01) == pytest.approx(0.005)
     assert lr_factor(schedule, warmup, total, warmup, 0.005, 0.01) == pytest.approx(1.0)
@@ -111,18 +145,27 @@ def test_closed_forms() -> None:
 
 
 def test_epochs_peak_and_default_warmup() -> None:
-    """Steps are epochs x ceil(samples / batch); the peak is base_lr x batch / 256; no warm-up given: a fiftieth."""
+    """The number of steps is epochs x ceil(samples / batch); the peak is base_lr x batch / 256; the
+    default warm-up is a fiftieth."""
     schedule = Schedule.of(TrainConfig(epochs=200, batch_size=768), 1281167)
     assert schedule.total_steps == 200 * 1669
     assert schedule.peak_lr == pytest.approx(3e-4)
     assert schedule.warmup == round(200 * 1669 / 50)
 
 
-
-@pytest.mark.parametrize(("pg", "pg0", "pgwp"), [(0.8, 4, 0.0), (0.5, 0, 1.5), (1.0, 2, 0.3), (0.01, 1, 0.0)])
+@pytest.mark.parametrize(
+    ("pg", "pg0", "pgwp"), [(0.8, 4, 0.0), (0.5, 0, 1.5), (1.0, 2, 0.3), (0.01, 1, 0.0)]
+)
 def test_progressive_stages_are_the_references(pg: float, pg0: int, pgwp: float) -> None:
-    """Stage and weight of every step, against the reference's bookkeeping written out: it counts iterations within a stage as they come."""
-    config = TrainConfig(epochs=20, batch_size=8, progressive=pg, progressive_start=pg0, progressive_warmup_epochs=pgwp)
+    """The stage and weight of every step are compared with the reference's bookkeeping, written out
+    here: it counts iterations within a stage as they come."""
+    config = TrainConfig(
+        epochs=20,
+        batch_size=8,
+        progressive=pg,
+        progressive_start=pg0,
+        progressive_warmup_epochs=pgwp,
+    )
     schedule, scales = Schedule.of(config, 100), 10
     total, per_epoch = schedule.total_steps, 13
     warmup, grow = schedule.warmup, (pgwp or 20 / 300) * per_epoch
@@ -147,7 +190,8 @@ def test_progressive_stages_are_the_references(pg: float, pg0: int, pgwp: float)
 
 
 def test_loss_scale_follows_the_references_rules() -> None:
-    """2^11; doubled after 1000 good steps, never above 2^15; halved at an overflow, which starts the count anew; kept in a checkpoint."""
+    """The scale starts at 2^11. It doubles after 1000 good steps, up to 2^15. An overflow halves it
+    and restarts the count. A checkpoint keeps it."""
     scale, good, bad = LossScale(torch.device("cpu")), torch.tensor(0.0), torch.tensor(1.0)
     values = []
     for number in range(6000):
@@ -168,7 +212,8 @@ def test_loss_scale_follows_the_references_rules() -> None:
 
 
 def test_token_weights() -> None:
-    """Of mean 1: every scale the same, or a factor for the tokens of each scale."""
+    """The weights have mean 1: every scale has the same weight, or the tokens of each scale have a
+    factor."""
     assert token_weights("token", (1, 2, 3)) is None
     for given, sums in (("scale", [1 / 3] * 3), ([1.0, 0.0, 1.0], [0.1, 0.0, 0.9])):
         weight_L = token_weights(given, (1, 2, 3))
@@ -177,7 +222,8 @@ def test_token_weights() -> None:
 
 
 def test_z_loss_and_weights_in_both_forms() -> None:
-    """The loss of TrainStep against the formula, with the fused operators and without, also of the first scales only."""
+    """The loss of TrainStep is compared with the formula, with and without the fused operators, and
+    also for the first scales only."""
     recipe = TrainConfig(steps=1, z_loss=0.01, label_smoothing=0.1, scale_weights="scale")
     torch.manual_seed(0)
     tokens_BL, label_B = torch.randint(32, (3, 14)), torch.tensor([0, 1, 2])
@@ -189,14 +235,28 @@ def test_z_loss_and_weights_in_both_forms() -> None:
         fill(vae.state_dict())
         fill(var.state_dict())
         step = TrainStep(var, vae.quantize, recipe, "fp32").train()
-        quiet = {"label_drop_B": torch.zeros(3, dtype=torch.bool), "path_keep_D2B": torch.ones(2, 2, 3, dtype=torch.bool)}
+        quiet = {
+            "label_drop_B": torch.zeros(3, dtype=torch.bool),
+            "path_keep_D2B": torch.ones(2, 2, 3, dtype=torch.bool),
+        }
         for stage, newest in ((-1, 1.0), (1, 0.25), (0, 1.0)):
             loss = step(tokens_BL, label_B, **quiet, stage=stage, newest=newest)[0]
             end = (1, 5, 14)[stage]
-            x = vae.quantize.idxBl_to_var_input([tokens_BL[:, :1], tokens_BL[:, 1:5], tokens_BL[:, 5:]][: stage + 1 or None])
-            logits = var(label_B, x, label_drop_B=quiet["label_drop_B"], path_keep_DB=quiet["path_keep_D2B"])
-            each = nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BL[:, :end].flatten(), reduction="none", label_smoothing=0.1)
+            x = vae.quantize.idxBl_to_var_input(
+                [tokens_BL[:, :1], tokens_BL[:, 1:5], tokens_BL[:, 5:]][: stage + 1 or None]
+            )
+            logits = var(
+                label_B, x, label_drop_B=quiet["label_drop_B"], path_keep_DB=quiet["path_keep_D2B"]
+            )
+            each = nn.functional.cross_entropy(
+                logits.flatten(0, 1),
+                tokens_BL[:, :end].flatten(),
+                reduction="none",
+                label_smoothing=0.1,
+            )
             each = (each + 0.01 * logits.flatten(0, 1).logsumexp(-1).square()).view(3, end)
             weight_L = torch.tensor([14 / 3] + [14 / 12] * 4 + [14 / 27] * 9)[:end]
             weight_L[(0, 1, 5)[stage] :] *= newest
-            torch.testing.assert_close(loss, (each * weight_L).sum(1).mean() / 14, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                loss, (each * weight_L).sum(1).mean() / 14, rtol=1e-5, atol=1e-6
+            )

@@ -1,4 +1,5 @@
-"""wandb's server goes away: training goes on, and what it recorded can be sent later. A server on loopback keeps the rows it is sent."""
+"""wandb's server stops: training continues, and its records can be sent later. A server on loopback
+keeps the rows that it receives."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from var_scale.run_folder import RunFolder
 
 
 class Server(ThreadingHTTPServer):
-    """Answers what wandb asks of it, unless it is down."""
+    """Answers the requests of wandb, unless it is down."""
 
     daemon_threads = True
 
@@ -32,7 +33,7 @@ class Server(ThreadingHTTPServer):
         Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves in the middle is no news."""
+        """Ignore a client that disconnects during a request."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *arguments: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def answer(self, value: dict[str, Any]) -> None:
         body = json.dumps(value).encode()
@@ -63,16 +64,37 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/graphql" and not self.server.down:
             variables = json.loads(body).get("variables") or {}
             project = {"id": "p", "name": "var-scale", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "r", "name": variables.get("name") or "r", "displayName": "r", "config": "{}", "historyLineCount": 0,
-                      "project": project}  # fmt: skip
+            bucket = {
+                "id": "r",
+                "name": variables.get("name") or "r",
+                "displayName": "r",
+                "config": "{}",
+                "historyLineCount": 0,
+                "project": project,
+            }
             url = f"http://127.0.0.1:{self.server.server_port}/file"
             files = [{"name": name, "uploadUrl": url} for name in variables.get("files", [])]
-            self.answer({"data": {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}},
-                                  "upsertBucket": {"bucket": bucket, "inserted": True}, "model": {"bucket": None},
-                                  "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}})  # fmt: skip
+            self.answer(
+                {
+                    "data": {
+                        "viewer": {
+                            "id": "u",
+                            "username": "me",
+                            "entity": "me",
+                            "flags": "{}",
+                            "teams": {"edges": []},
+                        },
+                        "upsertBucket": {"bucket": bucket, "inserted": True},
+                        "model": {"bucket": None},
+                        "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files},
+                    }
+                }
+            )
             return
         if self.path.endswith("file_stream") and not self.server.down:
-            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            history = (
+                json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            )
             self.server.rows |= {row["_step"]: row for row in map(json.loads, history)}
         self.answer({})
 
@@ -89,7 +111,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["never", "in the middle", "from the start"])
 def test_wandb_goes_down(when: str, server: Server, tmp_path: Path) -> None:
-    """The run ends as it would have; afterwards the command that it names brings every row to the server."""
+    """The run ends as it would with the server; afterwards the command that the run names sends
+    every row to the server."""
     server.down = when == "from the start"
 
     def fail(folder: RunFolder) -> None:
@@ -99,7 +122,10 @@ def test_wandb_goes_down(when: str, server: Server, tmp_path: Path) -> None:
 
     if when == "in the middle":
         Thread(target=fail, args=(RunFolder(tmp_path / "run"),), daemon=True).start()
-    code, folder = run(small_config(tmp_path, train={"steps": 2000}, log={"wandb": "online", "every": 50}), tmp_path / "run")
+    code, folder = run(
+        small_config(tmp_path, train={"steps": 400}, log={"wandb": "online", "every": 10}),
+        tmp_path / "run",
+    )
     log = (folder.log / "launch.log").read_text()
     assert code == 0 and len(losses(folder)) == 40, log[-3000:]
     if when != "never":
@@ -108,7 +134,12 @@ def test_wandb_goes_down(when: str, server: Server, tmp_path: Path) -> None:
         server.down = False
         (said,) = re.findall(r"^warning: wandb .* `wandb sync (.*)` sends", log, re.MULTILINE)
         *options, kept = said.split()
-        command = [str(Path(sys.executable).with_name("wandb")), "sync", *options, *map(str, Path("/").glob(kept.lstrip("/")))]
+        command = [
+            str(Path(sys.executable).with_name("wandb")),
+            "sync",
+            *options,
+            *map(str, Path("/").glob(kept.lstrip("/"))),
+        ]
         sent = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert sent.returncode == 0, sent.stdout + sent.stderr
     rows = {row["step"]: row["loss"] for row in folder.read_metrics() if row["kind"] == "train"}

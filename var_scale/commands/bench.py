@@ -1,123 +1,192 @@
-"""Timings of this machine."""
+"""`bench`: timings of this machine."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from var_scale.commands.arguments import Commands, command, config_argument, family, load_config, number_in, whole_numbers
-from var_scale.commands.sample import device_of
+from var_scale.commands.arguments import (
+    Commands,
+    ConfigArguments,
+    DeviceArguments,
+    argument,
+    command,
+    family,
+    number_in,
+    option,
+    positive,
+    whole_numbers,
+)
 from var_scale.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOutput:
+    out: Path | None = option("write the results", None, metavar="FILE.json")
 
 
-def bench_kernels(args: argparse.Namespace) -> None:
-    """Time the fused operators against eager PyTorch, torch.compile and what else is installed."""
-    from var_kernels.bench.run import run, run_sweep
+def bench_data(arguments: BenchOutput) -> None:
+    """Time how fast one core turns JPEGs into training images, and how fast it reads tokens."""
+    from var_scale.bench.data import bench_data
 
-    try:
-        if args.sweep:
-            run_sweep(args.operators, args.out)
-            return
-        run(args.operators, args.shapes, args.out, args.tune, args.forms)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    bench_data(arguments.out)
 
 
-def bench_step(args: argparse.Namespace) -> None:
-    """Time a block and a training step with the fused operators and without."""
-    from var_scale.train.bench import bench_step
-
-    bench_step(args.configs, args.batch, args.set, args.out)
-
-
-def bench_official(args: argparse.Namespace) -> None:
-    """Compare a training step with the official trainer's, from a checkout of its code, on this device."""
-    from var_scale.cluster.bench import bench_official
-
-    bench_official(load_config(args), args.checkout, args.steps, args.warmup, args.compile_official, args.out)
-
-
-def bench_sample(args: argparse.Namespace) -> None:
-    """Compare sampling with the official loop, from a checkout of its code, on this device: the same weights, greedy, in turns."""
-    from var_scale.evaluate.bench_sample import bench_sample
-
-    device = str(device_of(args))
-    bench_sample(args.checkout, args.depth, args.batch, args.precision, args.warmup, args.repeats, device, args.out)
+@dataclass(frozen=True, kw_only=True)
+class BenchKernels:
+    operators: Sequence[str] = option(
+        "such as block_attention; default: all", (), nargs="*", metavar="NAME"
+    )
+    shapes: Sequence[str] = option(
+        "first letters of shapes, such as d16; default: all", (), nargs="*", metavar="START"
+    )
+    forms: Sequence[str] = option(
+        "first letters of forms, such as eager; default: all", (), nargs="*", metavar="START"
+    )
+    out: Path | None = option("write the results and a roofline plot", None, metavar="FILE.json")
+    tune: bool = option(
+        "first choose the fastest form of the MLP at each width, and save it", False
+    )
+    sweep: bool = option("time the launch settings of each kernel instead", False)
 
 
-def bench_data(args: argparse.Namespace) -> None:
-    """Time how fast one core makes training images of JPEGs, and reads tokens."""
-    from var_scale.data.bench import bench_data
+def bench_kernels(arguments: BenchKernels) -> None:
+    """Time the fused operators against eager PyTorch, torch.compile and other installed
+    libraries."""
+    from var_scale.bench.kernels import bench_kernels
 
-    bench_data(args.out)
+    bench_kernels(
+        list(arguments.operators),
+        list(arguments.shapes),
+        list(arguments.forms),
+        out=arguments.out,
+        tune=arguments.tune,
+        sweep=arguments.sweep,
+    )
 
 
-def bench_train(args: argparse.Namespace) -> None:
-    """Time a training step of a config on its engine's processes, and where its time goes; or with --dry-run what each rank would hold."""
-    from var_scale.cluster.bench import bench_train, show_dry_run
+@dataclass(frozen=True, kw_only=True)
+class BenchStep(BenchOutput):
+    configs: Sequence[str] = argument(
+        "config files or presets, such as model/d16 model/d30", nargs="+"
+    )
+    batch: int = option("samples per step", 32, type=positive)
+    set: Sequence[str] = option("changes to every config", (), nargs="*", metavar="key=value")
 
-    config = load_config(args)
-    if config.study:
-        from var_scale.config.load import run_config
 
-        if args.depth is None:
-            raise UserError(f"--depth: name a size of this study, such as {config.study.depths[0]}")
-        config = run_config(config, args.depth, config.train.seed)
-    if args.world and not args.dry_run:
-        raise UserError("--world: is for --dry-run; a real step runs on engine.processes")
-    if args.dry_run:
-        show_dry_run(config, args.world or 1)
+def bench_step(arguments: BenchStep) -> None:
+    """Time one block and one training step, with and without the fused operators."""
+    from var_scale.bench.step import bench_step
+
+    bench_step(list(arguments.configs), arguments.batch, list(arguments.set), arguments.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timed(BenchOutput):
+    steps: int = option("steps to time", 10, type=positive)
+    warmup: int = option("steps before them that are not timed", 3, type=positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkout:
+    checkout: Path = argument("folder of the official code, FoundationVision/VAR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOfficial(_Timed, ConfigArguments, _Checkout):
+    """The checkout comes before the config: fields of the last base class come first."""
+
+    compile_official: bool = option(
+        "torch.compile the official transformer (its flag tfast)", False
+    )
+
+
+def bench_official(arguments: BenchOfficial) -> None:
+    """Compare a training step with the one of the official trainer, from a checkout of its code, on
+    this device."""
+    from var_scale.bench.train import bench_official
+
+    bench_official(
+        arguments.load(),
+        arguments.checkout,
+        arguments.steps,
+        arguments.warmup,
+        arguments.compile_official,
+        arguments.out,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSample(BenchOutput, DeviceArguments, _Checkout):
+    depth: int = option("size of the model, with the official tokenizer", 16, type=positive)
+    batch: Sequence[int] = option("batch sizes, such as 1,64", (1, 64), type=whole_numbers)
+    precision: Sequence[str] = option(
+        "precisions of both sides", ("fp32", "bf16"), nargs="+", choices=("fp32", "bf16", "fp16")
+    )
+    repeats: int = option("calls to time", 3, type=positive)
+    warmup: int = option(
+        "calls before them; the second records the graphs of a GPU", 2, type=number_in(int, 0)
+    )
+
+
+def bench_sample(arguments: BenchSample) -> None:
+    """Compare sampling with the official loop, from a checkout of its code, on this device.
+
+    Both use the same weights and greedy sampling, and their calls alternate."""
+    from var_scale.bench.sample import bench_sample
+    from var_scale.evaluate.source import choose_device
+
+    bench_sample(
+        arguments.checkout,
+        arguments.depth,
+        list(arguments.batch),
+        list(arguments.precision),
+        arguments.warmup,
+        arguments.repeats,
+        str(choose_device(arguments.device)),
+        arguments.out,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrain(_Timed, ConfigArguments):
+    depth: int | None = option("size, for a config of a study", None, type=positive)
+    trace: Path | None = option(
+        "profiler trace of one step (chrome://tracing)", None, metavar="FILE.json"
+    )
+    dry_run: bool = option("train no step; print what each of --world ranks would hold", False)
+    world: int | None = option("ranks of the dry run; default: 1", None, type=positive)
+
+    def __post_init__(self) -> None:
+        if self.world and not self.dry_run:
+            raise UserError(
+                "--world: is only for --dry-run; training steps run on engine.processes",
+                code="argument.combination",
+            )
+
+
+def bench_train(arguments: BenchTrain) -> None:
+    """Time a training step of a config with its engine and processes, and show where the time goes.
+    With --dry-run, print what each rank would hold."""
+    from var_scale.bench.train import bench_train, show_dry_run
+    from var_scale.study.single import config_of_size
+
+    config = config_of_size(arguments.load(), arguments.depth)
+    if arguments.dry_run:
+        show_dry_run(config, arguments.world or 1)
     else:
-        bench_train(config, args.steps, args.warmup, args.out, args.trace)
+        bench_train(config, arguments.steps, arguments.warmup, arguments.out, arguments.trace)
 
 
 def add(commands: Commands) -> None:
     """Add these commands."""
-    bench = family(commands, "bench", "timings of this machine: kernels, data, step, train, official, sample")
-    sub = command(bench, "data", bench_data)
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
-    sub = command(bench, "kernels", bench_kernels)
-    sub.add_argument("--operators", nargs="*", default=[], metavar="NAME", help="such as block_attention; default all")
-    sub.add_argument("--shapes", nargs="*", default=[], metavar="START", help="how names of shapes begin, such as d16; default all")
-    sub.add_argument("--forms", nargs="*", default=[], metavar="START", help="how names of forms begin, such as eager ours; default all")
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results, and a roofline plot beside them")
-    sub.add_argument("--tune", action="store_true", help="decide first which form of the MLP runs at each width, and keep that")
-    sub.add_argument("--sweep", action="store_true", help="time the launch settings of each kernel instead, such as --operators attention")
-
-    sub = command(bench, "step", bench_step)
-    sub.add_argument("configs", nargs="+", help="config files or presets, such as model/d16 model/d30")
-    sub.add_argument("--batch", type=number_in(int, 1), default=32, help="samples a step")
-    sub.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to every config")
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
-
-    sub = command(bench, "official", bench_official)
-    sub.add_argument("checkout", type=Path, help="folder of the official code, FoundationVision/VAR")
-    config_argument(sub)
-    sub.add_argument("--steps", type=number_in(int, 1), default=10, help="steps to time")
-    sub.add_argument("--warmup", type=number_in(int, 1), default=3, help="steps before them")
-    sub.add_argument("--compile-official", action="store_true", help="torch.compile the official transformer (its tfast)")
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
-
-    sub = command(bench, "sample", bench_sample)
-    sub.add_argument("checkout", type=Path, help="folder of the official code, FoundationVision/VAR")
-    sub.add_argument("--depth", type=number_in(int, 1), default=16, help="size of the model, official tokenizer, 256 pixels")
-    sub.add_argument("--batch", type=whole_numbers, default=[1, 64], help="batch sizes, such as 1,64")
-    sub.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], help="of both sides")
-    sub.add_argument("--repeats", type=number_in(int, 1), default=3, help="calls to time")
-    sub.add_argument("--warmup", type=number_in(int, 0), default=2, help="calls before them; on a GPU the second records the graphs")
-    sub.add_argument("--device", default=None, help="default the first GPU, else the CPU")
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the results")
-
-    sub = command(bench, "train", bench_train)
-    config_argument(sub)
-    sub.add_argument("--depth", type=number_in(int, 1), default=None, help="size of a study")
-    sub.add_argument("--steps", type=number_in(int, 1), default=10, help="steps to time")
-    sub.add_argument("--warmup", type=number_in(int, 1), default=3, help="steps before them")
-    sub.add_argument("--out", type=Path, default=None, metavar="FILE.json", help="write the result")
-    sub.add_argument("--trace", type=Path, default=None, metavar="FILE.json", help="write a profiler trace of one step (chrome://tracing)")
-    sub.add_argument("--dry-run", action="store_true", help="no step: build the config for --world ranks and print what each would hold")
-    sub.add_argument("--world", type=number_in(int, 1), default=None, help="ranks of the dry run; default 1")
+    bench = family(
+        commands, "bench", "timings of this machine: kernels, data, step, train, official, sample"
+    )
+    command(bench, "data", bench_data, BenchOutput)
+    command(bench, "kernels", bench_kernels, BenchKernels)
+    command(bench, "step", bench_step, BenchStep)
+    command(bench, "official", bench_official, BenchOfficial)
+    command(bench, "sample", bench_sample, BenchSample)
+    command(bench, "train", bench_train, BenchTrain)

@@ -1,118 +1,98 @@
-"""Training of tokenizers and models, official training checkpoints."""
+"""Training of tokenizers and models, and checkpoints of the official trainer."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from var_scale.commands.arguments import (
     Commands,
+    StudyArguments,
+    argument,
     command,
-    config_argument,
     family,
-    folder,
-    load_config,
-    number_in,
-    runs_argument,
-    with_tokenizer,
+    folder_path,
+    option,
+    positive,
 )
-from var_scale.errors import UserError
-
-if TYPE_CHECKING:
-    from var_scale.config.schema import Config
 
 
-def tokenizer_train(args: argparse.Namespace) -> None:
-    """Train the config's tokenizer on its image shards."""
-    from var_scale.cluster.pipeline import Study, make_leaves, train_tokenizer_stage
-
-    config = load_config(args)
-    if config.tokenizer.weights:
-        raise UserError(f"tokenizer.weights: {config.tokenizer.weights} is given, so there is nothing to train; set it to null")
-    if config.study:
-        config = Study(config, args.runs).with_files()
-    if config.data.leaves and config.data.images_train:
-        make_leaves(config)
-    train_tokenizer_stage(config, args.folder or args.runs / config.name / "tokenizer", args.processes)
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrain(StudyArguments):
+    processes: int = option(
+        "one process per GPU; without a GPU, 1 uses all cores", 1, type=positive
+    )
+    folder: Path | None = option(
+        "folder of the tokenizer; default: RUNS/NAME/tokenizer", None, type=folder_path
+    )
 
 
-def _one_run(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Config and folder of one run: of the size `--depth` of a study, with the study's data and tokenizer, or of a config by itself."""
-    from var_scale.cluster.pipeline import Study, check_config, require_inputs
-    from var_scale.config.load import run_config
+def tokenizer_train(arguments: TokenizerTrain) -> None:
+    """Train the tokenizer of a config on its image shards."""
+    from var_scale.study.single import train_tokenizer_of
 
-    config = load_config(args)
-    if config.study:
-        study = Study(config, args.runs)
-        if args.depth not in study.spec.depths:
-            given = "" if args.depth is None else args.depth
-            raise UserError(f"--depth {given}: name a size of this study, one of {', '.join(map(str, study.spec.depths))}")
-        config = run_config(study.with_files(), args.depth, config.train.seed)
-        folder = args.folder or study.folder / config.name
-    else:
-        name = config.name if config.name != "run" else Path(args.config).stem  # model/d16 is the run d16
-        folder, config = args.folder or args.runs / "single" / name, with_tokenizer(config, args.runs)
-    require_inputs(config)
-    check_config(config)
-    return config, folder
+    train_tokenizer_of(arguments.load(), arguments.runs, arguments.folder, arguments.processes)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train one model in a run folder, or continue it."""
-    from var_scale.cluster.local import train_here
+@dataclass(frozen=True, kw_only=True)
+class Train(StudyArguments):
+    folder: Path | None = option("run folder; default: RUNS/STUDY/RUN", None)
+    depth: int | None = option("size of the study to train", None)
+
+
+def train(arguments: Train) -> None:
+    """Train one model in a run folder, or continue its training."""
     from var_scale.progress import say
-    from var_scale.run_folder import RunFolder
-    from var_scale.train.loop import create_run
+    from var_scale.study.single import find_run, train_run
 
-    config, folder = _one_run(args)
-    run = create_run(config, folder)
-    if run.status()["state"] == "complete":
-        say(f"{folder}: this run is complete, nothing to do")
-        return
-    train_here(config, RunFolder(folder), f"train {config.name}")
-    final = [row for row in run.read_metrics() if row["kind"] == "eval"][-1]
-    say(f"{folder}: validation loss {final['loss_avg']:.4f} (all scales), {final['loss_last']:.4f} (last)")
+    config, place = find_run(arguments.load(), arguments.config, arguments.runs, arguments.depth)
+    say(train_run(config, arguments.folder or place))
 
 
-def checkpoint_export(args: argparse.Namespace) -> None:
-    """Write a run's newest checkpoint as the official trainer's ar-ckpt file: weights, tokenizer, optimiser."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointExport:
+    run: Path = argument("run folder")
+    out: Path = argument("file to write, such as ar-ckpt-last.pth")
+
+
+def checkpoint_export(arguments: CheckpointExport) -> None:
+    """Write the newest checkpoint of a run as an ar-ckpt file of the official trainer: weights,
+    tokenizer and optimiser."""
     from var_scale.train.official import export_checkpoint
 
-    epoch = export_checkpoint(args.run, args.out)
-    print(f"{args.out}: written, {epoch} whole epochs done")
+    epoch = export_checkpoint(arguments.run, arguments.out)
+    print(f"{arguments.out}: written after {epoch} complete epochs")
 
 
-def checkpoint_import(args: argparse.Namespace) -> None:
-    """Make a run folder that goes on where an official ar-ckpt file ends."""
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    checkpoint: Path = argument("training checkpoint of the official code, ar-ckpt-*.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointImport(Train, _Checkpoint):
+    """The checkpoint comes before the config: fields of the last base class come first."""
+
+
+def checkpoint_import(arguments: CheckpointImport) -> None:
+    """Create a run folder that continues from an official ar-ckpt file."""
+    from var_scale.study.single import find_run
     from var_scale.train.official import import_checkpoint
 
-    config, folder = _one_run(args)
-    step = import_checkpoint(args.checkpoint, config, folder)
-    print(f"{folder}: goes on from step {step}; `var-scale train` with the same config, overrides and options")
+    config, place = find_run(arguments.load(), arguments.config, arguments.runs, arguments.depth)
+    place = arguments.folder or place
+    step = import_checkpoint(arguments.checkpoint, config, place)
+    print(
+        f"{place}: continues from step {step} with `var-scale train` and the same config, "
+        "overrides and options"
+    )
 
 
 def add(commands: Commands) -> None:
     """Add these commands."""
-    sub = command(family(commands, "tokenizer", "the multi-scale VQVAE: train"), "train", tokenizer_train)
-    config_argument(sub)
-    runs_argument(sub)
-    sub.add_argument("--processes", type=number_in(int, 1), default=1, help="processes, one a GPU; without a GPU 1 uses all cores")
-    sub.add_argument("--folder", type=folder, default=None, help="folder of the tokenizer; default RUNS/NAME/tokenizer")
-
-    sub = command(commands, "train", train)
-    config_argument(sub)
-    runs_argument(sub)
-    sub.add_argument("--folder", type=Path, default=None, help="run folder; default RUNS/STUDY/RUN")
-    sub.add_argument("--depth", type=int, default=None, help="size of a study to train")
-
-    checkpoint = family(commands, "checkpoint", "the official trainer's checkpoints")
-    sub = command(checkpoint, "export", checkpoint_export)
-    sub.add_argument("run", type=Path, help="run folder")
-    sub.add_argument("out", type=Path, help="file to write, such as ar-ckpt-last.pth")
-    sub = command(checkpoint, "import", checkpoint_import)
-    sub.add_argument("checkpoint", type=Path, help="official training checkpoint, ar-ckpt-*.pth")
-    config_argument(sub)
-    runs_argument(sub)
-    sub.add_argument("--folder", type=Path, default=None, help="run folder to make; default as `var-scale train`")
-    sub.add_argument("--depth", type=int, default=None, help="size of a study")
+    tokenizer = family(commands, "tokenizer", "the multi-scale VQVAE: train")
+    command(tokenizer, "train", tokenizer_train, TokenizerTrain)
+    command(commands, "train", train, Train)
+    checkpoint = family(commands, "checkpoint", "checkpoints of the official trainer")
+    command(checkpoint, "export", checkpoint_export, CheckpointExport)
+    command(checkpoint, "import", checkpoint_import, CheckpointImport)

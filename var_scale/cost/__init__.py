@@ -1,4 +1,4 @@
-"""Parameters, FLOPs, memory and time of a VAR model: pure functions of its shape, exact integers, no torch."""
+"""Parameters, FLOPs, memory and time of a VAR model, as pure functions of its shape."""
 
 from var_scale.cost.flops import FlopCount, count_flops
 from var_scale.cost.memory import MemoryCount, count_memory

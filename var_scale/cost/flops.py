@@ -1,6 +1,7 @@
-"""Exact floating-point operations of one image (spec/var-reference.md 1.12, spec/scaling.md 0.4).
+"""Exact number of floating-point operations per image.
 
-One multiply-accumulate (MAC) is 2 FLOPs. Matrix products only: norms, softmax and element-wise work are below 1 %.
+One multiply-accumulate (MAC) is 2 FLOPs. Only matrix products count: norms, softmax and
+element-wise operations are below 1 % of the work.
 """
 
 from __future__ import annotations
@@ -13,30 +14,33 @@ from var_scale.cost.shape import ModelShape
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Work of one image of L tokens."""
+    """Operations for one image of L tokens."""
 
     tokens: int
     """L"""
     forward_macs: int
-    """forward multiply-accumulates; the paper's compute is this x images / 1e15"""
+    """MACs of a forward pass; the compute in the paper is this times images / 1e15"""
     forward: int
-    """forward FLOPs, 2 x MACs"""
+    """FLOPs of a forward pass, 2 x MACs"""
     training: int
-    """forward and backward, 3 x forward; no recomputation"""
+    """FLOPs of a forward and a backward pass, 3 x forward; without recomputation"""
     training_6nd: int
-    """the 6 N D convention with the paper's N and D = L tokens, for comparison; it over-counts by depth"""
+    """6 N D with the paper's N and D = L tokens, for comparison; larger than the exact count"""
 
     @property
     def paper(self) -> int:
-        """The convention that matches the paper's figures: forward MACs."""
+        """MACs of a forward pass, the convention of the paper's figures."""
         return self.forward_macs
 
 
 def count_flops(shape: ModelShape) -> FlopCount:
-    """Count one image. Attention counts visible pairs only, AdaLN linears once an image, the head every token.
+    """Count the operations for one image.
 
-    MACs = d L (4C^2 + 2 C M) + 2 d C P + AdaLN + L C V + (L-1) Z C, with P the block-causal pairs,
-    AdaLN = 6 C^2 (d, or 1 when shared) + 2 C^2 of the head.
+    MACs = d L (4 C^2 + 2 C M) + 2 d C P + A + L C V + (L - 1) Z C
+
+    P is the number of visible (query, key) pairs of block-causal attention. A are the AdaLN
+    layers, which run once per image: 6 C^2 per block (once in all when shared), and 2 C^2 before
+    the head. The first scale starts from the class embedding, so L - 1 tokens are embedded.
     """
     C, d, L = shape.width, shape.depth, shape.length
     per_token = d * (4 * C * C + 2 * C * shape.mlp_hidden)

@@ -1,4 +1,5 @@
-"""manifest.json: what a folder of shards holds, written last, so that its presence means the folder is complete."""
+"""manifest.json: what a folder of shards holds. It is written last, so a folder with it is
+complete."""
 
 from __future__ import annotations
 
@@ -7,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from var_scale.errors import UserError
-from var_scale.files import canonical_hash, read_json, write_json
+from var_scale.files import (
+    LFS_POINTER,
+    canonical_hash,
+    is_lfs_pointer,
+    read_json,
+    require_exists,
+    write_json,
+)
 
 FORMAT = "var-scale-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+CHANGED = "the sha256 differs from the manifest; restore the file, or delete it and write it again"
 KINDS = ("image", "tokens")
 TOKEN_FIELDS = ("dtype", "views", "length", "patch_nums", "vocab_size", "tokenizer_hash")
 
@@ -29,7 +38,7 @@ class ShardInfo:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> ShardInfo:
-        """Of a progress record, which may say more than a manifest keeps."""
+        """From a progress record, which may have more fields."""
         return cls(**{field.name: record[field.name] for field in fields(cls)})
 
 
@@ -37,7 +46,7 @@ class ShardInfo:
 class Manifest:
     """A complete folder of shards.
 
-    `source` says where the samples come from. `tokens` is None for images, else
+    `source` records where the samples come from. `tokens` is None for images, otherwise
     {dtype, views, length, patch_nums, vocab_size, tokenizer_hash}.
     """
 
@@ -50,30 +59,40 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def url(self) -> str | None:
-        """Where the tars are, if only their indices are here."""
+        """Where the tars are, if the folder holds only their indices."""
         return self.source.get("url")
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names by class number, of the images or those the tokens were made of; None where they are not known."""
+        """Names by class number, of the images or of those that the tokens encode; None if
+        unknown."""
         source = self.source.get("images") if self.kind == "tokens" else self.source
         names = source.get("class_names") if isinstance(source, dict) else None
         return list(names) if names else None
 
     @property
     def digest(self) -> str:
-        """The data hash: sha256 over the canonical JSON of everything else in the manifest."""
+        """The data hash: sha256 of the canonical JSON of all other entries."""
         return canonical_hash(self._body())
 
     def _body(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "kind": self.kind, "split": self.split, "num_samples": self.num_samples,
-                "num_classes": self.num_classes, "source": self.source, "tokens": self.tokens,
-                "shards": [asdict(shard) for shard in self.shards]}
+        """The content of manifest.json without its digest."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "split": self.split,
+            "num_samples": self.num_samples,
+            "num_classes": self.num_classes,
+            "source": self.source,
+            "tokens": self.tokens,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""
@@ -81,55 +100,89 @@ class Manifest:
 
 
 def load_manifest(folder: Path, check_files: bool = True) -> Manifest:
-    """Read and check `folder`/manifest.json; with `check_files` every shard and index must be there with the right size.
+    """Read and check `folder`/manifest.json; with `check_files` also the sizes of all files.
 
-    UserError: no manifest, wrong format or version, missing or altered fields, a missing shard, a shard of the wrong size.
+    Raises:
+        UserError: no manifest, another format or version, missing or altered fields, a shard that
+            is missing or has another size.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.exists():
+        require_exists(folder)
         if below := sorted(str(found.parent) for found in folder.glob(f"*/{MANIFEST_NAME}")):
-            raise UserError(f"{folder}: no {MANIFEST_NAME} here, but in {', '.join(below)}; give one of these")
-        raise UserError(f"{folder}: no {MANIFEST_NAME} here; finish writing the shards, or run `var-scale data index {folder}` on tars")
+            raise UserError(
+                f"{folder}: no {MANIFEST_NAME} here, but in {', '.join(below)}; give one of these",
+                code="data.no-manifest",
+            )
+        raise UserError(
+            f"{folder}: no {MANIFEST_NAME} here; finish writing the shards, or run `var-scale data "
+            f"index {folder}` on tars",
+            code="data.no-manifest",
+        )
     raw = read_json(path, "manifest")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f'{path}: not a manifest of var-scale shards (its format is not "{FORMAT}"); index the folder again')
+        raise UserError(
+            f'{path}: is not a manifest of var-scale shards (format "{FORMAT}"); index the folder '
+            "again",
+            code="data.manifest-invalid",
+        )
     if raw.get("version") != VERSION:
-        raise UserError(f"{path}: manifest version {raw.get('version')}, this program reads version {VERSION}; index the folder again")
+        raise UserError(
+            f"{path}: has version {raw.get('version')}, but this program reads version {VERSION}; "
+            "index the folder again",
+            code="data.manifest-invalid",
+        )
     manifest = _parse(path, raw)
     if raw.get("digest") != manifest.digest or raw.get("num_samples") != manifest.num_samples:
-        raise UserError(f"{path}: the digest does not fit the contents, the file was altered; index the folder again")
+        raise UserError(
+            f"{path}: was altered, its digest does not fit its contents; index the folder again",
+            code="data.manifest-invalid",
+        )
     if check_files:
-        problems = missing_files(folder, manifest)
-        if problems:
-            raise UserError(problems[0])
+        for shard in manifest.shards:
+            for path, problem in lost_files(folder, manifest, shard).items():
+                raise UserError(f"{path}: {problem}", code="data.shard-missing")
     return manifest
 
 
 def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
+    """The manifest of a parsed manifest.json, checked."""
     try:
         shards = tuple(ShardInfo(**shard) for shard in raw["shards"])
         rest = {field.name: raw[field.name] for field in fields(Manifest) if field.name != "shards"}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a field is missing or unknown ({error}); index the folder again") from None
+        raise UserError(
+            f"{path}: a field is missing or unknown ({error}); index the folder again",
+            code="data.manifest-invalid",
+        ) from None
     if rest["kind"] not in KINDS:
-        raise UserError(f"{path}: kind {rest['kind']!r} is not one of {', '.join(KINDS)}; index the folder again")
+        raise UserError(
+            f"{path}: kind {rest['kind']!r} is not one of {', '.join(KINDS)}; index the folder "
+            "again",
+            code="data.manifest-invalid",
+        )
     if rest["kind"] == "tokens" and sorted(rest["tokens"] or ()) != sorted(TOKEN_FIELDS):
-        raise UserError(f"{path}: a token manifest needs the fields {', '.join(TOKEN_FIELDS)} in `tokens`; index the folder again")
+        raise UserError(
+            f"{path}: a manifest of tokens needs the fields {', '.join(TOKEN_FIELDS)} in `tokens`; "
+            "index the folder again",
+            code="data.manifest-invalid",
+        )
     return Manifest(shards=shards, **rest)
 
 
-def missing_files(folder: Path, manifest: Manifest) -> list[str]:
-    """One line for each shard or index of `manifest` that is missing or has the wrong size."""
-    problems = []
-    for shard in manifest.shards:
-        for name, size in ((shard.name, shard.bytes), (shard.index, shard.samples * 16)):
-            if name == shard.name and manifest.url:
-                continue
-            path = Path(folder) / name
-            if not path.exists():
-                problems.append(f"{path}: this shard file is in the manifest but missing on disk; restore it or make the data again")
-            elif path.stat().st_size != size:
-                problems.append(f"{path}: {path.stat().st_size} bytes on disk, {size} in the manifest; "
-                                "the file was cut or changed, restore it or make the data again")
-    return problems
+def lost_files(folder: Path, manifest: Manifest, shard: ShardInfo) -> dict[Path, str]:
+    """What is wrong with the tar and the index of a shard, where one is missing or has another size
+    than in the manifest."""
+    files = [] if manifest.url else [(shard.name, shard.bytes)]
+    lost = {}
+    for name, size in (*files, (shard.index, shard.samples * 16)):
+        path = Path(folder) / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            what = f"has {found} bytes on disk, but {size} in the manifest"
+            if found is None:
+                what = "is in the manifest but missing on disk"
+            pointer = is_lfs_pointer(path)
+            lost[path] = LFS_POINTER if pointer else f"{what}; restore it or write the data again"
+    return lost

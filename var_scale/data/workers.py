@@ -1,4 +1,4 @@
-"""Worker processes for reading, drawing and writing images: numpy and Pillow only, no torch inside."""
+"""Worker processes for reading, drawing and writing images, without torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from typing import Any, TypeVar
 
 from var_scale.errors import UserError
 
-PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes: int, ordered: bool = False) -> Iterator[Result]:
-    """Results of `function` over `jobs`, in forked processes, a few jobs ahead; as they come, or in the order of the jobs.
+def in_workers(
+    function: Callable[[Job], Result], jobs: Iterable[Job], processes: int, ordered: bool = False
+) -> Iterator[Result]:
+    """Results of `function` over `jobs`, from forked processes that work a few jobs ahead.
 
-    UserError when the system ends a worker. Ctrl-C and SIGTERM are the parent's affair: when it stops asking, the workers end.
+    Results come as they finish, or in the order of the jobs. The parent handles Ctrl-C and SIGTERM:
+    when it stops iterating, the workers end.
+
+    Raises:
+        UserError: the system killed a worker.
     """
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin)
     waiting: deque[Future[Any]] = deque()
@@ -33,12 +39,19 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
                 waiting.append(pool.submit(function, job))  # type: ignore[arg-type]
             if not waiting:
                 return
-            first = waiting[0] if ordered else next(iter(wait(waiting, return_when=FIRST_COMPLETED).done))
+            first = (
+                waiting[0]
+                if ordered
+                else next(iter(wait(waiting, return_when=FIRST_COMPLETED).done))
+            )
             waiting.remove(first)
             yield first.result()
     except BrokenProcessPool:
-        raise UserError("a worker process was ended by the system (out of memory?); use fewer --processes, or run the same command again, "
-                        "it continues") from None  # fmt: skip
+        raise UserError(
+            "the system killed a worker process (out of memory?); use fewer --processes, or run "
+            "the same command again, it continues",
+            code="data.worker-killed",
+        ) from None
     finally:
         workers = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
@@ -47,7 +60,9 @@ def in_workers(function: Callable[[Job], Result], jobs: Iterable[Job], processes
 
 
 def _begin() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a parent that is killed leaves none behind, nor the locks they inherited
+    # A killed parent leaves no workers behind, nor the locks that they inherited.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # such as Pillow's about EXIF data; also, the parent's terminal may be locked in this copy
+    # Such as Pillow's about EXIF data. Printing could also deadlock on the parent's locked stream.
+    warnings.simplefilter("ignore")

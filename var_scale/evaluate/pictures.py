@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from var_scale.data.loader import ImageData
+from var_scale.data.image_loader import ImageData
 from var_scale.data.remote import located
 from var_scale.evaluate.generate import draw, to_uint8
 from var_scale.evaluate.source import Source
@@ -19,10 +19,16 @@ from var_scale.scales import grid
 
 
 def write_grid(
-    images: np.ndarray, path: Path, zoom: int = 1, gap: int = 2, names: Sequence[str | Mapping[int, str]] | None = None
+    images: np.ndarray,
+    path: Path,
+    zoom: int = 1,
+    gap: int = 2,
+    names: Sequence[str | Mapping[int, str]] | None = None,
 ) -> None:
-    """Write (rows, columns, H, W, 3) images as one PNG, a row a class, with the class's name above it where `names` (rows) are given, or
-    texts above some columns of it."""
+    """Write images (rows, columns, H, W, 3) as one PNG.
+
+    `names` has one entry per row: a text above the row, or texts above some of its columns.
+    """
     rows, columns, h, w, _ = images.shape
     line, (down, across) = 14 if names else 0, ((h * zoom) + gap, (w * zoom) + gap)
     picture = Image.new("RGB", (columns * across - gap, rows * (down + line) - gap), "white")
@@ -33,27 +39,38 @@ def write_grid(
             for column, text in {0: texts}.items() if isinstance(texts, str) else texts.items():
                 pen.text((2 + column * across, r * (down + line) + 1), text, "black")
         for c in range(columns):
-            image = Image.fromarray(images[r, c]).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
+            image = Image.fromarray(images[r, c]).resize(
+                (w * zoom, h * zoom), Image.Resampling.NEAREST
+            )
             picture.paste(image, (c * across, r * (down + line) + line))
     with atomic_file(path) as file:
         picture.save(file, "PNG")
 
 
-def contact_sheet(folder: Path, path: Path, rows: int = 10, columns: int = 10, size: int = 96) -> None:
-    """The first images of evenly chosen classes of a folder of image shards, a row a class, as one PNG."""
+def contact_sheet(
+    folder: Path, path: Path, rows: int = 10, columns: int = 10, size: int = 96
+) -> None:
+    """Write the first images of evenly chosen classes of a folder of image shards as one PNG, one
+    row per class."""
     data = ImageData(located(str(folder)), (size, size))
     present = np.unique(data.labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).astype(int)]
-    grid = np.full((len(chosen), columns, size, size, 3), 255, np.uint8)
+    images = np.full((len(chosen), columns, size, size, 3), 255, np.uint8)
     for row, label in enumerate(chosen):
         found = np.flatnonzero(data.labels == label)[:columns]
-        grid[row, : len(found)] = data.images(found)
+        images[row, : len(found)] = data.images(found)
     known = data.manifest.class_names
-    write_grid(grid, path, names=[f"{label} {known[label]}" if known else f"class {label}" for label in chosen])
+    write_grid(
+        images,
+        path,
+        names=[f"{label} {known[label]}" if known else f"class {label}" for label in chosen],
+    )
 
 
-def steps_picture(source: Source, labels: Sequence[int], seed: int, settings: Settings, path: Path, zoom: int = 1) -> None:
-    """The first image of every class, a row each, as it is after every scale."""
+def steps_picture(
+    source: Source, labels: Sequence[int], seed: int, settings: Settings, path: Path, zoom: int = 1
+) -> None:
+    """Write a picture with one row per class: its first image after every scale."""
     steps: list[np.ndarray] = []
     vae = source.var.vae_proxy[0]
 

@@ -1,4 +1,4 @@
-"""The transformer block: self-attention and MLP between adaptive layer norms, with stochastic depth."""
+"""The transformer block: self-attention and MLP with adaptive layer norms and stochastic depth."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from torch.utils.checkpoint import checkpoint
 from var_kernels import adaptive_layer_norm, gate_adaptive_layer_norm, gelu_mlp, use_triton
 from var_kernels.dispatch import compute_dtype
 from var_scale.model.attention import KVCache, ScaleMask, attend, backend_name
-from var_scale.model.linear import Linear, linear
+from var_scale.model.cpu import Linear, linear
 
 KERNELS = ("auto", "on", "off")
 Pending = tuple[Tensor, Tensor, Tensor | None]
-"""a branch that is not added yet: its output (B, L, C), its gate (B, 1, C), and the factor of each sample (B,) or None"""
+"""a residual branch that is not added yet: its output (B, L, C), its gate (B, 1, C), and the factor
+(B,) of each sample or None. The next norm adds it in its own pass over memory."""
 
 
 def fused(kernels: str, x: Tensor) -> bool:
-    """Whether the fused operators take over for `x`. on: also where they run in their PyTorch form."""
+    """Whether the fused operators compute `x`. With `on` also where they have only their PyTorch
+    form."""
     return kernels == "on" or (kernels == "auto" and use_triton(x))
 
 
 def keep_factor(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: bool) -> Tensor | None:
-    """The factor (B,) of a residual branch for each sample, 0 or 1 / (1 - rate); None where all stay as they are.
+    """The factor (B,) of a residual branch for each sample: 0 or 1 / (1 - rate). None means 1.
 
-    `keep_B` (B,) bool says which samples keep it; None draws them while training, and keeps all otherwise.
+    `keep_B` (B,) bool: the samples that keep the branch; None draws them in training, and keeps all
+    otherwise.
     """
     if keep_B is None:
         if not training or rate == 0:
@@ -36,7 +39,7 @@ def keep_factor(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: boo
 
 
 def drop_path(x_BLC: Tensor, rate: float, keep_B: Tensor | None, training: bool) -> Tensor:
-    """Zero a residual branch for whole samples and scale the others by 1 / (1 - rate); see `keep_factor`."""
+    """A residual branch times its `keep_factor`: zero for some samples, larger for the others."""
     factor_B = keep_factor(x_BLC, rate, keep_B, training)
     return x_BLC if factor_B is None else x_BLC * factor_B.view(-1, 1, 1)
 
@@ -49,20 +52,20 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x_BLC: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Same shape in and out."""
+        """(B, L, C) -> (B, L, C)."""
         return drop_path(x_BLC, self.rate, keep_B, self.training)
 
     def factor(self, x_BLC: Tensor, keep_B: Tensor | None) -> Tensor | None:
-        """The factor (B,) of each sample, for operators that apply it themselves."""
+        """`keep_factor` with this rate, for operators that apply it themselves."""
         return keep_factor(x_BLC, self.rate, keep_B, self.training)
 
     def extra_repr(self) -> str:
-        """One line for print(model)."""
         return f"rate={self.rate:.4f}"
 
 
 class BiasedLinear(nn.Linear):
-    """A linear whose bias comes from the caller. As a module, so that engines which gather weights per module see its use."""
+    """A linear whose bias comes from the caller. It is a module, so that engines that gather
+    weights per module notice its use."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__(inner, outer, bias=False)
@@ -73,10 +76,8 @@ class BiasedLinear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention.
-
-    l2_norm: q <- q/|q| exp(min(s_h, ln 100)), k <- k/|k|, softmax scale 1. Otherwise the scale is 0.25 / sqrt(D).
-    """
+    """Multi-head self-attention. With `l2_norm` q <- q/|q| exp(min(s_h, ln 100)), k <- k/|k| and
+    the softmax scale is 1; without it the scale is 0.25 / sqrt(D)."""
 
     zero_k_bias: Tensor
 
@@ -95,8 +96,8 @@ class SelfAttention(nn.Module):
         self.cache: KVCache | None = None
 
     def kv_caching(self, enable: bool, capacity: int = 0) -> None:
-        """Start with an empty key-value cache, with room for `capacity` tokens from the start, or drop it. While it is on, queries also see
-        the keys of all earlier calls."""
+        """Start with an empty key-value cache for `capacity` tokens, or drop the cache. With a
+        cache the queries also see the keys of all earlier calls."""
         self.cache = KVCache(capacity) if enable else None
 
     def forward(self, x_BLC: Tensor, attn_bias: Tensor | ScaleMask | None) -> Tensor:
@@ -105,10 +106,11 @@ class SelfAttention(nn.Module):
         qkv_BLC3 = self.mat_qkv(x_BLC, torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)))
         qkv_BL3HD = qkv_BLC3.view(B, L, 3, self.heads, self.head_dim)
         log_scale_H = self.scale_mul_1H11.view(-1) if self.l2_norm else None
-        return self.proj(attend(qkv_BL3HD, attn_bias, log_scale_H, self.scale, self.backend, self.cache))
+        return self.proj(
+            attend(qkv_BL3HD, attn_bias, log_scale_H, self.scale, self.backend, self.cache)
+        )
 
     def extra_repr(self) -> str:
-        """One line for print(model)."""
         return f"heads={self.heads}, l2_norm={self.l2_norm}, attention={self.backend}"
 
 
@@ -122,10 +124,13 @@ class FFN(nn.Module):
         self.fc2 = Linear(hidden, channels)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C). The fused form reads the weights of both layers here: ZeRO-3 must gather this module as a whole."""
+        """(B, L, C) -> (B, L, C). The fused form reads the weights of both layers here, without
+        calling them, so ZeRO-3 must gather this module as a whole."""
         if fused(self.kernels, x_BLC):
             save = "input" if self.recompute else "preact"
-            return gelu_mlp(x_BLC, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, save)
+            return gelu_mlp(
+                x_BLC, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, save
+            )
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(self._plain, x_BLC, use_reentrant=False)
         return self._plain(x_BLC)
@@ -135,8 +140,11 @@ class FFN(nn.Module):
 
 
 def like_weight(x_BLC: Tensor, weight: Tensor) -> Tensor:
-    """For weights in half precision, as sampling may have them, their dtype; under autocast as it is."""
-    return x_BLC if x_BLC.dtype == weight.dtype or torch.is_autocast_enabled(x_BLC.device.type) else x_BLC.to(weight.dtype)
+    """x in the dtype of a weight, which may be half precision in sampling. Autocast chooses the
+    dtype itself, so x stays as it is there."""
+    if torch.is_autocast_enabled(x_BLC.device.type):
+        return x_BLC
+    return x_BLC.to(weight.dtype)
 
 
 def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
@@ -145,21 +153,32 @@ def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
 
 
 def norm_after(
-    x_BLC: Tensor, pending: Pending | None, scale_B1C: Tensor, shift_B1C: Tensor, eps: float, out_dtype: torch.dtype
+    x_BLC: Tensor,
+    pending: Pending | None,
+    scale_B1C: Tensor,
+    shift_B1C: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Add the pending branch to x, then AdaLN: (h, x)."""
+    """Add the pending branch to x, then AdaLN of the sum: returns h and the new x."""
     if pending is None:
         return adaptive_layer_norm(x_BLC, scale_B1C, shift_B1C, eps, out_dtype), x_BLC
     y_BLC, gamma_B1C, keep_B = pending
-    x_BLC, h_BLC = gate_adaptive_layer_norm(x_BLC, y_BLC, gamma_B1C, scale_B1C, shift_B1C, keep_B, eps, out_dtype)
+    x_BLC, h_BLC = gate_adaptive_layer_norm(
+        x_BLC, y_BLC, gamma_B1C, scale_B1C, shift_B1C, keep_B, eps, out_dtype
+    )
     return h_BLC, x_BLC
 
 
 class AdaLNSelfAttn(nn.Module):
-    """x <- x + DP(Attn(LN(x)(1+scale1)+shift1) gamma1); x <- x + DP(FFN(LN(x)(1+scale2)+shift2) gamma2).
+    """The official block with adaptive layer norm:
 
-    The six vectors come from the block's own linear on the condition, or, with `shared_aln`, from the model's linear plus `ada_gss`.
-    Their order is gamma1, gamma2, scale1, scale2, shift1, shift2.
+        x <- x + DP(Attn(LN(x) (1 + scale1) + shift1) gamma1)
+        x <- x + DP(FFN(LN(x) (1 + scale2) + shift2) gamma2)
+
+    DP is drop-path. The six vectors come from the block's own linear of the condition, or with
+    `shared_aln` from the model's linear plus `ada_gss`. Their order is gamma1, gamma2, scale1,
+    scale2, shift1, shift2.
     """
 
     def __init__(
@@ -186,19 +205,33 @@ class AdaLNSelfAttn(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
     def conditioning(self, cond_BD: Tensor) -> Tensor:
-        """The six vectors (B, 1, 6, C) of this block."""
-        return cond_BD + self.ada_gss if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+        """The six vectors (B, 1, 6, C) of this block; `cond_BD` as in `forward`."""
+        if self.shared_aln:
+            return cond_BD + self.ada_gss
+        return self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
 
     def forward(
-        self, x: Tensor, cond_BD: Tensor, attn_bias: Tensor | ScaleMask | None = None, keep: Tensor | None = None,
-        pending: Pending | None = None, defer: bool = False, ada_B16C: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Pending]:  # fmt: skip
-        """x (B, L, C) -> (B, L, C); the first three names are the official ones.
+        self,
+        x: Tensor,
+        cond_BD: Tensor,
+        attn_bias: Tensor | ScaleMask | None = None,
+        keep: Tensor | None = None,
+        pending: Pending | None = None,
+        defer: bool = False,
+        ada_B16C: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Pending]:
+        """x (B, L, C) -> (B, L, C). The names of the first three arguments are the official ones.
 
-        `cond_BD` is the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C). `keep` says which samples keep the branches
-        of this block: (B,) for both, (2, B) for attention and MLP; None draws it while training. With `defer` the MLP's branch is
-        returned beside x, not added, and `pending` is that of the block before: gate, sum and the next norm are one pass over memory.
-        `ada_B16C`: what `conditioning` made of `cond_BD` before.
+        Args:
+            x: the residual stream.
+            cond_BD: the condition (B, C), or with shared AdaLN the model's (B, 1, 6, C).
+            attn_bias: the model's mask, a bias (1, 1, L, L), or None.
+            keep: bool, the samples that keep the branches of this block: (B,) for both, (2, B) for
+                attention and MLP; None draws them in training.
+            pending: the branch of the block before, with `defer`.
+            defer: return the branch of the MLP beside x instead of adding it: gate, sum and the
+                next norm are then one pass over memory.
+            ada_B16C: the result of `conditioning`, if it is known already.
         """
         ada_B16C = self.conditioning(cond_BD) if ada_B16C is None else ada_B16C
         gamma1, gamma2, scale1, scale2, shift1, shift2 = ada_B16C.unbind(2)
@@ -209,14 +242,19 @@ class AdaLNSelfAttn(nn.Module):
             branch = (self.attn(h_BLC, attn_bias), gamma1, self.drop_path.factor(x, keep_attn))
             h_BLC, x = norm_after(x, branch, scale2, shift2, self.ln_wo_grad.eps, out)
             return x, (self.ffn(h_BLC), gamma2, self.drop_path.factor(x, keep_ffn))
-        h_BLC = self.attn(like_weight(modulate(self.ln_wo_grad(x), scale1, shift1), self.attn.proj.weight), attn_bias)
+        h_BLC = self.attn(
+            like_weight(modulate(self.ln_wo_grad(x), scale1, shift1), self.attn.proj.weight),
+            attn_bias,
+        )
         x = x + self.drop_path(h_BLC * gamma1, keep_attn)
-        h_BLC = self.ffn(like_weight(modulate(self.ln_wo_grad(x), scale2, shift2), self.attn.proj.weight))
+        h_BLC = self.ffn(
+            like_weight(modulate(self.ln_wo_grad(x), scale2, shift2), self.attn.proj.weight)
+        )
         return x + self.drop_path(h_BLC * gamma2, keep_ffn)
 
 
 class AdaLNBeforeHead(nn.Module):
-    """LN(x)(1+scale)+shift with scale, shift from the condition."""
+    """LN(x) (1 + scale) + shift with scale and shift from the condition."""
 
     def __init__(self, channels: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -224,8 +262,10 @@ class AdaLNBeforeHead(nn.Module):
         self.ln_wo_grad = nn.LayerNorm(channels, eps=norm_eps, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor, pending: Pending | None = None, defer: bool = False) -> Tensor:
-        """(B, L, C) -> (B, L, C), in the compute dtype with `defer`, which adds the last block's branch first."""
+    def forward(
+        self, x_BLC: Tensor, cond_BC: Tensor, pending: Pending | None = None, defer: bool = False
+    ) -> Tensor:
+        """(B, L, C) -> (B, L, C); `defer` adds the last branch and returns the compute dtype."""
         scale_B1C, shift_B1C = self.ada_lin(cond_BC).view(-1, 1, 2, self.C).unbind(2)
         if defer:
             out = compute_dtype(self.ada_lin.get_parameter("1.weight"))

@@ -1,4 +1,4 @@
-"""Make a VQVAE and a VAR from their sizes."""
+"""Build a VQVAE and a VAR from their sizes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ def build_var(
     init_std: float = -1.0,
     device: torch.device | str = "cpu",
 ) -> VAR:
-    """An initialised VAR. Width 64 x depth, heads = depth, drop-path 0.1 x depth / 24 and the tokenizer's patch_nums unless given.
+    """An initialised VAR.
 
-    The weights are drawn on the CPU whatever `device` is, so a seed gives the same model everywhere; on "meta" none are drawn.
+    The defaults are a width of 64 x depth, `depth` heads, a drop-path rate of 0.1 x depth / 24 in
+    the last block, and the patch_nums of the tokenizer. The weights are drawn on the CPU whatever
+    `device` is, so a seed gives the same model everywhere; on "meta" none are drawn.
     """
     meta = torch.device(device).type == "meta"
     with torch.device("meta" if meta else "cpu"):
@@ -58,7 +60,12 @@ def build_var(
             attention=attention,
             kernels=kernels,
         )
-        var.init_weights(init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head, init_std=init_std)
+        var.init_weights(
+            init_adaln=init_adaln,
+            init_adaln_gamma=init_adaln_gamma,
+            init_head=init_head,
+            init_std=init_std,
+        )
     return var if meta else var.to(device)
 
 
@@ -77,7 +84,7 @@ def build_vae(
     test_mode: bool = True,
     device: torch.device | str = "cpu",
 ) -> VQVAE:
-    """An initialised VQVAE; on "meta" without memory for its weights."""
+    """An initialised VQVAE, drawn on the CPU; on "meta" without memory for its weights."""
     meta = torch.device(device).type == "meta"
     with torch.device("meta" if meta else "cpu"):
         vae = VQVAE(
@@ -114,11 +121,21 @@ def build_vae_var(
     init_head: float = 0.02,
     init_std: float = -1,
 ) -> tuple[VQVAE, VAR]:
-    """The official builder, arguments in the official order: (frozen VQVAE, VAR of width 64 x depth with `depth` heads).
+    """The official builder with its arguments in the official order.
 
-    `flash_if_available` False asks for sdpa by name, `fused_if_available` False for no fused operators.
+    `flash_if_available=False` uses sdpa, `fused_if_available=False` no fused operators.
+
+    Returns:
+        The frozen VQVAE, and a VAR of width 64 x depth with `depth` heads.
     """
-    vae = build_vae(V=V, Cvae=Cvae, ch=ch, share_quant_resi=share_quant_resi, patch_nums=patch_nums, device=device)
+    vae = build_vae(
+        V=V,
+        Cvae=Cvae,
+        ch=ch,
+        share_quant_resi=share_quant_resi,
+        patch_nums=patch_nums,
+        device=device,
+    )
     var = build_var(
         vae,
         depth=depth,

@@ -1,4 +1,4 @@
-"""The encoder and decoder networks of the VQVAE: the official CNN and a small one that works on patches."""
+"""The encoders and decoders of the VQVAE: the official CNN, and small networks on patches."""
 
 from __future__ import annotations
 
@@ -7,33 +7,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from var_kernels import group_norm_silu
+from var_scale.model.cpu import convolve_doubled
 
 
 def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm as in latent diffusion."""
+    """GroupNorm with the epsilon of latent diffusion."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def normed(norm: nn.GroupNorm, x_BChw: Tensor, silu: bool = True) -> Tensor:
-    """The norm, and SiLU unless said otherwise; without gradients on a GPU by one kernel, if x lies channels-last."""
+    """The norm, and with `silu` SiLU of it. On a GPU without gradients this is the operator of
+    var_kernels: one kernel where x lies channels-last."""
     if not torch.is_grad_enabled() and x_BChw.is_cuda and not torch.is_autocast_enabled("cuda"):
         return group_norm_silu(x_BChw, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
     return F.silu(norm(x_BChw), inplace=not torch.is_grad_enabled()) if silu else norm(x_BChw)
 
 
 def to_pixels(conv: nn.Conv2d, x_BChw: Tensor) -> Tensor:
-    """The last convolution. In half precision on a GPU its three channels are filled up to eight, for which tensor cores have a kernel: on
-    an H200 one of 3 channels took 25 of 122 ms of a decoder at 64 images."""
+    """The last convolution.
+
+    In half precision on a GPU its three output channels are padded to eight, for which tensor cores
+    have a kernel: with 3 channels it took 25 of the 122 ms of a decoder at 64 images on an H200.
+    """
     if not x_BChw.is_cuda or x_BChw.dtype == torch.float32 or torch.is_grad_enabled():
         return conv(x_BChw)
     more = -conv.out_channels % 8
-    weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, more)), F.pad(conv.bias, (0, more))  # type: ignore[arg-type]
+    assert conv.bias is not None and isinstance(conv.padding, tuple)
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, more))
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x_BChw, weight, bias, padding=conv.padding)[:, : conv.out_channels]  # type: ignore[arg-type]
+    bias = F.pad(conv.bias, (0, more))
+    return F.conv2d(x_BChw, weight, bias, padding=conv.padding)[:, : conv.out_channels]
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv twice, plus the input (through a 1x1 convolution where the channels change)."""
+    """Norm, SiLU and convolution twice, plus the input, which goes through a 1x1 convolution where
+    the number of channels changes."""
 
     def __init__(self, inner: int, outer: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -54,7 +62,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over the cells of the map, plus the input."""
+    """Single-head attention over the positions of the map, plus the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,9 +71,14 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """(B, C, h, w) -> (B, C, h, w)."""
         B, C, h, w = x_BChw.shape
-        q_B1NC, k_B1NC, v_B1NC = self.qkv(normed(self.norm, x_BChw, silu=False)).view(B, 3, 1, C, h * w).transpose(-1, -2).unbind(1)
+        q_B1NC, k_B1NC, v_B1NC = (
+            self.qkv(normed(self.norm, x_BChw, silu=False))
+            .view(B, 3, 1, C, h * w)
+            .transpose(-1, -2)
+            .unbind(1)
+        )
         o_B1NC = F.scaled_dot_product_attention(q_B1NC, k_B1NC, v_B1NC)
         return x_BChw + self.proj_out(o_B1NC.transpose(-1, -2).reshape(B, C, h, w))
 
@@ -82,17 +95,8 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x_BChw, (0, 1, 0, 1)))
 
 
-def convolve_doubled(x_BChw: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 3x3 convolution of x with every cell repeated to 2x2, in 4 of 9 products: along a side each output then reads two cells of x, one
-    of them by the sum of two weights. That is a transposed convolution of 4x4 weights, their sums rounded. On a CPU it takes half of the
-    time; on a GPU it is not measured."""
-    weight_IO33 = conv.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-    sums_IO44 = 4 * F.avg_pool2d(weight_IO33, 2, stride=1, padding=1)
-    return F.conv_transpose2d(x_BChw, sums_IO44, conv.bias, stride=2, padding=1)
-
-
 class Upsample(nn.Module):
-    """Double the sides by repeating cells, then convolve."""
+    """Double the sides by repeating every cell, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -106,15 +110,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention at the coarsest level, then a change of size."""
+    """One resolution: residual blocks, at the coarsest level each followed by attention, and then a
+    change of size."""
 
-    def __init__(self, inner: int, outer: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(
+        self, inner: int, outer: int, blocks: int, attention: bool, dropout: float
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(inner if k == 0 else outer, outer, dropout) for k in range(blocks))
+        self.block = nn.ModuleList(
+            ResBlock(inner if k == 0 else outer, outer, dropout) for k in range(blocks)
+        )
         self.attn = nn.ModuleList(AttnBlock(outer) for _ in range(blocks if attention else 0))
 
     def add_resize(self, name: str, resize: nn.Module) -> None:
-        """Called `downsample` in the encoder, `upsample` in the decoder."""
+        """Add the change of size: `downsample` in the encoder, `upsample` in the decoder."""
         self.add_module(name, resize)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
@@ -139,11 +148,13 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels, dropout)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """(B, C, h, w) -> (B, C, h, w)."""
         return self.block_2(self.attn_1(self.block_1(x_BChw)))
 
 
 CH_MULT = (1, 1, 2, 2, 4)
+"""width of each level of the official CNN in units of `ch`; each level has half the sides of the
+one before"""
 RES_BLOCKS = 2
 
 
@@ -157,7 +168,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(widths[i - 1] if i else ch, width, RES_BLOCKS, attention=i == last, dropout=dropout)
+            level = Level(
+                widths[i - 1] if i else ch, width, RES_BLOCKS, attention=i == last, dropout=dropout
+            )
             if i != last:
                 level.add_resize("downsample", Downsample(width))
             self.down.append(level)
@@ -183,8 +196,14 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], dropout)
         self.up = nn.ModuleList()
-        for i, width in enumerate(widths):  # walked from the last to the first
-            level = Level(widths[min(i + 1, last)], width, RES_BLOCKS + 1, attention=i == last, dropout=dropout)
+        for i, width in enumerate(widths):  # `forward` runs them from the last to the first
+            level = Level(
+                widths[min(i + 1, last)],
+                width,
+                RES_BLOCKS + 1,
+                attention=i == last,
+                dropout=dropout,
+            )
             if i:
                 level.add_resize("upsample", Upsample(width))
             self.up.append(level)
@@ -210,13 +229,14 @@ class PatchResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """Same shape in and out."""
+        """(B, C, h, w) -> (B, C, h, w)."""
         h_BChw = self.conv1(F.silu(self.norm1(x_BChw)))
         return x_BChw + self.conv2(F.silu(self.norm2(h_BChw)))
 
 
 def patch_encoder(patch: int, hidden: int, z_channels: int, blocks: int = 1) -> nn.Sequential:
-    """Images (B, 3, patch*h, patch*w) -> (B, z, h, w), all work on the small grid: fast on a CPU."""
+    """Images (B, 3, patch*h, patch*w) -> (B, z, h, w). All layers work on the small grid, so it is
+    fast on a CPU."""
     return nn.Sequential(
         nn.PixelUnshuffle(patch),
         nn.Conv2d(3 * patch * patch, hidden, 3, padding=1),
@@ -228,7 +248,7 @@ def patch_encoder(patch: int, hidden: int, z_channels: int, blocks: int = 1) -> 
 
 
 def patch_decoder(patch: int, hidden: int, z_channels: int, blocks: int = 1) -> nn.Sequential:
-    """The mirror of `patch_encoder`: (B, z, h, w) -> (B, 3, patch*h, patch*w)."""
+    """The reverse of `patch_encoder`: (B, z, h, w) -> (B, 3, patch*h, patch*w)."""
     return nn.Sequential(
         nn.Conv2d(z_channels, hidden, 3, padding=1),
         *(PatchResBlock(hidden) for _ in range(blocks)),

@@ -1,18 +1,42 @@
-"""The plan of a ladder, before anything is spent: sizes, compute, memory, expected time."""
+"""The plan of a study before anything is spent: its runs, their cost, and which of them are held
+out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
+from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
+from var_scale.cost.from_config import shape_of
 from var_scale.cost.memory import Precision, count_memory
 from var_scale.cost.params import count_params
-from var_scale.cost.shape import ModelShape
-from var_scale.cost.time import seconds as device_seconds
-from var_scale.errors import UserError
-from var_scale.progress import duration, print_table, say
+from var_scale.cost.time import find_device, seconds
+from var_scale.files import canonical_hash, read_json, write_json
+from var_scale.jobs.local import process_count
+from var_scale.progress import duration, print_table, progress, say, short
+from var_scale.study.checks import check_data_settings, check_machine, require_budget
+from var_scale.study.study import Study
+from var_scale.train.schedule import Schedule
+
+START_SECONDS = 14.0
+"""Launcher, imports, process group and end of a run, measured on two CPU cores."""
+EXCHANGE_SECONDS = 0.012
+"""The exchange between ranks in one step, measured on the same machine."""
+
+COLUMNS = [
+    "run",
+    "depth",
+    "parameters",
+    "N",
+    "images",
+    "tokens",
+    "train FLOP",
+    "memory/rank",
+    "devices",
+    "time",
+    "device-hours",
+]
 
 
 @dataclass(frozen=True)
@@ -36,93 +60,238 @@ class PlanRow:
     measured: bool
     """the time was measured on this machine, not computed from an assumed share of the peak"""
     devices: int
-    """devices the run takes for that time"""
+    """devices that the run occupies for that time"""
     held_out: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a study's plan and where their times come from."""
+
+    rows: list[PlanRow]
+    basis: str
+    """a sentence on what the times are computed or measured from"""
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    """measured time of one step, by the identity of what was timed"""
+
+
+def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
+    """Print the plan of a study; with `save` keep it as plan.json in the study's folder.
+
+    Raises:
+        UserError: the study cannot run on this machine, or is over its budget.
+    """
+    plan = make_plan(study)
+    print_plan(plan.rows, plan.basis, study.spec.parallel)
+    named = {*study.spec.overrides, *study.spec.depth_seeds}
+    if unused := sorted(named - set(study.spec.depths)):
+        say(
+            f"study.overrides or study.depth_seeds name depth {', '.join(map(str, unused))}, "
+            "which is not in study.depths"
+        )
+    if study.spec.device != "auto":
+        hours = device_hours(plan.rows)
+        say(time_on_many(study, hours))
+        require_budget(study, hours)
+    if save:
+        # The plan for a named device times no steps; those that were timed before stay.
+        write_json(
+            study.folder / "plan.json",
+            {
+                "rows": [asdict(row) for row in plan.rows],
+                "steps": plan.step_seconds or _kept_steps(study),
+            },
+        )
+    return plan.rows
+
+
+def make_plan(study: Study) -> Plan:
+    """The plan for this machine, where steps are timed, or for the device that the study names."""
+    check_data_settings(study)
+    configs, spec = [config for config, _ in study.runs()], study.spec
+    if spec.device != "auto":
+        devices = [c.cluster.devices if c.cluster.gpus_per_node else spec.devices for c in configs]
+        rows = plan_rows(configs, devices, device=spec.device, mfu=spec.mfu)
+        return Plan(rows, _named_device(study, devices))
+    check_machine(study)
+    world = process_count(configs[0].engine)
+    times = _time_steps(study, configs, world)
+    expected = [_run_seconds(c, times[_step_key(c, world)], world) for c in configs]
+    basis = (
+        f"one step of each size, timed here; number of processes per run: {world}; "
+        "training only, without images and tokens"
+    )
+    return Plan(plan_rows(configs, [world] * len(configs), run_seconds=expected), basis, times)
+
+
+def _named_device(study: Study, devices: Sequence[int]) -> str:
+    """What the times on a named device are computed from."""
+    device, low, high = find_device(study.spec.device), min(devices), max(devices)
+    count = f"{low}" if low == high else f"{low} to {high}"
+    return (
+        f"{count} x {device.name} per run, {device.peak / 1e12:g} TFLOP/s each, at an ASSUMED "
+        f"{study.spec.mfu:.0%} of this peak (study.mfu)"
+    )
+
+
+def time_on_many(study: Study, hours: float) -> str:
+    """How long `hours` device-hours take on 8, 64 and 256 of the study's devices."""
+    days = ", ".join(f"{duration(hours * 3600 / n)} on {n}" for n in (8, 64, 256))
+    return (
+        f"all runs, {hours:,.0f} device-hours, if they fill the devices: "
+        f"{days} {find_device(study.spec.device).name}"
+    )
+
+
+def _kept_steps(study: Study) -> dict[str, float]:
+    """Step times in plan.json, by the identity of what was timed."""
+    path = study.folder / "plan.json"
+    return dict(read_json(path, "plan").get("steps", {})) if path.exists() else {}
+
+
+def _step_key(config: Config, world: int) -> str:
+    """Identity of what a step's time depends on."""
+    return canonical_hash(
+        [
+            config.model.model_dump(),
+            config.train.batch_size,
+            config.train.precision,
+            config.tokenizer.patch_nums,
+            world,
+        ]
+    )
+
+
+def _time_steps(study: Study, configs: Sequence[Config], world: int) -> dict[str, float]:
+    """Seconds of one step of each size; sizes in plan.json are not timed again."""
+    times = _kept_steps(study)
+    keyed = {_step_key(config, world): config for config in configs}
+    untimed = {key: config for key, config in keyed.items() if key not in times}
+    if untimed:
+        from var_scale.train.probe import step_seconds
+
+        with progress("time a step of each size", len(untimed), "sizes") as bar:
+            for done, (key, config) in enumerate(untimed.items(), 1):
+                times[key] = step_seconds(config, world)
+                bar.update(done)
+    return times
+
+
+def _run_seconds(config: Config, step: float, world: int) -> float:
+    """Expected seconds of a run here: its start, its steps of `step` seconds, its evaluations."""
+    steps = Schedule.of(config.train, config.train_samples).total_steps
+    # An evaluated sample costs a third of a trained one: it has no backward pass.
+    samples = config.data.embedded.val_samples if config.data.embedded else 0
+    evaluations = config.train.evals * samples / config.train.batch_size / 3
+    exchange = EXCHANGE_SECONDS if world > 1 else 0.0
+    return START_SECONDS + (steps + evaluations) * step + steps * exchange
 
 
 def plan_rows(
-    shapes: Sequence[ModelShape], images: int | Sequence[int], *, names: Sequence[str] | None = None, device: str = "h100",
-    devices: int | Sequence[int] = 1, mfu: float | None = None,
-    run_seconds: Sequence[float] | None = None, micro_batch: int = 1, precision: Precision = "bf16",
-    world: int | Sequence[int] = 1, stage: int = 0, batch: Sequence[int] | None = None,
-) -> list[PlanRow]:  # fmt: skip
-    """One row a shape, in the order given. `images` a run (repeats counted); `run_seconds` replaces the expected times by measured ones.
+    configs: Sequence[Config],
+    devices: Sequence[int],
+    *,
+    device: str = "cpu",
+    mfu: float | None = None,
+    run_seconds: Sequence[float] | None = None,
+) -> list[PlanRow]:
+    """One row per run; the largest of at least two sizes is held out.
 
-    The largest size is held out when at least two sizes are planned. `stage` is ZeRO's (3 for FSDP), `world` the ranks of a run; with
-    `batch` (samples of a micro-step over all ranks, of each run) each takes its share, else `micro_batch`.
+    Args:
+        devices: number of devices of each run, which is also its number of ranks.
+        device: for the expected times, at the share `mfu` of its peak.
+        run_seconds: times that follow from measured steps, in place of those of the device.
     """
-    if not shapes:
-        raise UserError("plan: no sizes; give study.depths")
-    counts = [images] * len(shapes) if isinstance(images, int) else list(images)
-    taken, ranks = ([given] * len(shapes) if isinstance(given, int) else list(given) for given in (devices, world))
-    for what, given in (("images", counts), ("names", names), ("run_seconds", run_seconds), ("devices", taken), ("world", ranks)):
-        if given is not None and len(given) != len(shapes):
-            raise UserError(f"plan: {len(given)} {what} for {len(shapes)} sizes; give one each")
-    sizes = [count_params(shape).paper for shape in shapes]
     rows = []
-    for i, shape in enumerate(shapes):
-        flops = count_flops(shape)
-        work = flops.training * counts[i]
+    for i, (config, count) in enumerate(zip(configs, devices, strict=True)):
+        shape, train, engine = shape_of(config), config.train, config.engine
+        params, flops = count_params(shape), count_flops(shape)
+        images = Schedule.of(train, config.train_samples).total_steps * train.batch_size
+        micro = max(1, train.batch_size // train.accumulate // count)
+        precision: Precision = "bf16" if train.precision in ("bf16", "auto") else "fp32"
+        stage = engine.sharded_stage
+        work = flops.training * images
         rows.append(
             PlanRow(
-                name=names[i] if names else f"d{shape.depth}", depth=shape.depth, width=shape.width,
-                params_total=count_params(shape).total, params_paper=sizes[i], images=counts[i], tokens=flops.tokens * counts[i],
-                flops=work, flops_6nd=flops.training_6nd * counts[i],
-                memory=count_memory(shape, max(1, batch[i] // ranks[i]) if batch else micro_batch, precision, ranks[i], stage).total,
-                seconds=run_seconds[i] if run_seconds else device_seconds(work, device, taken[i], mfu),
-                measured=run_seconds is not None, devices=taken[i], held_out=len(set(sizes)) > 1 and sizes[i] == max(sizes),
+                name=config.name,
+                depth=shape.depth,
+                width=shape.width,
+                params_total=params.total,
+                params_paper=params.paper,
+                images=images,
+                tokens=flops.tokens * images,
+                flops=work,
+                flops_6nd=flops.training_6nd * images,
+                memory=count_memory(shape, micro, precision, count, stage).total,
+                seconds=run_seconds[i] if run_seconds else seconds(work, device, count, mfu),
+                measured=run_seconds is not None,
+                devices=count,
+                held_out=False,
             )
-        )  # fmt: skip
-    return rows
+        )
+    sizes = {row.params_paper for row in rows}
+    return [
+        replace(row, held_out=len(sizes) > 1 and row.params_paper == max(sizes)) for row in rows
+    ]
 
 
-def print_plan(rows: Sequence[PlanRow], rests_on: str) -> None:
-    """Print the plan as a table with its totals; `rests_on` says where the times come from. Times that were not measured here
-    come with the device-hours they cost."""
+def print_plan(rows: Sequence[PlanRow], basis: str, lanes: int = 1) -> None:
+    """Print the plan as a table with its totals; `basis` states where the times come from, and
+    `lanes` how many runs train at the same time here.
+
+    Times that were not measured here come with the device-hours that they cost.
+    """
     from rich.table import Table
 
     hours = not all(row.measured for row in rows)
-    table = Table(title=f"plan: {len(rows)} runs" + ("" if hours else ", one after the other"))
-    table.add_column("run")
-    for column in COLUMNS[1:] if hours else [column for column in COLUMNS[1:] if column not in ("devices", "device-hours")]:
-        table.add_column(column, justify="right")
+    shown = [i for i, column in enumerate(COLUMNS) if hours or "device" not in column]
+    order = f", {lanes} at a time" if lanes > 1 else ", one after the other"
+    table = Table(title=f"plan: {len(rows)} runs" + ("" if hours else order))
+    for i in shown:
+        table.add_column(COLUMNS[i], justify="right" if i else "left")
     table.add_column("held out", justify="center")
     for row in rows:
-        table.add_row(*(cell for column, cell in zip(COLUMNS, cells_of(row), strict=True) if hours or "device" not in column),
-                      "yes" if row.held_out else "")  # fmt: skip
-    total, flops = sum(row.seconds for row in rows), sum(row.flops for row in rows)
+        cells = cells_of(row)
+        table.add_row(*(cells[i] for i in shown), "yes" if row.held_out else "")
+    totals = {
+        "run": "all",
+        "train FLOP": f"{sum(row.flops for row in rows):.2e}",
+        "time": "" if hours else duration(sum(row.seconds for row in rows) / lanes),
+        "device-hours": hours_of(rows),
+    }
     table.add_section()
-    last = ["", "", hours_of(rows)] if hours else [duration(total)]
-    table.add_row("all", "", "", "", "", "", f"{flops:.2e}", "", *last, "")
+    table.add_row(*(totals.get(COLUMNS[i], "") for i in shown), "")
     print_table(table)
-    say(f"N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations estimated\ntimes: {rests_on}")
-
-
-COLUMNS = ("run", "depth", "parameters", "N", "images", "tokens", "train FLOP", "memory/rank", "devices", "time", "device-hours")
+    say(
+        "N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations "
+        f"estimated\ntimes: {basis}"
+    )
 
 
 def cells_of(row: PlanRow) -> list[str]:
-    """A row as text, a cell for each of COLUMNS."""
-    return [row.name, str(row.depth), short(row.params_total), short(row.params_paper), short(row.images), short(row.tokens),
-            f"{row.flops:.2e}", _bytes(row.memory), str(row.devices), duration(row.seconds), hours_of([row])]  # fmt: skip
+    """A row as text, one cell for each of COLUMNS."""
+    mebi = row.memory / 2**20
+    return [
+        row.name,
+        str(row.depth),
+        short(row.params_total),
+        short(row.params_paper),
+        short(row.images),
+        short(row.tokens),
+        f"{row.flops:.2e}",
+        f"{mebi / 1024:.1f} GiB" if mebi >= 1024 else f"{mebi:.0f} MiB",
+        str(row.devices),
+        duration(row.seconds),
+        hours_of([row]),
+    ]
+
+
+def device_hours(rows: Sequence[PlanRow]) -> float:
+    """Device-hours of rows."""
+    return sum(row.seconds * row.devices for row in rows) / 3600
 
 
 def hours_of(rows: Sequence[PlanRow]) -> str:
-    hours = sum(row.seconds * row.devices for row in rows) / 3600
+    """Device-hours of rows as text."""
+    hours = device_hours(rows)
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
-
-
-def short(value: float) -> str:
-    """18.5 M, 2.01 B, 871 M: three digits and a letter."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {letter}"
-    return f"{value:g}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Size of the residual stream after every block: what grows before a model diverges."""
+"""Size of the residual stream after every block, which grows before a model diverges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class ActivationNorms:
-    """Hooks on the blocks that measure while `armed`, on this rank's samples; nothing is kept of the activations themselves."""
+    """Hooks on the blocks that measure while `armed`, on the samples of this rank. Activations are
+    not stored."""
 
     def __init__(self, blocks: nn.ModuleList):
         self.armed = False
@@ -20,18 +21,24 @@ class ActivationNorms:
 
     @torch.no_grad()
     def _hook(self, number: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Measure the residual stream after block `number`."""
         if not (self.armed and module.training):
             return
         x_BLC = output
-        if isinstance(output, tuple):  # the fused form: the MLP's branch is not added yet
+        # The fused form has not added the branch of the MLP yet.
+        if isinstance(output, tuple):
             x_BLC, (branch_BLC, gamma_B1C, keep_B) = output
-            x_BLC = x_BLC + branch_BLC * gamma_B1C * (1.0 if keep_B is None else keep_B.view(-1, 1, 1))
+            x_BLC = x_BLC + branch_BLC * gamma_B1C * (
+                1.0 if keep_B is None else keep_B.view(-1, 1, 1)
+            )
         x_BLC = x_BLC.detach().float()
         self.sizes[number] = torch.stack([x_BLC.square().mean().sqrt(), x_BLC.abs().amax()])
 
     def read(self) -> dict[str, list[float]]:
-        """Root mean square and largest element after every block, in the last step measured."""
+        """Root mean square and largest element after every block, in the last measured step."""
         if not self.sizes:
             return {}
-        rms, largest = torch.stack([self.sizes[number] for number in sorted(self.sizes)]).t().tolist()
+        rms, largest = (
+            torch.stack([self.sizes[number] for number in sorted(self.sizes)]).t().tolist()
+        )
         return {"activation_rms": rms, "activation_max": largest}

@@ -1,4 +1,5 @@
-"""Build a config as one rank of any world, without devices and without memory, and say what the rank would hold."""
+"""Build a config as one rank of any world, without devices and memory, to learn what the rank would
+hold."""
 
 from __future__ import annotations
 
@@ -24,14 +25,19 @@ class DryRun:
     memory: MemoryCount
     micro_batch: int
     parameters: int
-    """of the whole model, counted on the built one"""
+    """of the complete model, counted on the built model"""
     held: int
-    """of them, master weights on this rank"""
+    """master weights on this rank"""
 
 
 def dry_run(config: Config, world: int) -> DryRun:
-    """Rank 0 of `world`. UserError for a batch that does not divide, or a mesh that does not fit. FSDP is built with torch's fake process
-    group; for DeepSpeed the shares follow from the stage."""
+    """Build rank 0 of `world` ranks.
+
+    FSDP is built with torch's fake process group; for DeepSpeed the shares follow from the stage.
+
+    Raises:
+        UserError: the batch does not divide, or the mesh does not fit.
+    """
     engine = config.engine
     part = rank_slice(config.train.batch_size, world, 0, config.train.accumulate, 0)
     micro = part.stop - part.start
@@ -41,14 +47,16 @@ def dry_run(config: Config, world: int) -> DryRun:
         tokenizer = new_tokenizer(config.tokenizer)
         var = build_model(config, tokenizer, meta)
     total = sum(p.numel() for p in var.parameters())
-    stage = 3 if engine.name == "fsdp" else engine.zero_stage if engine.name == "deepspeed" else 0
+    stage = engine.sharded_stage
     shards, held = world, total
     if engine.name == "fsdp":
         shards = engine.shard or world
         held = _shard(config, TrainStep(var, tokenizer.quantize, config.train, precision), world)
     elif stage:
         held = -(-total // world)
-    memory = count_memory(shape_of(config), micro, "fp32" if precision == "fp32" else "bf16", shards, stage)
+    memory = count_memory(
+        shape_of(config), micro, "fp32" if precision == "fp32" else "bf16", shards, stage
+    )
     return DryRun(memory, micro, total, held)
 
 

@@ -9,17 +9,40 @@ from torch import nn
 
 # Official list: parameters whose name holds one of these do not decay, nor do vectors and biases.
 # Note what is missing: class_emb, word_embed and head weights do decay.
-NO_DECAY = ("cls_token", "start_token", "task_token", "cfg_uncond", "pos_embed", "pos_1LC", "pos_start", "start_pos", "lvl_embed",
-            "gamma", "beta", "ada_gss", "moe_bias", "scale_mul")  # fmt: skip
+NO_DECAY = (
+    "cls_token",
+    "start_token",
+    "task_token",
+    "cfg_uncond",
+    "pos_embed",
+    "pos_1LC",
+    "pos_start",
+    "start_pos",
+    "lvl_embed",
+    "gamma",
+    "beta",
+    "ada_gss",
+    "moe_bias",
+    "scale_mul",
+)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies to this parameter."""
-    return parameter.ndim != 1 and not name.endswith("bias") and not any(part in name for part in NO_DECAY)
+    return (
+        parameter.ndim != 1
+        and not name.endswith("bias")
+        and not any(part in name for part in NO_DECAY)
+    )
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Two groups; `decays` marks the one that follows the weight-decay schedule. lr and weight_decay are set every step."""
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """AdamW with two groups; `decays` marks the group that follows the weight-decay schedule.
+
+    `set_rates` sets lr and weight_decay in every step.
+    """
     split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named:
         if not parameter.requires_grad:
@@ -32,7 +55,7 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], betas: tuple[floa
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate, and weight decay on the group that decays."""
+    """Set the learning rate, and the weight decay of the group that decays."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

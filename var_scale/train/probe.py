@@ -7,27 +7,28 @@ import time
 import torch
 
 from var_scale.config.schema import Config
-from var_scale.scales import length
-from var_scale.train.engine.single import SingleEngine
-from var_scale.train.untrained import untrained
+from var_scale.train.assemble import untrained
+from var_scale.train.world import World
 
 
 def step_seconds(config: Config, processes: int, repeats: int = 3) -> float:
-    """Median seconds of an optimiser step of one of `processes` equal ranks, without communication, on random tokens."""
+    """Median seconds of an optimiser step, with all scales, of one of `processes` equal ranks.
+
+    Random tokens, no communication between ranks.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.engine.threads)
-    engine = SingleEngine(untrained(config, device)[0], config.train)
-    micro = max(1, config.train.batch_size // config.train.accumulate // processes)
-    tokens_BL = torch.randint(config.tokenizer.vocab_size, (micro, length(config.tokenizer.patch_nums)), device=device)
-    label_B = torch.zeros(micro, dtype=torch.long, device=device)
+    alone = config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"name": "single"}),
+            "train": config.train.model_copy(update={"progressive": 0.0}),
+        }
+    )
+    stepper = untrained(alone, World(0, processes, device), random_data=True)
     times = []
-    for _ in range(1 + repeats):
+    for step in range(1 + repeats):
         start = time.perf_counter()
-        for micro_index in range(config.train.accumulate):
-            engine.prepare(last=micro_index == config.train.accumulate - 1)
-            loss, _, _ = engine.module(tokens_BL, label_B)
-            engine.backward(loss)
-        float(engine.step().grad_norm)
+        float(stepper.step(step).stats.grad_norm)  # reading the value waits for the device
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]

@@ -1,4 +1,5 @@
-"""Learning-rate and weight-decay schedules of the official trainer, as pure functions of the iteration."""
+"""Learning-rate and weight-decay schedules of the official trainer, as pure functions of the
+step."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from dataclasses import dataclass
 from var_scale.config.schema import TrainConfig
 
 
-def lr_factor(schedule: str, iteration: int, total: int, warmup: int, start: float, end: float) -> float:
-    """Learning rate / peak at `iteration` of `total` (both count micro-batches).
+def lr_factor(
+    schedule: str, iteration: int, total: int, warmup: int, start: float, end: float
+) -> float:
+    """Learning rate divided by its peak at `iteration` of `total`.
 
-    Linear from `start` to 1 over `warmup` iterations, then by `schedule` down to `end`:
-    lin0 holds 1 for 5 % of the rest, lin for 15 %, lin00 not at all; cos; exp holds 15 %, then decays geometrically;
-    lin<f>, such as lin0.8, goes linearly to a middle value over the share f and linearly to `end` over what is left.
+    Linear from `start` to 1 over `warmup` iterations, then by `schedule` down to `end`: lin0 holds
+    1 for 5 % of the rest, lin for 15 %, lin00 not at all; cos is a cosine; exp holds 15 % and then
+    decays geometrically; lin<f>, such as lin0.8, is linear to a middle value over the share f and
+    linear to `end` over the rest.
     """
     if iteration < warmup:
         return start + (1 - start) * iteration / warmup
@@ -38,15 +42,16 @@ def weight_decay(iteration: int, total: int, start: float, end: float) -> float:
 
 
 def steps_per_epoch(config: TrainConfig, train_samples: int) -> int:
-    """As the reference counts them: the last batch of an epoch is filled from the next."""
+    """Steps per epoch as the reference counts them: the next epoch fills the last batch."""
     return -(-train_samples // config.batch_size)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of one run, asked by optimiser step.
+    """The schedule of one run by optimiser step.
 
-    The reference counts micro-batches, so that there accumulating would change the schedule (its accumulation crashes); here it does not.
+    The reference counts micro-batches, so accumulation would change its schedule (and crashes
+    there); here it does not.
     """
 
     config: TrainConfig
@@ -56,11 +61,16 @@ class Schedule:
 
     @staticmethod
     def of(config: TrainConfig, train_samples: int) -> Schedule:
-        """Steps from epochs as the reference counts them: ceil(samples / batch) an epoch. Warm-up default: a fiftieth."""
+        """The schedule of a config. An epoch has ceil(samples / batch) steps, as in the reference;
+        the default warm-up is a fiftieth of the run."""
         per_epoch = steps_per_epoch(config, train_samples)
         steps = config.steps or max(1, round((config.epochs or 0) * per_epoch))
         share = 1 / 50 if not config.warmup_epochs else config.warmup_epochs * per_epoch / steps
-        grow = 1 / 300 if not config.progressive_warmup_epochs else config.progressive_warmup_epochs * per_epoch / steps
+        grow = (
+            1 / 300
+            if not config.progressive_warmup_epochs
+            else config.progressive_warmup_epochs * per_epoch / steps
+        )
         return Schedule(config, steps, round(share * steps), grow * steps)
 
     @property
@@ -69,16 +79,20 @@ class Schedule:
         return self.config.base_lr * self.config.batch_size / 256
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (from 0)."""
+        """Learning rate of optimiser step `step`, counted from 0."""
         c = self.config
         name = f"lin{c.progressive}" if c.progressive else c.lr_schedule
-        return self.peak_lr * lr_factor(name, step, self.total_steps, self.warmup, c.lr_start, c.lr_end)
+        return self.peak_lr * lr_factor(
+            name, step, self.total_steps, self.warmup, c.lr_start, c.lr_end
+        )
 
     def stage(self, step: int, scales: int) -> tuple[int, float]:
-        """Progressive training at optimiser step `step`: the last scale trained (-1: all) and the loss weight of its tokens.
+        """Progressive training at step `step`: the last trained scale (-1: all) and its loss
+        weight.
 
-        From the warm-up to the share `progressive` of the run the scales come in one by one; a new one's weight grows from 0.01 to 1, but
-        that of the last. As the reference does it, also from the first scale alone, where it crashes.
+        Between the warm-up and the share `progressive` of the run, scales are added one by one; the
+        weight of a new one grows from 0.01 to 1, except for the last. This is the reference's rule;
+        it also works from the first scale on, where the reference crashes.
         """
         c = self.config
         if not c.progressive:
@@ -86,6 +100,7 @@ class Schedule:
         first, end = min(c.progressive_start, scales - 1), c.progressive * self.total_steps
 
         def at(g: int) -> int:
+            """The last scale that is trained at step `g`."""
             if g <= self.warmup:
                 return first
             if g >= end:
@@ -97,7 +112,8 @@ class Schedule:
             return -1, 1.0
         if stage == first:
             return stage, 1.0
-        low, high = self.warmup, step  # the one at which this stage began: `at` never falls
+        # Bisect for the step at which this stage began: `at` is monotonic.
+        low, high = self.warmup, step
         while low < high:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if at(middle) < stage else (low, middle)

@@ -1,4 +1,7 @@
-"""metrics.jsonl is the truth; TensorBoard and wandb mirror it and may fail without harm. env.json says what ran where."""
+"""metrics.jsonl is the truth; TensorBoard and wandb mirror it and may fail without harm.
+
+env.json records what ran where.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,19 @@ from var_scale.progress import say
 from var_scale.run_folder import RunFolder
 from var_scale.train.world import World
 
-PACKAGES = ("torch", "deepspeed", "numpy", "webdataset", "triton", "flash-attn", "xformers", "safetensors", "wandb")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "webdataset",
+    "triton",
+    "flash-attn",
+    "xformers",
+    "safetensors",
+    "wandb",
+)
+WANDB_SECONDS = 30.0
+"""How long wandb may try to reach its server, at the start and at the end."""
 
 
 def package_versions() -> dict[str, str | None]:
@@ -35,20 +50,27 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
 def commit() -> str | None:
-    """Commit of the checkout this runs from, with `+changes` when files differ; None outside a checkout."""
+    """Commit of the checkout that this runs from, with `+changes` if files differ; None outside of
+    a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        run = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: E731
-        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+        changes = "+changes" if _git(root, "status", "--porcelain", "-uno") else ""
+        return _git(root, "rev-parse", "HEAD") + changes
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
-    """What ran where: versions, hardware, and every choice that `auto` made."""
+    """Versions, hardware, and every choice of `auto`."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -56,7 +78,7 @@ def environment(world: World, choices: dict[str, Any]) -> dict[str, Any]:
         "host": platform.node(),
         "processor": processor_name(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "device": world.device_name,
         "world_size": world.size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "choices": choices,
@@ -68,16 +90,14 @@ def _finite(value: Any) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process held: on the GPU, or resident on the host."""
+    """Peak memory of this process in bytes: on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-WANDB_SECONDS = 30.0  # how long wandb may try to reach its server, at the start and at the end
-
 
 class Telemetry:
-    """Rank 0's recorder."""
+    """The writer of metrics.jsonl and its mirrors, on rank 0."""
 
     def __init__(self, folder: RunFolder, config: Config, env: dict[str, Any]):
         self.folder = folder
@@ -86,28 +106,49 @@ class Telemetry:
         self.mirrors = [m for m in (self._tensorboard(config), self._wandb(config, env)) if m]
 
     def row(self, row: dict[str, Any]) -> None:
-        """Append to metrics.jsonl (what is not finite as null, JSON has no NaN), then mirror the numbers."""
-        row = {key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for key, value in row.items()}
+        """Append to metrics.jsonl, with null for values that are not finite (JSON has no NaN), then
+        mirror the numbers, except the parts of an evaluation, which nobody looks at."""
+        row = {
+            key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
+            for key, value in row.items()
+        }
         self.folder.append_metrics(row)
-        numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        numbers |= {f"{row['kind']}/{k}/{i}": v for k, vs in row.items() if isinstance(vs, list) for i, v in enumerate(vs) if v is not None}
+        numbers = {
+            f"{row['kind']}/{k}": v
+            for k, v in row.items()
+            if isinstance(v, int | float) and k != "step"
+        }
+        numbers |= {
+            f"{row['kind']}/{k}/{i}": v
+            for k, vs in row.items()
+            if isinstance(vs, list) and not k.endswith("_blocks")
+            for i, v in enumerate(vs)
+            if v is not None
+        }
         for mirror in list(self.mirrors):
             try:
                 mirror(numbers, row["step"])
             except Exception as error:
-                say(f"warning: a metrics mirror failed and is switched off ({error}); metrics.jsonl is complete")
+                say(
+                    f"warning: a mirror of the metrics failed and is disabled ({error}); "
+                    "metrics.jsonl is complete"
+                )
                 self.mirrors.remove(mirror)
 
     def close(self) -> None:
-        """Let the mirrors finish; what they cannot write is in metrics.jsonl."""
+        """Let the mirrors finish; metrics.jsonl has what they cannot write."""
         for close in self.closers:
             try:
                 close()
             except Exception as error:
-                say(f"warning: a metrics mirror did not finish ({error}); metrics.jsonl is complete")
+                say(
+                    f"warning: a mirror of the metrics did not finish ({error}); "
+                    "metrics.jsonl is complete"
+                )
         self.closers = []
 
     def _tensorboard(self, config: Config) -> Any:
+        """The mirror to TensorBoard; None where it is switched off or not available."""
         if not config.log.tensorboard:
             return None
         try:
@@ -128,6 +169,7 @@ class Telemetry:
         return mirror
 
     def _wandb(self, config: Config, env: dict[str, Any]) -> Any:
+        """The mirror to wandb, offline where its server cannot be reached; None as above."""
         if config.log.wandb == "disabled":
             return None
         try:
@@ -137,18 +179,30 @@ class Telemetry:
             kept = self.folder.log.resolve() / "wandb"
             run_id = f"{self.folder.path.resolve().parent.name}-{config.name}"
             arguments: dict[str, Any] = {
-                "project": config.log.wandb_project, "group": self.folder.path.resolve().parent.name, "name": config.name, "id": run_id,
-                "resume": "allow", "dir": str(self.folder.log), "config": {**config.model_dump(mode="json"), "env": env},
-                "settings": wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS, finish_timeout_raises=True),
-            }  # fmt: skip
+                "project": config.log.wandb_project,
+                "group": self.folder.path.resolve().parent.name,
+                "name": config.name,
+                "id": run_id,
+                "resume": "allow",
+                "dir": str(self.folder.log),
+                "config": {**config.model_dump(mode="json"), "env": env},
+                "settings": wandb.Settings(
+                    init_timeout=WANDB_SECONDS,
+                    finish_timeout=WANDB_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            }
             try:
                 run = wandb.init(mode=config.log.wandb, **arguments)
             except Exception as error:
                 if config.log.wandb != "online":
                     raise
-                why = (str(error) or type(error).__name__).splitlines()[0]
-                say(f"warning: wandb cannot be reached ({why}); it records offline, `wandb sync {kept}/offline-*` sends all later")
-                wandb.teardown()  # the first try holds the run's id
+                first = (str(error) or type(error).__name__).splitlines()[0]
+                say(
+                    f"warning: wandb cannot be reached ({first}) and records offline; `wandb sync "
+                    f"{kept}/offline-*` sends everything later"
+                )
+                wandb.teardown()  # the first attempt holds the id of the run
                 run = wandb.init(mode="offline", **arguments)
         except Exception as error:
             say(f"warning: wandb is not available ({error}); metrics.jsonl is complete")
@@ -158,7 +212,10 @@ class Telemetry:
             try:
                 run.finish()
             except TimeoutError:
-                say(f"warning: wandb could not be reached at the end; `wandb sync --no-skip-online {kept}/run-*` sends the rest")
+                say(
+                    f"warning: wandb could not be reached at the end; `wandb sync --no-skip-online "
+                    f"{kept}/run-*` sends the rest"
+                )
 
         self.closers.append(finish)
         return lambda numbers, step: run.log(numbers, step=step)

@@ -1,4 +1,4 @@
-"""Gated residual and adaptive layer norm."""
+"""The gated residual and the adaptive layer norm as one operator."""
 
 from var_kernels.adaln.op import adaptive_layer_norm, gate_adaptive_layer_norm
 

@@ -1,23 +1,25 @@
-"""Launch parameters of the AdaLN kernels, each with its reason."""
+"""Launch parameters of the AdaLN kernels, each with the reason for its value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 ROOM = 80 * 1024
-"""shared memory for the rows in flight: fits the 99 KiB of small GPUs"""
+"""Bytes of shared memory for the rows in flight, which fit the 99 KiB of small GPUs."""
 MAX_C = 4096
-"""Widest row: one program holds it in registers; 8192 spill."""
+"""The widest row. One program holds a row in registers; 8192 channels spill."""
 STAGES = 3
-"""tl.range with 3 stages turns the row loads into cp.async prefetch; a plain loop loads and waits at every row"""
+"""Pipeline stages. tl.range with 3 stages turns the loads of the rows into a cp.async prefetch,
+whereas a plain loop loads and waits at every row."""
 
 A_ROW_EACH = 1 << 20
-"""as many programs as rows"""
+"""A number of programs that gives each row its own program."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One kernel: warps of a program, rows in flight, programs a multiprocessor."""
+    """The settings of one kernel: warps per program, rows in flight, programs per
+    multiprocessor."""
 
     warps: int
     stages: int
@@ -26,23 +28,30 @@ class Rows:
 
 @dataclass(frozen=True)
 class AdaLNConfig:
-    """Both passes for one width."""
+    """The settings of both passes for one width."""
 
     block_c: int
-    """the power of two from C up: lanes past C are masked, they cost no bytes"""
+    """The smallest power of two that is at least C. Lanes past C are masked and cost no bytes."""
     forward: Rows
-    """without a gate"""
+    """The forward pass without a gate."""
     gated: Rows
+    """The forward pass with a gate."""
     backward: Rows
 
 
 def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
-    """Parameters for rows of C elements of `itemsize` bytes: 16 channels a thread, so that a sum over a row crosses few warps, and programs
-    for the threads of two programs of 4 warps and 2048 channels (backward, by registers), four forward.
+    """Return the parameters for rows of C elements of `itemsize` bytes.
 
-    Measured on an H200 at B = 32, L = 680 (kernels/bench/results/h200-sweep.json). Backward: C = 1024 0.081 ms with 2 warps, C = 1920
-    0.141 with 4 warps, 0.179 with 8. Forward without a gate: 0.031 and 0.056 ms, a row a program 0.036 and 0.063; with a gate the other
-    way round: 0.053 and 0.098, a row a program 0.050 and 0.089.
+    Each thread handles 16 channels, so that a sum over a row crosses few warps. A multiprocessor
+    runs the threads of two programs of 4 warps and 2048 channels in the backward pass, which
+    registers limit, and those of four such programs in the forward pass.
+
+    The times below were measured on an H200 at B = 32, L = 680
+    (kernels/bench/results/h200-sweep.json). The backward pass takes 0.081 ms at C = 1024 with 2
+    warps; at C = 1920 it takes 0.141 ms with 4 warps and 0.179 ms with 8. The forward pass without
+    a gate takes 0.031 and 0.056 ms at the two widths, and 0.036 and 0.063 ms with one program per
+    row. With a gate, one program per row is the faster form: 0.050 and 0.089 ms, against 0.053 and
+    0.098 ms.
     """
     block = 1 << max(5, (C - 1).bit_length())
     warps = min(16, max(1, block // 512))
@@ -55,5 +64,8 @@ def config_for(C: int, itemsize: int = 2) -> AdaLNConfig:
 
 
 def splits(B: int, L: int, programs: int) -> int:
-    """Programs a sample, `programs` over the batch, never more than rows."""
+    """Return the number of programs per sample, for `programs` over the whole batch.
+
+    It is never larger than the number of rows.
+    """
     return max(1, min(L, -(-programs // B)))

@@ -1,4 +1,7 @@
-"""The public functions: adaptive layer norm, alone and after a gated residual. Differentiable, and opaque to torch.compile."""
+"""The public functions: the adaptive layer norm, alone and after a gated residual.
+
+They are differentiable and opaque to torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,29 @@ import torch
 from torch import Tensor
 
 from var_kernels.adaln import reference
-from var_kernels.adaln.config import A_ROW_EACH, MAX_C, config_for, splits
-from var_kernels.dispatch import eager, launches, multiprocessors, require, use_triton
+from var_kernels.adaln.config import MAX_C
+from var_kernels.adaln.launch import launch_backward, launch_forward
+from var_kernels.dispatch import eager, require, use_triton
 from var_kernels.numerics import upcast
 
 
 def gate_adaptive_layer_norm(
-    x_BLC: Tensor, y_BLC: Tensor, gamma_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, keep_B: Tensor | None = None,
-    eps: float = 1e-6, out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x' = x + keep gamma y and h = LN(x') (1 + scale) + shift; returns (x', h).
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gamma_BC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    keep_B: Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute x' = x + keep gamma y and h = LN(x') (1 + scale) + shift; return (x', h).
 
-    x, y (B, L, C). gamma, scale, shift: (B, C) or (B, 1, C), views with any stride between samples. keep_B: 0 or 1 / (1 - rate) a
-    sample (drop-path). x' has the dtype of x, so a float32 residual stream stays one; h has `out_dtype`, that of y unless given.
-    Source: the reference block, x = x + drop_path(f(x) * gamma), ln_wo_grad(x).mul(scale + 1).add(shift); computed in float32.
+    x and y are (B, L, C). gamma, scale and shift are (B, C) or (B, 1, C), and they may be views
+    with any stride between samples. keep_B (drop-path) is 0 or 1 / (1 - rate) for each sample. x'
+    has the dtype of x, so that a float32 residual stream stays float32. h has `out_dtype`, by
+    default that of y. The computation is in float32. The source is the reference block: x = x +
+    drop_path(f(x) * gamma), ln_wo_grad(x).mul(scale + 1).add(shift).
     """
     out = out_dtype or y_BLC.dtype
     gamma, scale, shift = _flat(gamma_BC), _flat(scale_BC), _flat(shift_BC)
@@ -34,9 +46,16 @@ def gate_adaptive_layer_norm(
 
 
 def adaptive_layer_norm(
-    x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+    x_BLC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LN(x) (1 + scale) + shift, (B, L, C); as `gate_adaptive_layer_norm` without the residual: for the first block and the head."""
+    """Return LN(x) (1 + scale) + shift, (B, L, C).
+
+    This is `gate_adaptive_layer_norm` without the residual.
+    """
     out = out_dtype or x_BLC.dtype
     scale, shift = _flat(scale_BC), _flat(shift_BC)
     _check(x_BLC, None, None, None, scale, shift)
@@ -46,77 +65,42 @@ def adaptive_layer_norm(
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    """Through the dispatcher only where a compiler looks."""
+    """Run the operator, through the dispatcher only under torch.compile."""
     return adaln_op(*arguments) if torch.compiler.is_compiling() else _eager(*arguments)
 
 
 def _flat(v: Tensor) -> Tensor:
-    """(B, C) with unit stride inside a row; a view wherever it can be."""
+    """Return v as (B, C) with unit stride within a row, as a view where possible."""
     v = v.squeeze(1) if v.ndim == 3 else v
     return v if v.stride(-1) == 1 else v.contiguous()
 
 
-@launches
-def launch_forward(
-    x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The Triton forward: (x', h, mean (B L,), rstd (B L,)); x' is empty without a gate."""
-    from var_kernels.adaln import triton as kernels
-
-    B, L, C = x.shape
-    x, y, keep = x.contiguous(), None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
-    h = torch.empty_like(x, dtype=out)
-    x_new = x.new_empty(0) if y is None else torch.empty_like(x)
-    mean, rstd = (torch.empty(B * L, dtype=torch.float32, device=x.device) for _ in range(2))
-    settings = config_for(C, x.element_size())
-    mine = settings.forward if y is None else settings.gated
-    parts = splits(B, L, mine.programs * multiprocessors(x.device))
-    kernels.forward[(parts, B)](
-        x, y, gamma, keep, scale, shift, x_new, h, mean, rstd, L, C, -(-L // parts), 0 if gamma is None else gamma.stride(0),
-        scale.stride(0), shift.stride(0), eps, GATED=y is not None, KEEP=keep is not None,
-        A_ROW_EACH=mine.programs == A_ROW_EACH, BLOCK_C=settings.block_c, STAGES=mine.stages, num_warps=mine.warps,
-    )  # fmt: skip
-    return x_new, h, mean, rstd
-
-
-@launches
-def launch_backward(
-    dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
-    shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The Triton backward: gradients of x, y, gamma, scale, shift; those of y and gamma are empty without a gate."""
-    from var_kernels.adaln import triton as kernels
-
-    B, L, C = x_new.shape
-    gated = y is not None and gamma is not None
-    dh, x_new = dh.contiguous(), x_new.contiguous()
-    dx_new = None if dx_new is None else dx_new.contiguous()
-    y, keep = None if y is None else y.contiguous(), None if keep is None else keep.contiguous()
-    dx, dy = torch.empty_like(x_new), torch.empty_like(y) if y is not None else x_new.new_empty(0)
-    settings = config_for(C, x_new.element_size())
-    mine = settings.backward
-    parts = splits(B, L, mine.programs * multiprocessors(x_new.device))
-    partial = torch.empty(B, parts, 3, C, dtype=torch.float32, device=x_new.device)
-    kernels.backward[(parts, B)](
-        dh, dx_new, x_new, y, gamma, keep, scale, mean, rstd, dx, dy, partial, L, C, -(-L // parts),
-        0 if gamma is None else gamma.stride(0), scale.stride(0), GATED=gated, KEEP=keep is not None, RESIDUAL=dx_new is not None,
-        BLOCK_C=settings.block_c, STAGES=mine.stages, num_warps=mine.warps,
-    )  # fmt: skip
-    dscale = torch.empty(B, C, dtype=scale.dtype, device=scale.device)
-    dshift = torch.empty(B, C, dtype=shift_dtype, device=scale.device)
-    dgamma = torch.empty(B, C, dtype=gamma.dtype, device=scale.device) if gamma is not None else scale.new_empty(0)
-    block = min(256, settings.block_c)
-    kernels.finish[(-(-C // block), B)](partial, dscale, dshift, dgamma, C, parts, GATED=gated, BLOCK=block, num_warps=4)
-    return dx, dy, dgamma, dscale, dshift
-
-
-def _check(x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor) -> None:
-    require(x.ndim == 3, "adaln: x is (B, L, C), not {}", x.shape)
+def _check(
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+) -> None:
+    require(x.ndim == 3, "adaln: x must be (B, L, C), not {}", x.shape)
     B, _, C = x.shape
-    for name, v, wanted in (("y", y, x.shape), ("gamma", gamma, (B, C)), ("scale", scale, (B, C)), ("shift", shift, (B, C)),
-                            ("keep", keep, (B,))):  # fmt: skip
+    for name, v, wanted in (
+        ("y", y, x.shape),
+        ("gamma", gamma, (B, C)),
+        ("scale", scale, (B, C)),
+        ("shift", shift, (B, C)),
+        ("keep", keep, (B,)),
+    ):
         if v is not None:
-            require(v.shape == wanted, "adaln: {} has the shape {}, {} is needed for x {}", name, v.shape, wanted, x.shape)
+            require(
+                v.shape == wanted,
+                "adaln: {} has the shape {}, but {} is needed for x {}",
+                name,
+                v.shape,
+                wanted,
+                x.shape,
+            )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,15 +108,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x_new, _, mean, rstd = output
     ctx.save_for_backward(x if y is None else x_new, y, gamma, keep, scale, mean, rstd)
     ctx.shift_dtype = shift.dtype
-    ctx.set_materialize_grads(False)  # in the head x' is not used: no zeros are made and read for it
+    # The head does not use x': no zeros are allocated and read for its gradient.
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dx_new: Tensor | None, dh: Tensor | None, backward: Any) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, dx_new: Tensor | None, dh: Tensor | None, backward: Any
+) -> tuple[Any, ...]:
     x_new, y, gamma, keep, scale, mean, rstd = ctx.saved_tensors
     residual = None if y is None else dx_new
     dh = torch.zeros_like(x_new) if dh is None else dh
-    dx, dy, dgamma, dscale, dshift = backward(dh, residual, x_new, y, gamma, keep, scale, ctx.shift_dtype, mean, rstd)
-    return dx, None if y is None else dy, None if y is None else dgamma, None, dscale, dshift, None, None
+    dx, dy, dgamma, dscale, dshift = backward(
+        dh, residual, x_new, y, gamma, keep, scale, ctx.shift_dtype, mean, rstd
+    )
+    return (
+        dx,
+        None if y is None else dy,
+        None if y is None else dgamma,
+        None,
+        dscale,
+        dshift,
+        None,
+        None,
+    )
 
 
 def _eager_backward(ctx: Any, dx_new: Tensor, dh: Tensor, *_: Tensor) -> tuple[Any, ...]:
@@ -144,17 +142,33 @@ _eager = eager(launch_forward, _save, _eager_backward, differentiable=2)
 
 @torch.library.custom_op("var_kernels::adaln", mutates_args=(), device_types="cuda")
 def adaln_op(
-    x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`launch_forward` as torch.compile sees it."""
+    """Compute `launch_forward` as one operator for torch.compile."""
     return launch_forward(x, y, gamma, keep, scale, shift, eps, out)
 
 
 @adaln_op.register_kernel("cpu")
 def _(
-    x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_new = x.new_empty(0) if y is None or gamma is None else reference.gate_residual(x, y, gamma, keep)
+    x_new = (
+        x.new_empty(0) if y is None or gamma is None else reference.gate_residual(x, y, gamma, keep)
+    )
     v = upcast(x if y is None else x_new)
     var, mean = torch.var_mean(v, -1, correction=0)
     h = reference.adaln(v, scale, shift, eps, out).contiguous()
@@ -163,28 +177,53 @@ def _(
 
 @adaln_op.register_fake
 def _(
-    x: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor, shift: Tensor, eps: float, out: torch.dtype
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    out: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32)
     h = torch.empty_like(x, dtype=out, memory_format=torch.contiguous_format)
-    x_new = x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    x_new = (
+        x.new_empty(0) if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
     return x_new, h, stats, torch.empty_like(stats)
 
 
 @torch.library.custom_op("var_kernels::adaln_backward", mutates_args=(), device_types="cuda")
 def adaln_backward_op(
-    dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
-    shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`launch_backward` as torch.compile sees it."""
+    dh: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift_dtype: torch.dtype,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `launch_backward` as one operator for torch.compile."""
     return launch_backward(dh, dx_new, x_new, y, gamma, keep, scale, shift_dtype, mean, rstd)
 
 
 @adaln_backward_op.register_kernel("cpu")
 def _(
-    dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
-    shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift_dtype: torch.dtype,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, L, _ = x_new.shape
     inverse = rstd.view(B, L, 1).to(upcast(x_new).dtype)
     normal = (upcast(x_new) - mean.view(B, L, 1)) * inverse
@@ -203,13 +242,35 @@ def _(
 
 @adaln_backward_op.register_fake
 def _(
-    dh: Tensor, dx_new: Tensor | None, x_new: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, scale: Tensor,
-    shift_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dy = x_new.new_empty(0) if y is None else torch.empty_like(y, memory_format=torch.contiguous_format)
-    dgamma = scale.new_empty(0) if gamma is None else torch.empty_like(gamma, memory_format=torch.contiguous_format)
+    dh: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    scale: Tensor,
+    shift_dtype: torch.dtype,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy = (
+        x_new.new_empty(0)
+        if y is None
+        else torch.empty_like(y, memory_format=torch.contiguous_format)
+    )
+    dgamma = (
+        scale.new_empty(0)
+        if gamma is None
+        else torch.empty_like(gamma, memory_format=torch.contiguous_format)
+    )
     dx = torch.empty_like(x_new, memory_format=torch.contiguous_format)
-    return dx, dy, dgamma, scale.new_empty(scale.shape), scale.new_empty(scale.shape, dtype=shift_dtype)
+    return (
+        dx,
+        dy,
+        dgamma,
+        scale.new_empty(scale.shape),
+        scale.new_empty(scale.shape, dtype=shift_dtype),
+    )
 
 
 def _backward_op(ctx: Any, dx_new: Tensor | None, dh: Tensor, *_: Tensor) -> tuple[Any, ...]:

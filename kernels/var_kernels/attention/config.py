@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 
 def max_width(itemsize: int) -> int:
-    """Widest head, for elements of so many bytes: wider ones spill hundreds of bytes, or do not fit small GPUs (compiled ahead of time)."""
+    """The widest head for elements of `itemsize` bytes.
+
+    Wider heads spill hundreds of bytes, or do not fit small GPUs (compiled ahead of time).
+    """
     return 128 if itemsize <= 2 else 64
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel: rows of the tile that a program owns, rows of the tiles it loops over, warps, pipeline depth."""
+    """One kernel: rows of the tile that a program owns, rows of the tiles that it loops over,
+    warps, and stages of the pipeline."""
 
     rows: int = 64
     inner: int = 64
@@ -22,7 +26,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Queries own the tiles of `forward` and `queries`, keys those of `keys`, the other backward kernel."""
+    """The forward kernel and both backward kernels. Programs of `forward` and `queries` own tiles
+    of queries, those of `keys` tiles of keys."""
 
     forward: Tile = Tile(inner=32, stages=3)
     keys: Tile = Tile(stages=1)
@@ -30,19 +35,21 @@ class AttentionConfig:
 
 
 LONG = 1024
-"""keys from which on the forward pass takes more of them at a time"""
+"""number of keys from which on the forward pass loads more of them at a time"""
 
 
 def config_for(D: int, generation: int, itemsize: int = 2, keys: int = 0) -> AttentionConfig:
-    """For heads of D channels on a GPU generation (9: Hopper), for so many keys.
+    """The settings for heads of D channels on a GPU generation (9: Hopper) and a number of keys.
 
-    Measured on an H200, d30 (kernels/bench/results/h200-sweep.json): forward at L = 680 0.386 ms with 32 keys at a time, 0.435 with 64,
-    0.422 with 128; at L = 2240 0.715, 0.702 and 0.654. Tiles of 128 queries take 1.3 to 1.4 times as long, 8 warps for 64 queries longer.
+    Measured on an H200, d30 (kernels/bench/results/h200-sweep.json): the forward pass at L = 680
+    takes 0.386 ms with 32 keys at a time, 0.435 with 64 and 0.422 with 128; at L = 2240 0.715,
+    0.702 and 0.654. Tiles of 128 queries take 1.3 to 1.4 times as long, and 8 warps for 64 queries
+    take longer too.
 
-    With tiles of 64 rows, tiles end where scales end: at L = 680 the pairs computed are 1.13 of the useful ones; with 128, 1.29 to 1.60.
-    Wide heads and float32 take smaller pipelines, so that tiles and accumulators fit, also into the 99 KiB of shared memory of small
-    GPUs; where there is neither wgmma nor tcgen05 (Ampere, Ada, sm_120) the operands of a product lie in registers, and 64 inner rows
-    spill.
+    Tiles of 64 rows end where scales end: at L = 680 1.13 pairs are computed for each useful one,
+    with 128 rows 1.29 to 1.60. Wide heads and float32 get smaller pipelines, so that tiles and
+    accumulators fit, also into the 99 KiB of shared memory of small GPUs. Without wgmma and tcgen05
+    (Ampere, Ada, sm_120) the operands of a product are in registers, and 64 inner rows spill.
     """
     if D > 64 or itemsize > 2:
         small = Tile(rows=32, inner=32, warps=8, stages=1)

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and the tiles that follow from it. Plain integers, no GPU; cached by its arguments."""
+"""The keys that each query sees, and the tiles that follow from it, as plain integers; cached."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 Pattern = str | int
-"""full: its own scale and all earlier ones (the paper); own: its own scale; k: its own and the k - 1 before it."""
+"""What a query sees. full: its own scale and all earlier ones (the paper); own: its own scale; a
+number k: its own scale and the k - 1 before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Visible:
-    """Query i sees the keys [lo[i], hi[i]). Compared by identity, so that it is a quick key of a cache: `scales` and `everything` return
-    the same one for the same arguments."""
+    """Query i sees the keys [lo[i], hi[i]).
+
+    Instances are compared by identity, which makes them quick keys of caches: `scales` and
+    `everything` return the same instance for the same arguments.
+    """
 
     lo: tuple[int, ...]
     hi: tuple[int, ...]
@@ -27,7 +31,9 @@ class Visible:
     @cached_property
     def transposed(self) -> Visible:
         """Key j is seen by the queries [lo[j], hi[j]): a range, because lo and hi never fall."""
-        assert list(self.lo) == sorted(self.lo) and list(self.hi) == sorted(self.hi), "lo and hi must not fall"
+        assert list(self.lo) == sorted(self.lo) and list(self.hi) == sorted(self.hi), (
+            "lo and hi must not fall"
+        )
         lo = tuple(bisect_right(self.hi, key) for key in range(self.keys))
         hi = tuple(bisect_right(self.lo, key) for key in range(self.keys))
         return Visible(lo, hi, len(self.lo))
@@ -38,7 +44,7 @@ class Visible:
 
 
 def counts(patch_nums: Sequence[int | tuple[int, int]]) -> tuple[int, ...]:
-    """Tokens of each scale: a whole number is the side of a square grid, a pair is (height, width)."""
+    """Tokens of each scale: a number is the side of a square grid, a pair is (height, width)."""
     return tuple(side * side if isinstance(side, int) else side[0] * side[1] for side in patch_nums)
 
 
@@ -49,10 +55,17 @@ def scales(patch_nums: Sequence[int | tuple[int, int]], pattern: Pattern = "full
 
 @lru_cache(maxsize=64)
 def scales_of(tokens: tuple[int, ...], pattern: Pattern = "full") -> Visible:
-    """`scales` of so many tokens a scale."""
-    back = {"full": len(tokens), "own": 1}.get(pattern, pattern) if isinstance(pattern, str) else pattern
+    """`scales` from the number of tokens of each scale."""
+    back = (
+        {"full": len(tokens), "own": 1}.get(pattern, pattern)
+        if isinstance(pattern, str)
+        else pattern
+    )
     if not isinstance(back, int) or back < 1:
-        raise ValueError(f"attention pattern {pattern!r} is not known; take full, own, or how many scales a query sees (1 or more)")
+        raise ValueError(
+            f"attention pattern {pattern!r} is not known; use full, own, or the number of scales "
+            "that a query sees (1 or more)"
+        )
     starts = [0]
     for count in tokens:
         starts.append(starts[-1] + count)
@@ -65,16 +78,27 @@ def scales_of(tokens: tuple[int, ...], pattern: Pattern = "full") -> Visible:
 
 @lru_cache(maxsize=256)
 def everything(queries: int, keys: int) -> Visible:
-    """Every query sees every key: a scale that is being sampled, with the cache of all keys so far."""
+    """Every query sees every key: a scale that is being sampled, with all keys so far."""
     return Visible((0,) * queries, (keys,) * queries, keys)
 
 
 def tile_rows(visible: Visible, block: int) -> list[tuple[int, int, int, int, int, int]]:
-    """Cut the rows into tiles of at most `block`, on the borders between scales: rows that see the same keys need no mask inside a tile.
-    Small neighbouring scales share one. Each tile: (start, stop, lo, hi, full_lo, full_hi); every row of it sees [full_lo, full_hi).
-    The longest come first, so that the last programs of a launch are short ones."""
+    """Cut the rows into tiles of at most `block` rows, at the borders between scales.
+
+    Rows that see the same keys need no mask inside a tile. Small neighbouring scales share a tile.
+    A tile is (start, stop, lo, hi, full_lo, full_hi); every row of it sees [full_lo, full_hi). The
+    longest tiles come first, so that the last programs of a launch are short.
+    """
     rows = len(visible.lo)
-    borders = [0, *(i for i in range(1, rows) if (visible.lo[i], visible.hi[i]) != (visible.lo[i - 1], visible.hi[i - 1])), rows]
+    borders = [
+        0,
+        *(
+            i
+            for i in range(1, rows)
+            if (visible.lo[i], visible.hi[i]) != (visible.lo[i - 1], visible.hi[i - 1])
+        ),
+        rows,
+    ]
     cuts: list[tuple[int, int]] = []
     for start, stop in pairwise(borders):
         if cuts and stop - cuts[-1][0] <= block:
@@ -99,15 +123,17 @@ class Tiles:
 
 @lru_cache(maxsize=512)
 def tiles_on(visible: Visible, block: int, device: torch.device) -> Tiles:
-    """`tile_rows` as tensors; made once for each schedule and device."""
-    table, lo, hi = (torch.tensor(v, dtype=torch.int32, device=device) for v in (tile_rows(visible, block), visible.lo, visible.hi))
+    """`tile_rows` as tensors, cached for each schedule and device."""
+    table, lo, hi = (
+        torch.tensor(v, dtype=torch.int32, device=device)
+        for v in (tile_rows(visible, block), visible.lo, visible.hi)
+    )
     return Tiles(table, lo, hi)
 
 
 def mask(visible: Visible, device: torch.device | str = "cpu") -> Tensor:
-    """(queries, keys) bool, true where the pair is computed: for the reference and for back-ends that want a tensor."""
+    """(queries, keys) bool, true where the pair is computed: for the reference, and for back-ends
+    that need a tensor."""
     lo, hi = (torch.tensor(v, device=device)[:, None] for v in (visible.lo, visible.hi))
     keys = torch.arange(visible.keys, device=device)[None, :]
     return (keys >= lo) & (keys < hi)
-
-

@@ -1,4 +1,4 @@
-"""The output projection with its cross-entropy."""
+"""The output projection and its cross-entropy as one operator."""
 
 from var_kernels.cross_entropy.op import linear_cross_entropy
 

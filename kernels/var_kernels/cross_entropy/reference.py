@@ -1,4 +1,7 @@
-"""The definition of the operator, in plain PyTorch of any dtype: half precision is computed in float32, float64 stays float64."""
+"""The definition of the operator in plain PyTorch, for any dtype.
+
+Half precision is computed in float32, and float64 stays float64.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ from torch import Tensor
 from var_kernels.numerics import upcast
 
 
-def cross_entropy(logits_NV: Tensor, target_N: Tensor, smoothing: float, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss with label smoothing (N,), cross-entropy without it (N,), and the likeliest code (N,), of the lowest index among equals.
+def cross_entropy(
+    logits_NV: Tensor, target_N: Tensor, smoothing: float, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss with label smoothing, the cross-entropy without it, and the most likely code.
 
-    loss = (1 - s) (lse - z_t) + s (lse - mean z), as torch.nn.functional.cross_entropy(label_smoothing=s), plus z_loss lse^2, which keeps
-    the logits from drifting (PaLM, section 5).
+    All three are (N,). Among equal logits, the most likely code is the one with the lowest index.
+
+    loss = (1 - s) (lse - z_t) + s (lse - mean z), like
+    torch.nn.functional.cross_entropy(label_smoothing=s), plus z_loss lse^2, which keeps the logits
+    from drifting (PaLM, section 5).
     """
     z_NV = upcast(logits_NV)
     lse_N = z_NV.logsumexp(-1)

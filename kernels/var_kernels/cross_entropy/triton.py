@@ -1,4 +1,8 @@
-"""One pass over a row of logits: log-sum-exp, loss, arg-max, and the gradient in their place. 4 bytes a logit in bf16, the floor."""
+"""The cross-entropy in one pass over each row of logits.
+
+The pass computes the log-sum-exp, the loss and the arg-max, and it overwrites the logits with their
+gradient. It moves 4 bytes per logit in bf16, which is the floor.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,36 @@ import triton.language as tl
 
 @triton.jit
 def cross_entropy(
-    logits, target, loss, ce, best, V, row_stride, smoothing, z_loss, SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """Program n: with GRADIENT row n of `logits` becomes d loss_n / d logits = softmax (1 + 2 z lse) - (1 - s) onehot - s / V, else it
-    stays. SMOOTH: s is not 0."""
+    logits,
+    target,
+    loss,
+    ce,
+    best,
+    V,
+    row_stride,
+    smoothing,
+    z_loss,
+    SMOOTH: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Program n computes the loss, the cross-entropy and the most likely code of row n.
+
+    With GRADIENT, row n of `logits` becomes
+    d loss_n / d logits = softmax (1 + 2 z lse) - (1 - s) onehot - s / V; otherwise the row is
+    unchanged. SMOOTH states that s is not 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_V)
     inside = cols < V
     wanted = tl.load(target + row)
     known = (wanted >= 0) & (wanted < V)
-    at_target = tl.load(logits + row * row_stride + wanted, mask=known, other=float("nan")).to(tl.float32)
+    at_target = tl.load(logits + row * row_stride + wanted, mask=known, other=float("nan")).to(
+        tl.float32
+    )
     z = tl.load(logits + row * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
-    largest, where = tl.max(z, axis=0, return_indices=True)  # after it every warp has read: the row may be written
+    # After this reduction every warp has read its part, so that the row may be overwritten.
+    largest, where = tl.max(z, axis=0, return_indices=True)
     e = tl.exp(z - largest)
     total = tl.sum(e, axis=0)
     lse = largest + tl.log(total)
@@ -35,12 +57,16 @@ def cross_entropy(
         if SMOOTH:
             gradient -= smoothing / V
         gradient = tl.where(cols == wanted, gradient - (1.0 - smoothing), gradient)
-        tl.store(logits + row * row_stride + cols, gradient.to(logits.dtype.element_ty), mask=inside)
+        tl.store(
+            logits + row * row_stride + cols, gradient.to(logits.dtype.element_ty), mask=inside
+        )
 
 
 @triton.jit
 def scale_rows(x, factor, out, C, x_stride, BLOCK_C: tl.constexpr):
-    """out (N, C) = x (N, C) factor (N,), of one row; `out` may be x."""
+    """Write one row of out (N, C) = x (N, C) factor (N,); `out` may be x."""
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    v = tl.load(x + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32) * tl.load(factor + row).to(tl.float32)
+    v = tl.load(x + row * x_stride + cols, mask=cols < C, other=0.0).to(tl.float32) * tl.load(
+        factor + row
+    ).to(tl.float32)
     tl.store(out + row * C + cols, v.to(out.dtype.element_ty), mask=cols < C)

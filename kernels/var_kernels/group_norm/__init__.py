@@ -1,4 +1,4 @@
-"""Group norm and SiLU of channels-last maps."""
+"""Group norm and SiLU of channels-last maps as one operator."""
 
 from var_kernels.group_norm.op import group_norm_silu
 

@@ -1,4 +1,4 @@
-"""The public function: group norm with SiLU, for decoding. Without gradients."""
+"""The public function: group norm with SiLU, for decoding, without gradients."""
 
 from __future__ import annotations
 
@@ -9,19 +9,38 @@ from var_kernels.dispatch import launches, multiprocessors, require, use_triton
 from var_kernels.group_norm import config, reference
 
 
-def group_norm_silu(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float = 1e-5, silu: bool = True) -> Tensor:
-    """silu(group_norm(x)), or without `silu` the norm alone; (B, C, H, W) in the type and memory format of x, computed in float32.
+def group_norm_silu(
+    x_BCHW: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = True,
+) -> Tensor:
+    """Return silu(group_norm(x)), or the norm alone if `silu` is not set.
 
-    By one kernel where x lies channels-last on a GPU and has at most 1024 channels; PyTorch brings such a map to another order and back.
-    RuntimeError where a gradient is wanted.
+    The result (B, C, H, W) has the type and memory format of x and is computed in float32. The
+    Triton kernels run where x is channels-last on a GPU and has at most 1024 channels. PyTorch
+    would convert such a map to another memory order and back.
+
+    Raises RuntimeError if a gradient is required.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_BCHW, weight_C, bias_C)):
-        raise RuntimeError("group_norm_silu has no gradient; call it under torch.no_grad(), or use torch.nn.functional.group_norm")
-    require(x_BCHW.ndim == 4, "group_norm_silu: x is (B, C, H, W), not {}", x_BCHW.shape)
+        raise RuntimeError(
+            "group_norm_silu has no gradient; call it under torch.no_grad(), or use "
+            "torch.nn.functional.group_norm"
+        )
+    require(x_BCHW.ndim == 4, "group_norm_silu: x must be (B, C, H, W), not {}", x_BCHW.shape)
     C = x_BCHW.shape[1]
     require(C % groups == 0, "group_norm_silu: {} channels do not divide into {} groups", C, groups)
     fit = weight_C.shape == bias_C.shape == (C,)
-    require(fit, "group_norm_silu: weight and bias are ({},), not {} and {}", C, weight_C.shape, bias_C.shape)
+    require(
+        fit,
+        "group_norm_silu: weight and bias must be ({},), not {} and {}",
+        C,
+        weight_C.shape,
+        bias_C.shape,
+    )
     last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
     if not use_triton(x_BCHW) or not last or C > config.MAX_C or torch.compiler.is_compiling():
         return reference.group_norm(x_BCHW, weight_C, bias_C, groups, eps, silu)
@@ -30,7 +49,7 @@ def group_norm_silu(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: in
 
 @launches
 def launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """The Triton kernels; x (B, C, H, W) channels-last."""
+    """Launch the Triton kernels; x (B, C, H, W) is channels-last."""
     from var_kernels.group_norm import triton as kernels
 
     B, C, H, W = x.shape
@@ -41,11 +60,26 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, sil
     partial = torch.empty(B, splits, 2, C, dtype=torch.float32, device=x.device)
     affine = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    kernels.sums[(splits, B)](x, partial, rows, C, group, R=R, BLOCK_C=block_c, num_warps=config.WARPS)
+    kernels.sums[(splits, B)](
+        x, partial, rows, C, group, R=R, BLOCK_C=block_c, num_warps=config.WARPS
+    )
     width = C // groups
     kernels.finish[(groups, B)](
-        x, partial, weight.contiguous(), bias.contiguous(), affine, rows, C, splits, width, eps, BLOCK_S=1 << (splits - 1).bit_length(),
-        BLOCK_W=1 << (width - 1).bit_length(), num_warps=4,
-    )  # fmt: skip
-    kernels.apply[(-(-rows // R), B)](x, affine, y, rows, C, SILU=silu, R=R, BLOCK_C=block_c, num_warps=config.WARPS)
+        x,
+        partial,
+        weight.contiguous(),
+        bias.contiguous(),
+        affine,
+        rows,
+        C,
+        splits,
+        width,
+        eps,
+        BLOCK_S=1 << (splits - 1).bit_length(),
+        BLOCK_W=1 << (width - 1).bit_length(),
+        num_warps=4,
+    )
+    kernels.apply[(-(-rows // R), B)](
+        x, affine, y, rows, C, SILU=silu, R=R, BLOCK_C=block_c, num_warps=config.WARPS
+    )
     return y

@@ -1,7 +1,8 @@
-"""Group norm and SiLU of maps whose channels lie side by side, as convolutions on tensor cores want them: read twice, written once.
+"""Group norm and SiLU of channels-last maps, the memory format for convolutions on tensor cores.
 
-Channels are summed apart, as differences from the first pixel, so that a large mean costs no digits; a group's statistics follow from those
-of its channels. All sums have a fixed order.
+The kernels read a map twice and write it once. They sum each channel separately, as differences
+from the first pixel, so that a large mean does not cost precision. The statistics of a group follow
+from those of its channels. All sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def sums(x, partial, rows, C, group, R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Program (s, b) takes pixels [s group, (s + 1) group) of sample b (rows, C): sums of x - x[0] and of its square, a channel."""
+    """Compute the sums of x - x[0] and of its square for each channel.
+
+    Program (s, b) handles the pixels [s group, (s + 1) group) of sample b (rows, C).
+    """
     split, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C
@@ -24,7 +28,12 @@ def sums(x, partial, rows, C, group, R: tl.constexpr, BLOCK_C: tl.constexpr):
     for start in tl.range(split * group, end, R):
         r = start + tl.arange(0, R)
         valid = (r < end)[:, None] & inside[None, :]
-        d = tl.load(base + r[:, None].to(tl.int64) * C + cols[None, :], mask=valid, other=0.0).to(tl.float32) - pivot[None, :]
+        d = (
+            tl.load(base + r[:, None].to(tl.int64) * C + cols[None, :], mask=valid, other=0.0).to(
+                tl.float32
+            )
+            - pivot[None, :]
+        )
         d = tl.where(valid, d, 0.0)
         first += d
         second += d * d
@@ -34,8 +43,24 @@ def sums(x, partial, rows, C, group, R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def finish(x, partial, weight, bias, affine, rows, C, splits, width, eps, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Program (g, b): group g of sample b, `width` channels, as factor and offset of each channel, affine (B, 2, C)."""
+def finish(
+    x,
+    partial,
+    weight,
+    bias,
+    affine,
+    rows,
+    C,
+    splits,
+    width,
+    eps,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Compute the factor and the offset of each channel, affine (B, 2, C).
+
+    Program (g, b) handles group g of sample b, which has `width` channels.
+    """
     sample = tl.program_id(1).to(tl.int64)
     split, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_W)
     cols = tl.program_id(0) * width + lane
@@ -46,18 +71,30 @@ def finish(x, partial, weight, bias, affine, rows, C, splits, width, eps, BLOCK_
     second = tl.sum(tl.load(place + C, mask=there, other=0.0), axis=0)
     count = tl.cast(rows, tl.float32)
     size = tl.cast(width, tl.float32)
-    centre = tl.load(x + sample * rows * C + cols, mask=mine, other=0.0).to(tl.float32) + first / count
+    centre = (
+        tl.load(x + sample * rows * C + cols, mask=mine, other=0.0).to(tl.float32) + first / count
+    )
     mean = tl.sum(tl.where(mine, centre, 0.0), axis=0) / size
     apart = tl.where(mine, centre - mean, 0.0)
-    variance = tl.sum(tl.where(mine, second / count - (first / count) * (first / count), 0.0) + apart * apart, axis=0) / size
+    variance = (
+        tl.sum(
+            tl.where(mine, second / count - (first / count) * (first / count), 0.0) + apart * apart,
+            axis=0,
+        )
+        / size
+    )
     factor = tl.load(weight + cols, mask=mine, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
     tl.store(affine + sample * 2 * C + cols, factor, mask=mine)
-    tl.store(affine + sample * 2 * C + C + cols, tl.load(bias + cols, mask=mine, other=0.0).to(tl.float32) - mean * factor, mask=mine)
+    tl.store(
+        affine + sample * 2 * C + C + cols,
+        tl.load(bias + cols, mask=mine, other=0.0).to(tl.float32) - mean * factor,
+        mask=mine,
+    )
 
 
 @triton.jit
 def apply(x, affine, y, rows, C, SILU: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Program (s, b): R pixels of sample b: y = silu(x factor + offset)."""
+    """Program (s, b) computes y = silu(x factor + offset) for R pixels of sample b."""
     sample = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     inside = cols < C

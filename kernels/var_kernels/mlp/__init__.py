@@ -1,4 +1,4 @@
-"""The two-layer MLP."""
+"""The two-layer MLP as one operator."""
 
 from var_kernels.mlp.op import gelu_mlp
 

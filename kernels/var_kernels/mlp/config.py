@@ -1,43 +1,55 @@
-"""Launch parameters of the MLP kernels, each with its reason."""
+"""Launch parameters of the MLP kernels, each with the reason for its value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FORWARD_BLOCK = 2048
-"""elements a program: 16 a thread with 4 warps, two 16-byte loads each in bf16"""
+"""Elements per program. With 4 warps this is 16 elements per thread, which bf16 reads with two
+16-byte loads."""
 FORWARD_WARPS = 4
 COLUMNS = 1024
-"""columns of a backward program: 8 a thread, one 16-byte load in bf16; its column sums stay in registers"""
+"""Columns per backward program. This is 8 columns per thread, which bf16 reads with one 16-byte
+load. The column sums of the program stay in registers."""
 BACKWARD_WARPS = 4
 BACKWARD_STAGES = 3
 PROGRAMS_PER_MULTIPROCESSOR = 4
-"""backward programs over rows and columns together: enough loads in flight, few partial sums"""
+"""Backward programs per multiprocessor, over rows and columns together. The number keeps enough
+loads in flight and produces few partial sums."""
 
 
 def row_blocks(rows: int, hidden: int, multiprocessors: int) -> int:
-    """Row groups of the backward kernel."""
+    """Return the number of row groups of the backward kernel."""
     columns = -(-hidden // COLUMNS)
     return max(1, min(rows, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // columns)))
 
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tiles, warps and pipeline of our own matrix products."""
+    """Tile sizes, warps and pipeline stages of our own matrix products."""
 
     block_m: int = 128
     block_n: int = 128
     block_k: int = 64
     group: int = 8
-    """tiles down before one across: eight rows of tiles of x stay in the L2 cache"""
+    """The number of tiles to go down before going one tile across. Eight rows of tiles of x stay in
+    the L2 cache."""
     warps: int = 8
     stages: int = 3
     descriptor: bool = True
-    """load through tensor descriptors (TMA), which Ampere does not have: there they compile to a stack of spills"""
+    """Whether loads go through tensor descriptors (TMA). Ampere has no TMA: on Ampere, descriptors
+    compile to code that spills registers to the stack."""
 
 
 def product_config(generation: int, backward: bool) -> ProductConfig:
-    """For a GPU generation (8: Ampere, 9: Hopper, 10: Blackwell; 12 has a small shared memory, as Ampere). The backward epilogue holds
-    more: 128 columns spill."""
+    """Return the configuration for a GPU generation.
+
+    The generations are 8 (Ampere), 9 (Hopper), 10 (Blackwell) and 12, which has as little shared
+    memory as Ampere. The backward epilogue holds more values, so that 128 columns spill.
+    """
     block_n = 64 if backward else 128
-    return ProductConfig(block_n=block_n) if generation in (9, 10) else ProductConfig(block_n=block_n, block_k=32, descriptor=False)
+    return (
+        ProductConfig(block_n=block_n)
+        if generation in (9, 10)
+        else ProductConfig(block_n=block_n, block_k=32, descriptor=False)
+    )

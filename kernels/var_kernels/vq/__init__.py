@@ -1,4 +1,4 @@
-"""Nearest-code search of a vector quantiser."""
+"""The nearest-code search of a vector quantiser."""
 
 from var_kernels.vq.op import nearest_code
 

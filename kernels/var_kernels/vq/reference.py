@@ -1,4 +1,7 @@
-"""The definition of the operator, in plain PyTorch of any dtype: half precision is computed in float32, float64 stays float64."""
+"""The definition of the operator in plain PyTorch, for any dtype.
+
+Half precision is computed in float32, and float64 stays float64.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from var_kernels.numerics import upcast
 
 
 def nearest_code(z_NZ: Tensor, codebook_VZ: Tensor) -> Tensor:
-    """Index (N,) of the code with the smallest |c|^2 - 2 z c, which is the nearest; the lowest index among equals."""
+    """Return the index (N,) of the code with the smallest |c|^2 - 2 z c, which is the nearest code.
+
+    Among equal codes, the lowest index is returned.
+    """
     z, c = upcast(z_NZ), upcast(codebook_VZ)
     return (c.square().sum(1) - 2 * z @ c.t()).argmin(1)

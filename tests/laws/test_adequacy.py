@@ -1,0 +1,60 @@
+"""Tests of the form of a law, checked by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from var_scale.laws.adequacy import adequacy
+from var_scale.laws.curve import fit_law
+from var_scale.laws.groups import group
+from var_scale.laws.law import LawFit
+
+X = np.geomspace(1e5, 1e8, 8)
+NOISE = 4e-3
+
+
+def means(exact: np.ndarray, repeats: list[int], rng: np.random.Generator) -> tuple[LawFit, tuple]:
+    """The power law of sizes with repeats, and what the tests need to know of the repeats."""
+    x, y = np.repeat(X, repeats), np.repeat(exact, repeats)
+    points = group(
+        [str(k) for k in range(len(x))], x, y * np.exp(NOISE * rng.standard_normal(len(x)))
+    )
+    law = fit_law("power", points.sizes, points.values, noise_floor=0)
+    return law, (points.counts, points.noise, points.freedom)
+
+
+@pytest.mark.parametrize("repeats", [[3] * 8, [4, 4, 4, 2, 2, 1, 1, 1]])
+def test_misfit_against_the_noise_between_repeats(repeats: list[int]) -> None:
+    """False alarms at 5 %, and a misfit of three times the noise at one size is found."""
+    rng, alarms, found = np.random.default_rng(5), 0, 0
+    exact = 3 * (X / 1e6) ** -0.1
+    odd = exact * np.exp(3 * NOISE * np.eye(8)[3])
+    for _ in range(200):
+        law, noise = means(exact, repeats, rng)
+        alarms += adequacy(law, *noise).p_noise < 0.05
+        law, noise = means(odd, repeats, rng)
+        found += adequacy(law, *noise).p_noise < 0.05
+    assert 3 <= alarms <= 20 and found > 100, (alarms, found)
+
+
+def test_without_repeats_there_is_no_noise_to_compare_with() -> None:
+    law = fit_law("power", X, 3 * (X / 1e6) ** -0.1)
+    found = adequacy(law, [1] * 8, np.nan, 0)
+    assert np.isnan(found.p_noise) and not found.rejected
+
+
+@pytest.mark.parametrize("noise", [2e-3, 8e-3])
+def test_the_power_of_the_test_for_a_bend(noise: float) -> None:
+    """As often as the test promises it finds a floor of half the smallest loss."""
+    rng, found, promised = np.random.default_rng(6), 0, []
+    straight = 3 * (X / 1e6) ** -0.05
+    floor = straight.min() / 2
+    ends = np.log(straight[[0, -1]] - floor)
+    bent = floor + np.exp(ends[0] + (ends[1] - ends[0]) * np.log(X / X[0]) / np.log(X[-1] / X[0]))
+    for _ in range(300):
+        draw = np.exp(noise * rng.standard_normal(8))
+        found += fit_law("power", X, bent * draw, noise_floor=0).curvature()[1] < 0.05
+        law = fit_law("power", X, straight * draw, noise_floor=0)
+        promised.append(adequacy(law, [1] * 8, np.nan, 0).power)
+    assert found / 300 == pytest.approx(np.mean(promised), abs=0.07)

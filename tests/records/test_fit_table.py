@@ -1,0 +1,77 @@
+"""`fit` of a study or of a table follows the same rules as the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.raises import raises
+from tests.synthetic_study import record
+from var_scale.records.analyse import fit_study
+from var_scale.records.record import RunRecord
+from var_scale.records.runs_csv import write_runs_csv
+from var_scale.records.table import fit_table
+
+LENGTHS = {0.25: 1.08, 0.5: 1.03, 1.0: 1.0}
+"""Share of the longest run and the factor of its loss."""
+
+
+def grid() -> list[RunRecord]:
+    """Six sizes at three lengths, two seeds of the smallest."""
+    runs = []
+    for depth, seed in [(2, 0), (2, 1), *((depth, 0) for depth in (3, 4, 5, 6, 8))]:
+        whole = record(depth, seed, noise=0.002)
+        for share, factor in LENGTHS.items():
+            changes = {
+                name: round(share * getattr(whole, name))
+                for name in ("images", "tokens", "flops_exact")
+            }
+            losses = {name: factor * whole.metric(name) for name in ("loss_avg", "loss_last")}
+            name = f"{whole.name}-epochs_{share}"
+            runs.append(replace(whole, name=name, **changes, **losses))
+    return runs
+
+
+@pytest.mark.parametrize("form", ["power", "power_floor"])
+def test_a_law_of_size_takes_the_best_of_a_grid(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lengths of a size are not its seeds: the command fits the rows that the report fits."""
+    write_runs_csv(grid(), tmp_path / "runs.csv")
+    law = fit_table(tmp_path / "runs.csv", "params_paper", "loss_avg", form, 0.0)  # type: ignore[arg-type]
+    reported = fit_study(grid()).fits["loss_avg", form]
+    assert law.rows == reported.rows
+    assert law.rows[0] == "d2-s0-epochs_1.0+d2-s1-epochs_1.0" and len(law.rows) == 6
+    assert law.params == reported.params and law.intervals == reported.intervals
+    assert "d8-s0-epochs_0.5 excluded, beaten_variant" in capsys.readouterr().out
+
+
+def test_a_variable_that_mixes_sizes_is_refused(tmp_path: Path) -> None:
+    write_runs_csv(grid(), tmp_path / "runs.csv")
+    with raises("records.sizes-mixed", "d2-s0-epochs_1.0", "d3-s0-epochs_1.0", "same images"):
+        fit_table(tmp_path / "runs.csv", "images", "loss_avg", "power", 0.0)
+
+
+def test_rows_of_equal_x_are_one_point(tmp_path: Path) -> None:
+    """Four repeats of five sizes that share what the law misses: intervals that count each row as
+    a point would be about half as wide as those of the five means."""
+    rng = np.random.default_rng(3)
+    sizes = np.geomspace(1e6, 1e8, 5)
+    means = 3 * (sizes / 1e6) ** -0.1 * np.exp(0.01 * rng.standard_normal(5))
+    rows = [
+        f"{x},{mean * np.exp(0.001 * rng.standard_normal())}"
+        for x, mean in zip(sizes, means, strict=True)
+        for _ in range(4)
+    ]
+    (tmp_path / "t.csv").write_text("n,loss\n" + "\n".join(rows))
+    law = fit_table(tmp_path / "t.csv", "n", "loss", "power", 0.0)
+    assert len(law.x) == 5 and law.rows[0] == "line 2+line 3+line 4+line 5"
+    low, high = law.intervals["alpha"]
+    u = np.log(sizes)
+    assert high - low == pytest.approx(
+        2 * 3.182 * law.residual_sd / np.sqrt(((u - u.mean()) ** 2).sum()), rel=1e-3
+    )
+    assert 0.0005 < law.noise_floor < 0.002

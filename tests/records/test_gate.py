@@ -1,0 +1,66 @@
+"""The health gate, and the points of a grid that compete."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from tests.synthetic_study import ladder, record
+from var_scale.records.analyse import StudyResult, fit_study
+from var_scale.records.gate import gate
+from var_scale.records.record import METRICS
+
+
+def test_gate_codes() -> None:
+    """Each fault has its code, and a healthy run beside it stays."""
+    good = [record(d) for d in (2, 3, 5)]
+    nan = {m: math.nan for m in METRICS}
+    bad = {
+        "incomplete": record(4, state="running"),
+        "diverged": record(4, state="diverged", reason="the loss is nan"),
+        "failed": record(4, state="failed"),
+        "non_finite": record(4, loss_last=math.inf),
+        "not_annealed": record(4, final_lr_fraction=0.5),
+        "missing_evaluation": record(4, eval_samples=0, **nan),
+        "worse_than_smaller": record(4, loss_avg=good[1].loss_avg * 1.02),
+        "data_differs": record(4, data_hash="other"),
+    }
+    for code, run in bad.items():
+        result = gate([*good, run])
+        assert [(e.code, e.record) for e in result.excluded] == [(code, run)]
+        assert result.kept == tuple(good)
+    assert gate([*good, record(4, loss_avg=good[1].loss_avg * 1.002)]).excluded == ()
+    assert gate([*good, record(4, final_lr_fraction=math.nan)]).excluded[0].code == "not_annealed"
+    assert gate([]).kept == ()
+
+
+def test_the_user_overrules_the_gate() -> None:
+    """A run is excluded with the user's reason; one that was not annealed is kept; one without a
+    value cannot be kept."""
+    runs = ladder()
+    runs[1] = replace(runs[1], final_lr_fraction=0.5)
+    nan = dict.fromkeys(METRICS, math.nan)
+    runs[2] = replace(runs[2], **nan)  # type: ignore[arg-type]
+    result = fit_study(
+        runs,
+        exclude={runs[0].name: "another tokenizer"},
+        keep={runs[1].name: "constant on purpose", runs[2].name: "?"},
+    )
+    codes = [(item.record.name, item.code) for item in result.gate.excluded]
+    assert codes == [(runs[0].name, "by_hand"), (runs[2].name, "missing_evaluation")]
+    assert runs[1] in result.gate.kept and result.gate.excluded[0].text == "another tokenizer"
+
+
+def test_points_of_a_grid_compete(fitted_ladder: StudyResult) -> None:
+    """Of several runs of a size and seed the best one enters the laws, the others are named. All of
+    them enter the frontier."""
+    runs = ladder(noise=0.001)
+    worse = [replace(run, name=f"{run.name}-lr", loss_avg=run.loss_avg * 1.004) for run in runs]
+    both = fit_study([*runs, *worse])
+    assert both.gate.kept == fitted_ladder.gate.kept
+    for form in ("power", "power_floor"):
+        assert both.fits["loss_avg", form].params == fitted_ladder.fits["loss_avg", form].params
+    beaten = [item for item in both.gate.excluded if item.code == "beaten_variant"]
+    assert sorted(item.record.name for item in beaten) == sorted(run.name for run in worse)
+    assert runs[0].name in beaten[0].text
+    assert {run.name for run in both.healthy} == {run.name for run in [*runs, *worse]}

@@ -1,0 +1,1 @@
+"""Scripts that generate pages of docs/; not installed."""

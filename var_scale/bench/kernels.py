@@ -1,0 +1,37 @@
+"""`var-scale bench kernels`: the benchmarks of the package var_kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from var_kernels.bench.run import run, run_sweep
+
+from var_kernels.mlp.tune import cache_file
+from var_scale.errors import UserError
+from var_scale.files import disk_errors
+
+
+def bench_kernels(
+    operators: list[str],
+    shapes: list[str],
+    forms: list[str],
+    *,
+    out: Path | None,
+    tune: bool,
+    sweep: bool,
+) -> None:
+    """Time the fused operators, or with `sweep` the launch settings of their kernels.
+
+    Args: see `var_kernels.bench.run`.
+
+    Raises:
+        UserError: an argument names nothing that can be timed (code `bench.kernels`).
+    """
+    try:
+        with disk_errors(out or cache_file()):  # the results, or with `tune` the choices
+            if sweep:
+                run_sweep(operators, out)
+            else:
+                run(operators, shapes, out, tune, forms)
+    except ValueError as error:
+        raise UserError(str(error), code="bench.kernels") from None

@@ -1,0 +1,152 @@
+"""What `var-scale bench train` runs on every rank: `python -m var_scale.bench.train_worker FOLDER`.
+
+FOLDER holds config.yaml and bench.json, and gets result.json (and trace.json) of rank 0.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from var_kernels.bench.run import describe
+
+from var_scale.config.load import load
+from var_scale.cost.flops import count_flops
+from var_scale.cost.from_config import shape_of
+from var_scale.cost.time import peak_of
+from var_scale.files import read_json, write_json
+from var_scale.machine import processor_name
+from var_scale.train.assemble import untrained
+from var_scale.train.stepper import PHASES, Stepper
+from var_scale.train.telemetry import peak_memory
+from var_scale.train.world import World, leave, start_world
+
+EXCHANGES = ("gloo:", "nccl:", "nccldevkernel")
+"""How the profiler names exchanges between ranks."""
+
+
+class Phases:
+    """Adds up the seconds of each phase of a step, waiting for the device after each."""
+
+    def __init__(self, world: World):
+        self.world, self.seconds = world, dict.fromkeys(PHASES, 0.0)
+        self.phase, self.began = "", 0.0
+
+    def begin(self, phase: str) -> None:
+        """A phase begins and the one before it ends; an empty name only ends it."""
+        wait(self.world)
+        now = time.perf_counter()
+        if self.phase:
+            self.seconds[self.phase] += now - self.began
+        self.phase, self.began = phase, now
+
+
+def wait(world: World) -> None:
+    """Wait for the device."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def timed(function: Callable[[], object], steps: int, world: World) -> list[float]:
+    """Milliseconds of each call, all ranks together."""
+    times = []
+    for _ in range(steps):
+        world.barrier()
+        wait(world)
+        began = time.perf_counter()
+        function()
+        wait(world)
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def exchange_seconds(function: Callable[[], object], world: World, trace: Path | None) -> float:
+    """Seconds that one step spends in exchanges between ranks, by the profiler; they overlap with
+    other work. Writes a trace of the step."""
+    activities = [ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        function()
+        wait(world)
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    total = 0.0
+    for event in profiler.events() or ():
+        if event.name.lower().startswith(EXCHANGES):
+            # gloo exchanges on the host, where an event has no time on the device.
+            host = event.time_range.elapsed_us() if event.name.startswith("gloo:") else 0
+            total += max(event.self_device_time_total, host)
+    return total / 1e6
+
+
+def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Time the optimiser steps from `job["at"]` on, a share of the whole run; every rank calls it.
+
+    The steps are those that training takes there, with the learning rate and, in progressive
+    training, the scales of that place.
+    """
+    config, world, schedule = stepper.config, stepper.world, stepper.schedule
+    first = min(int(job["at"] * schedule.total_steps), schedule.total_steps - 1)
+    position = iter(range(first, 1 << 62))
+    phases = Phases(world)
+
+    def step() -> None:
+        stepper.step(first, next(position))
+
+    def step_by_phases() -> None:
+        stepper.step(first, next(position), phases.begin)
+        phases.begin("")
+
+    timed(step, job["warmup"], world)
+    times = sorted(timed(step, job["steps"], world))
+    timed(step_by_phases, job["steps"], world)
+    trace = folder / "trace.json" if job["trace"] and world.main else None
+    exchange = exchange_seconds(step, world, trace)
+    stage, _ = stepper.stage(first)
+    seconds, flops = times[len(times) // 2] / 1e3, count_flops(shape_of(config).shown(stage))
+    batch, module = config.train.batch_size, stepper.engine.train_step_module()
+    rate, peak = flops.training * batch / seconds, peak_of(world.device_name, module.precision)
+    cpu = {"device": f"CPU ({processor_name()})"} if world.device.type == "cpu" else {}
+    return {
+        **describe(world.device),
+        **cpu,
+        "world": world.size,
+        "precision": module.precision,
+        "engine": config.engine.model_dump(mode="json"),
+        "choices": module.var.choices(),
+        "batch": batch,
+        "accumulate": config.train.accumulate,
+        "data": stepper.data.name,
+        "step": first,
+        "stage": stage,
+        "step_ms": 1e3 * seconds,
+        "step_ms_range": [times[0], times[-1]],
+        "images_per_second": batch / seconds,
+        "tokens_per_second": batch * flops.tokens / seconds,
+        "flops_per_second": rate,
+        "mfu": rate / (peak * world.size) if peak else None,
+        "memory_bytes": peak_memory(world.device),
+        "phases_ms": {name: 1e3 * s / job["steps"] for name, s in phases.seconds.items()},
+        "exchange_ms": 1e3 * exchange,
+    }
+
+
+def main() -> None:
+    """Join the other ranks, measure, and leave."""
+    folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
+    config = load(str(folder / "config.yaml"))
+    world = start_world(group=config.engine.name != "single", threads=config.engine.threads)
+    result = measure(untrained(config, world), read_json(folder / "bench.json"), folder)
+    if world.main:
+        write_json(folder / "result.json", result)
+    leave(world, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The section `data`: where images and tokens come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from var_scale.config.fields import Grid, Place, Positive, Section, setting
+
+
+class LeavesConfig(Section):
+    """The embedded image set: dead leaves images whose species depend on the class."""
+
+    size: Grid = setting(32, "image side in pixels, or [height, width]")
+    num_classes: Positive = setting(10, "number of classes")
+    species: Positive = setting(512, "number of species (kinds of leaves)")
+    leaves: Positive = setting(8, "leaves drawn in each image")
+    zipf: float = setting(1.1, "exponent of the Zipf law of species frequencies", gt=0)
+    seed: int = setting(0, "seed of the generator", ge=0)
+    train_images: Positive = setting(65536, "number of training images to generate")
+    val_images: Positive = setting(8192, "number of validation images to generate")
+
+    @property
+    def train_samples(self) -> int:
+        """Number of training samples, as the other embedded sets call it."""
+        return self.train_images
+
+    @property
+    def val_samples(self) -> int:
+        """Number of validation samples."""
+        return self.val_images
+
+
+class GrammarConfig(Section):
+    """The embedded token set: tokens of a random grammar whose lowest possible loss is known.
+
+    The tokenizer's vocab_size must be symbols x rules.
+    """
+
+    symbols: Positive = setting(64, "number of symbols; each belongs to one class")
+    rules: Positive = setting(4, "number of ways to rewrite a symbol")
+    zipf: float = setting(1.0, "exponent of the Zipf law of rule frequencies", ge=0)
+    num_classes: Positive = setting(8, "number of classes; must divide the number of symbols")
+    seed: int = setting(0, "seed of the grammar and of its samples", ge=0)
+    train_samples: Positive = setting(65536, "number of training samples to generate")
+    val_samples: Positive = setting(4096, "number of validation samples to generate")
+
+
+class TeacherConfig(Section):
+    """The embedded token set `teacher`: tokens drawn from random functions of VAR's own input,
+    whose lowest possible loss is known to any precision.
+
+    The codebook is random. The tokenizer's patch_nums, vocab_size and latent_channels are those of
+    the set.
+    """
+
+    num_classes: Positive = setting(10, "number of classes")
+    features: Positive = setting(1024, "cosine features of the function of each scale")
+    freedom: float = setting(
+        3.0,
+        "degrees of freedom of Student's t distribution of the frequencies; the smaller, the more "
+        "of the function is hard to learn",
+        ge=1,
+    )
+    gain: float = setting(
+        3.0, "standard deviation of the logits; the larger, the lower the lowest loss", gt=0, le=30
+    )
+    seed: int = setting(0, "seed of the functions, the codebook and the samples", ge=0)
+    train_samples: Positive = setting(65536, "number of training samples to generate")
+    val_samples: Positive = setting(8192, "number of validation samples to generate")
+
+
+class DataConfig(Section):
+    """Token shards (`tokens_*`), image shards (`images_*`) or an embedded set (leaves, grammar,
+    teacher)."""
+
+    leaves: LeavesConfig | None = setting(None, "generate the embedded image set")
+    grammar: GrammarConfig | None = setting(None, "generate the embedded token set of a grammar")
+    teacher: TeacherConfig | None = setting(None, "generate the embedded token set of a teacher")
+    # A moved folder holds the same data. The digest of its manifest identifies it.
+    images_train: Place | None = setting(
+        None, "folder of image shards for training", identity=False
+    )
+    images_val: Place | None = setting(
+        None, "folder of image shards for validation", identity=False
+    )
+    tokens_train: Place | None = setting(
+        None, "folder of token shards for training", identity=False
+    )
+    tokens_val: Place | None = setting(
+        None, "folder of token shards for validation", identity=False
+    )
+    fraction: float | None = setting(None, "fraction of the training samples to use", gt=0, le=1)
+    num_classes: Positive | None = setting(
+        None,
+        "number of classes; must match the shards; default: that of the embedded set or of the "
+        "shards, else 1000",
+    )
+    views: Positive = setting(
+        1, "random crops of each training image to tokenise; 1: the centre crop"
+    )
+    flip: bool = setting(False, "mirrored images: twice as many views, or half of them if `online`")
+    resize: Literal["auto", "torch", "pillow"] = setting(
+        "auto",
+        "library that resizes images: PyTorch's Lanczos filter (2.12 and later; fast, within 2 "
+        "grey levels of Pillow's), or Pillow as in the official code; auto: PyTorch where it can",
+    )
+    online: bool = setting(
+        False,
+        "train from images_train and images_val and tokenise inside the training step, instead of "
+        "reading token shards",
+    )
+    decoders: int = setting(
+        0,
+        "threads per process that decode images; 0: the process's share of the cores, at most 8",
+        ge=0,
+        identity=False,
+    )
+    train_samples: Positive | None = setting(
+        None,
+        "number of training samples, for plans made before the shards exist; from then on their "
+        "manifest counts; default: ImageNet's",
+        identity=False,
+    )
+    cache: Place | None = setting(
+        None,
+        "folder on a local disk for shards from URLs; default: $VAR_SCALE_CACHE or ~/.cache",
+        identity=False,
+    )
+    cache_gb: float = setting(
+        500.0,
+        "largest size of the cache in GB; shards of other data sets are deleted to make room",
+        gt=0,
+        identity=False,
+    )
+    check: Literal["sha256", "size"] = setting(
+        "sha256",
+        "what is compared with the manifest before a run begins: the checksum of every shard (the "
+        "ranks share the work), or only its size",
+        identity=False,
+    )
+    samples_per_shard: Positive = setting(4096, "samples in each new shard", identity=False)
+
+    @property
+    def token_set(self) -> GrammarConfig | TeacherConfig | None:
+        """The embedded set that makes its own tokens and tokenizer, where one is used."""
+        return self.grammar or self.teacher
+
+    @property
+    def embedded(self) -> LeavesConfig | GrammarConfig | TeacherConfig | None:
+        """The embedded set, where one is used."""
+        return self.leaves or self.token_set

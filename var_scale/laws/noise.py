@@ -1,0 +1,60 @@
+"""Whether the noise of the points of a law grows with size.
+
+Intervals assume that it is the same share of y at all sizes. Where it grows, the interval of a new
+run beyond the largest size is too narrow; few points cannot show how fast it grows, so the law is
+marked and its intervals are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from var_scale.laws.design import information_rows
+from var_scale.laws.forms import SURFACES, Array
+from var_scale.laws.law import LawFit
+from var_scale.laws.surface_draws import surface_jacobian
+from var_scale.laws.surface_objective import Objective, Problem
+
+DRAWS = 2000
+LEAST_POINTS = 6
+
+
+def noise_trend(law: LawFit) -> tuple[float, float]:
+    """Test the residuals of a law for noise that grows with size (Cook and Weisberg 1983).
+
+    The correlation of the squared residuals with ln x, against its distribution for normal noise
+    that does not change, by simulation with the residuals that this law leaves.
+
+    Returns:
+        The correlation, above 0 if the noise is larger at large sizes, and its one-sided p-value.
+        NaN, NaN for broken_power, with fewer than six points, and for points on their law within
+        `noise_floor`.
+    """
+    n = len(law.x)
+    if law.form == "broken_power" or not law.converged or n < LEAST_POINTS:
+        return math.nan, math.nan
+    if law.residual_sd < max(0.5 * law.noise_floor, 1e-10):
+        return math.nan, math.nan
+    x, y = np.asarray(law.x), np.asarray(law.y)
+    fitted = law.predict(*map(np.asarray, law.points))
+    u = np.log(x) - np.log(x).mean()
+    root = np.sqrt(law.given_weights())
+    q, _ = np.linalg.qr(root[:, None] * _derivatives(law))
+    drawn = np.random.default_rng(n).standard_normal((DRAWS, n))
+    missed = np.vstack([root * np.log(y / fitted), drawn])
+    squares = (missed - missed @ q @ q.T) ** 2
+    squares -= squares.mean(1, keepdims=True)
+    r = squares @ u / (np.linalg.norm(squares, axis=1) * np.linalg.norm(u))
+    return float(r[0]), (1 + int((r[1:] >= r[0]).sum())) / (DRAWS + 1)
+
+
+def _derivatives(law: LawFit) -> Array:
+    """Derivatives of ln y at the points by the parameters, (n, parameters)."""
+    if law.form not in SURFACES:
+        return information_rows(law, np.asarray(law.x))
+    n, d, y = (np.asarray(values) for values in (law.x, law.d, law.y))
+    unique = np.asarray(law.unique) if law.unique else np.full_like(d, np.inf)
+    weights = law.given_weights()
+    return surface_jacobian(Problem.of(law.form, n, d, y, unique, weights, Objective()), law.params)

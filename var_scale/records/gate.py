@@ -1,0 +1,189 @@
+"""The health gate: which runs may enter a fit. Every exclusion has a code and a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from var_scale.records.record import METRICS, RunRecord, by_size
+
+Code = Literal[
+    "incomplete",
+    "diverged",
+    "failed",
+    "non_finite",
+    "not_annealed",
+    "missing_evaluation",
+    "worse_than_smaller",
+    "data_differs",
+    "training_values",
+    "beaten_variant",
+    "by_hand",
+]
+MAX_FINAL_LR = 0.1
+"""Largest last learning rate / peak: the loss of a run that is not annealed is not comparable."""
+WORSE_TOLERANCE = 0.01
+"""Relative excess over a smaller model's loss that is still accepted."""
+CODES: dict[Code, str] = {
+    "by_hand": "excluded explicitly (study.exclude)",
+    "incomplete": "the run has not reached its last step",
+    "diverged": "the loss became non-finite or exploded and the run was stopped",
+    "failed": "the run ended with an error",
+    "missing_evaluation": "there is no evaluation at the last step",
+    "non_finite": "a measured value is not a positive finite number",
+    "not_annealed": f"the last learning rate is above {MAX_FINAL_LR:g} of the peak",
+    "data_differs": "the run was trained on other data than the majority of the runs",
+    "training_values": "its values are of the training data, and other runs have validation values",
+    "worse_than_smaller": f"the average loss is more than {100 * WORSE_TOLERANCE:g} % above that "
+    "of a smaller model that saw no more images: a bad recipe",
+    "beaten_variant": "another point of the study's grid is better at this size and seed; this run "
+    "is in the frontier, but not in the laws of N",
+}
+NEEDED = ("missing_evaluation", "non_finite")
+"""Codes that `keep` cannot overrule, because there is no value to fit."""
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A run that does not enter the fits, and why."""
+
+    record: RunRecord
+    code: Code
+    text: str
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Runs kept for fitting, smallest first, and runs excluded."""
+
+    kept: tuple[RunRecord, ...]
+    excluded: tuple[Exclusion, ...]
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Names of the kept runs whose values are of the training data."""
+        return tuple(run.name for run in self.kept if run.split != "validation")
+
+
+def check_run(record: RunRecord, metrics: Sequence[str] = METRICS) -> tuple[Code, str] | None:
+    """The first problem of a run by itself, with the values of `metrics`; None if it is healthy."""
+    because = f": {record.reason}" if record.reason else ""
+    if record.state == "diverged":
+        return "diverged", f"diverged{because}"
+    if record.state == "failed":
+        return "failed", f"failed{because}"
+    if record.state != "complete":
+        return "incomplete", f"state is {record.state}{because}"
+    values = [record.metric(name) for name in metrics]
+    if record.eval_samples <= 0 or all(math.isnan(value) for value in values):
+        return "missing_evaluation", "there is no evaluation at the last step"
+    for name, value in zip(metrics, values, strict=True):
+        if not math.isfinite(value) or value <= 0:
+            return "non_finite", f"{name} is {value:g}"
+    if not record.final_lr_fraction <= MAX_FINAL_LR:
+        return (
+            "not_annealed",
+            f"the learning rate ended at {record.final_lr_fraction:g} of its peak; at most "
+            f"{MAX_FINAL_LR:g} is comparable",
+        )
+    return None
+
+
+def gate(
+    records: Sequence[RunRecord],
+    exclude: Mapping[str, str] | None = None,
+    keep: Mapping[str, str] | None = None,
+    metrics: Sequence[str] = METRICS,
+) -> GateResult:
+    """Keep healthy, comparable runs.
+
+    The order of the checks is: each run by itself, training values beside validation values, the
+    data of the majority, and whether a run is worse than a smaller one.
+
+    Args:
+        exclude: names of runs to exclude, with the reason.
+        keep: names of runs to keep, with the reason; one without a value to fit is still excluded.
+        metrics: those that a run must have.
+    """
+    exclude, keep = exclude or {}, keep or {}
+    excluded: list[Exclusion] = []
+    healthy: list[RunRecord] = []
+    for record in by_size(records):
+        problem = check_run(record, metrics)
+        kept_anyway = (
+            record.name in keep
+            and (not problem or problem[0] not in NEEDED)
+            and math.isfinite(record.loss_avg)
+        )
+        if record.name in exclude:
+            excluded.append(Exclusion(record, "by_hand", exclude[record.name]))
+        elif problem and not kept_anyway:
+            excluded.append(Exclusion(record, *problem))
+        else:
+            healthy.append(record)
+    if any(run.split == "validation" for run in healthy):
+        for record in healthy:
+            if record.split != "validation" and record.name not in keep:
+                text = "its values are of the training data, and other runs have validation values"
+                excluded.append(Exclusion(record, "training_values", text))
+        healthy = [run for run in healthy if run.split == "validation" or run.name in keep]
+    if healthy:
+        common = Counter(record.data_hash for record in healthy).most_common(1)[0][0]
+        other = [run for run in healthy if run.data_hash != common and run.name not in keep]
+        for record in other:
+            text = f"data {_brief(record.data_hash)}, most runs have {_brief(common)}"
+            excluded.append(Exclusion(record, "data_differs", text))
+        healthy = [run for run in healthy if run.data_hash == common or run.name in keep]
+    kept: list[RunRecord] = []
+    for record in healthy:
+        smaller = [
+            run
+            for run in kept
+            if run.params_paper < record.params_paper and run.images <= record.images
+        ]
+        best = min(smaller, key=lambda run: run.loss_avg, default=None)
+        worse = best and record.loss_avg > best.loss_avg * (1 + WORSE_TOLERANCE)
+        if best and worse and record.name not in keep:
+            text = (
+                f"loss_avg {record.loss_avg:.4f} is above {best.loss_avg:.4f} of the smaller "
+                f"{best.name}"
+            )
+            excluded.append(Exclusion(record, "worse_than_smaller", text))
+        else:
+            kept.append(record)
+    return GateResult(tuple(kept), tuple(excluded))
+
+
+def _brief(data_hash: str) -> str:
+    """train:validation, eight characters each."""
+    return ":".join(part[:8] for part in data_hash.split(":"))
+
+
+def best_of_variants(
+    kept: Sequence[RunRecord],
+) -> tuple[tuple[RunRecord, ...], tuple[Exclusion, ...]]:
+    """Of the runs of one size and seed (points of a grid) the one with the smallest average loss.
+
+    A law of N compares sizes at their best; a frontier takes all runs.
+
+    Returns:
+        The best runs, and the others with the reason.
+    """
+    best: dict[tuple[int, int], RunRecord] = {}
+    for run in kept:
+        key = (run.params_paper, run.seed)
+        if key not in best or run.loss_avg < best[key].loss_avg:
+            best[key] = run
+    beaten = [
+        Exclusion(
+            run,
+            "beaten_variant",
+            f"loss_avg {run.loss_avg:.4f}, {winner.name} has {winner.loss_avg:.4f}",
+        )
+        for run in kept
+        if (winner := best[run.params_paper, run.seed]) is not run
+    ]
+    return tuple(run for run in kept if run is best[run.params_paper, run.seed]), tuple(beaten)

@@ -1,0 +1,47 @@
+"""Sample quality over a study: the distance of every model's samples as a law of loss and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from var_scale.laws.curve import fit_law
+from var_scale.laws.law import LawFit
+
+CLEAR = 0.9
+"""Correlation of the logarithms below which a fit is noise and is not shown."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One run: its size, its average loss, and the distance of its samples."""
+
+    run: str
+    n: float
+    loss: float
+    distance: float
+
+
+def fit_quality(rows: Sequence[Quality], name: str) -> tuple[LawFit, LawFit]:
+    """distance = a loss^alpha (as a power law in 1 / loss), and distance = a N^-alpha.
+
+    Either may not have converged; its code and reason tell why.
+    """
+    columns = {"1/loss": [1 / row.loss for row in rows], "N": [row.n for row in rows]}
+    by_loss, by_n = (
+        fit_law(
+            "power",
+            x,
+            [row.distance for row in rows],
+            metric=name,
+            variable=variable,
+            rows=[row.run for row in rows],
+        )
+        for variable, x in columns.items()
+    )
+    return by_loss, by_n
+
+
+def follows(fit: LawFit) -> bool:
+    """Whether the points lie along the fit."""
+    return fit.converged and abs(fit.r) >= CLEAR
