@@ -126,9 +126,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         ("model.depth=8", "config.value", ("model.depth", "study.depths")),
         ("model.heads=5", "config.value", ("5 heads",)),
         ("tokenizer.weights=nothing.pth", "study.weights-missing", ("nothing.pth",)),
-        ("data.leaves.train_images=32", "study.too-few-samples", ("32", "64")),
-        ("data.tokens_train=x", "study.sources-conflict", ("data.leaves", "tokens")),
-        ("engine.processes=3", "study.batch-indivisible", ("64", "3 processes")),
+        ("data.shapes.train_images=8", "study.too-few-samples", ("8", "16")),
+        ("data.tokens_train=x", "study.sources-conflict", ("data.shapes", "tokens")),
     ],
 )
 def test_wrong_settings_of_a_study(
@@ -163,11 +162,11 @@ def test_wrong_settings_of_a_study(
         ("study quality study/tiny --runs {}", "study.folder-missing"),
         ("study next study/tiny --hours 1 --runs {}", "study.folder-missing"),
         (
-            "study run study/tiny data.leaves=null data.images_train={} data.images_val=x",
+            "study run study/tiny data.shapes=null data.images_train={} data.images_val=x",
             "file.missing",
         ),
         (
-            "study run study/tiny data.leaves=null data.tokens_train={} data.tokens_val=x "
+            "study run study/tiny data.shapes=null data.tokens_train={} data.tokens_val=x "
             "tokenizer.weights=vae.pth",
             "file.missing",
         ),
@@ -208,7 +207,7 @@ def test_a_study_without_runs_writes_nothing(
         (("train", "study/tiny", "--depth", "9"), "run-unknown", "--depth"),
         (("train", "study/tiny"), "run-unknown", "--depth"),
         (("bench", "train", "study/tiny"), "run-unknown", "--depth"),
-        (("data", "synth", "model/d16"), "nothing-to-generate", "data.leaves"),
+        (("data", "synth", "model/d16"), "nothing-to-generate", "data.shapes"),
     ):
         place = () if command[0] == "bench" else runs
         assert name in fails(capsys, *command, *place, code=f"study.{code}")

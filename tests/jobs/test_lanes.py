@@ -26,7 +26,7 @@ class Ranks:
         self.begun: list[str] = []
         self.now = self.most = 0
 
-    def __call__(self, config: Config, run: RunFolder, label: str, may_diverge: bool) -> None:
+    def __call__(self, config: Config, run: RunFolder, label: str, **_: object) -> None:
         with self.lock:
             self.begun.append(label)
             self.now += 1

@@ -92,7 +92,7 @@ def test_a_poor_study(ask) -> None:  # type: ignore[no-untyped-def]
     assert ask(with_blocks(STRAIGHT, 0.03))["evaluation"] == YES
     assert ask([replace(run, blocks=(3.0,) * 4) for run in STRAIGHT])["evaluation"] == OPEN
     assert ask([replace(run, data_hash="") for run in STRAIGHT])["data"] == OPEN
-    assert ask(STRAIGHT[:2])["foreseen"] == OPEN == ask(STRAIGHT[:3])["straight"]
+    assert ask(STRAIGHT[:2])["foreseen"] == OPEN == ask(STRAIGHT[:3])["form"]
     assert ask(STRAIGHT[:2])["converged"] == NO
 
 
@@ -106,9 +106,16 @@ def test_a_prediction_that_fails(ask) -> None:  # type: ignore[no-untyped-def]
 def test_a_bend(ask) -> None:  # type: ignore[no-untyped-def]
     """A law with a floor bends in logarithms. The law with a fitted floor then takes the place of
     the power law, and its prediction holds."""
-    assert ask(STRAIGHT)["straight"] == YES
+    assert ask(STRAIGHT)["form"] == YES
     bent = [replace(run, loss_avg=3 + 0.6 * (run.params_paper / 1e6) ** -0.3) for run in STRAIGHT]
-    assert ask(bent)["straight"] == NO
+    assert ask(bent)["form"] == OPEN  # nothing measures the noise that a misfit must exceed
+    again = [replace(run, seed=1, loss_avg=run.loss_avg * 1.0003) for run in bent]
+    assert ask([*bent, *again])["form"] == YES
+    wavy = [
+        replace(run, loss_avg=run.loss_avg * (1 + 0.02 * (-1) ** k)) for k, run in enumerate(bent)
+    ]
+    seeds = [replace(run, seed=1, loss_avg=run.loss_avg * 1.0003) for run in wavy]
+    assert ask([*wavy, *seeds])["form"] == NO  # more misfit than the noise between seeds explains
     assert ask(bent)["foreseen"] == YES == ask(bent)["failable"]
 
 
@@ -118,7 +125,7 @@ def test_a_straight_line_that_nothing_could_refute(ask) -> None:  # type: ignore
         replace(run, loss_avg=5 * (run.params_paper / 1e6) ** -0.01 * wobble)
         for run, wobble in zip(STRAIGHT[:5], (1.001, 0.999, 1.0, 1.001, 0.9995), strict=True)
     ]
-    assert ask(flat)["straight"] == OPEN
+    assert ask(flat)["form"] == OPEN
 
 
 def test_a_prediction_that_is_worse_than_none(ask) -> None:  # type: ignore[no-untyped-def]
@@ -147,6 +154,27 @@ def test_learning_rates(ask) -> None:  # type: ignore[no-untyped-def]
     factors[2e-3] = 0.99
     assert ask(grid(STRAIGHT))["tuned"] == NO
     assert ask([replace(run, peak_lr=0.0) for run in STRAIGHT])["tuned"] == OPEN
+
+
+def test_learning_rates_of_a_sweep(fitted_ladder: StudyResult) -> None:
+    """Another study tried the rates: each size must be trained at its best one."""
+    runs = [replace(run, peak_lr=1e-3) for run in fitted_ladder.records]
+    passed = replace(fitted_ladder.gate, kept=tuple(runs), excluded=())
+    study = replace(fitted_ladder, records=tuple(runs), gate=passed)
+
+    def answer(**losses: float) -> str:
+        sweep = [
+            replace(run, peak_lr=float(rate.removeprefix("at_")), loss_avg=loss)
+            for run in runs
+            for rate, loss in losses.items()
+        ]
+        return checks(replace(study, sweep=tuple(sweep)))["tuned"]
+
+    assert checks(study)["tuned"] == NO
+    assert answer(**{"at_5e-4": 3.1, "at_1e-3": 3.0, "at_2e-3": 3.2}) == YES
+    assert answer(**{"at_1e-3": 3.1, "at_2e-3": 3.0, "at_4e-3": 3.2}) == NO  # trained at another
+    assert answer(**{"at_5e-4": 3.1, "at_1e-3": 3.0}) == NO  # two rates
+    assert answer(**{"at_5e-4": 3.1, "at_8e-4": 3.05, "at_1e-3": 3.0}) == NO  # at the edge
 
 
 def test_the_answers_of_a_whole_study(fitted_ladder: StudyResult) -> None:

@@ -18,7 +18,7 @@ from var_scale.config.load import write_config
 from var_scale.config.schema import Config
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
-from var_scale.data.embedded import LeavesSettings, write_leaves
+from var_scale.data.embedded import ShapesSettings, write_shapes
 from var_scale.errors import UserError
 from var_scale.locks import take_lock
 from var_scale.study.checks import (
@@ -36,7 +36,6 @@ from var_scale.study.stages import make_report
 from var_scale.study.status import status_table
 from var_scale.study.study import Study
 
-GRAMMAR = "data.grammar={symbols: 8, rules: 4, train_samples: 64, val_samples: 16}"
 TEACHER = "data.teacher={features: 8, train_samples: 64, val_samples: 16}"
 
 
@@ -46,27 +45,20 @@ TEACHER = "data.teacher={features: 8, train_samples: 64, val_samples: 16}"
         (["study.depths=[]"], "study.depths-missing", "study.depths"),
         (["data.images_train=x"], "study.sources-conflict", "data.images_*"),
         (["data.tokens_val=x"], "study.sources-conflict", "data.tokens_*"),
-        ([GRAMMAR], "study.sources-conflict", "data.grammar"),
-        (
-            [GRAMMAR, "data.leaves=null", "tokenizer.vocab_size=33"],
-            "study.grammar-vocabulary",
-            "32",
-        ),
         ([TEACHER], "study.sources-conflict", "data.teacher"),
-        ([TEACHER, GRAMMAR, "data.leaves=null"], "study.sources-conflict", "data.teacher"),
         (
-            [TEACHER, "data.leaves=null", "tokenizer.vocab_size=1"],
+            [TEACHER, "data.shapes=null", "tokenizer.vocab_size=1"],
             "study.teacher-vocabulary",
             "tokenizer.vocab_size",
         ),
         (
-            [TEACHER, "data.leaves=null", "data.teacher.train_samples=15"],
+            [TEACHER, "data.shapes=null", "data.teacher.train_samples=15"],
             "study.too-few-samples",
             "15",
         ),
-        (["data.leaves.train_images=15"], "study.too-few-samples", "15"),
-        (["data.leaves.size=36"], "study.image-size", "data.leaves.size=32"),
-        (["data.leaves=null"], "study.sources-missing", "data.images_train"),
+        (["data.shapes.train_images=15"], "study.too-few-samples", "15"),
+        (["data.shapes.size=36"], "study.image-size", "data.shapes.size=32"),
+        (["data.shapes=null"], "study.sources-missing", "data.images_train"),
         (["tokenizer.weights=none.pth"], "study.weights-missing", "none.pth"),
         (["engine=zero1", "engine.processes=3"], "study.batch-indivisible", "3 processes"),
         (["study.parallel=2", "engine=ddp"], "study.parallel-engine", "engine=single"),
@@ -103,7 +95,7 @@ def mini_config(runs: Path, overrides: list[str]) -> Config:
         ),
         (["cluster.time=120"], "study.time-too-short", "cluster.time"),
         (["engine=fsdp", "engine.shard=3"], "study.shard-groups", "engine.shard"),
-        (["data.leaves=null"], "study.sources-missing", "data.images_train"),
+        (["data.shapes=null"], "study.sources-missing", "data.images_train"),
     ],
 )
 def test_a_study_that_cannot_run_on_slurm_is_refused(
@@ -217,10 +209,10 @@ def test_a_split_without_images_or_tokens_is_refused(tmp_path: Path) -> None:
     """Splits with both images and tokens are returned. A study without any split is refused, and so
     is a split that has only one of the two."""
     assert require_splits(mini(tmp_path).with_files()) == ["train", "val"]
-    named = ["data.leaves=null", "data.images_train=i", "data.tokens_train=t"]
+    named = ["data.shapes=null", "data.images_train=i", "data.tokens_train=t"]
     assert require_splits(mini(tmp_path, *named).config) == ["train"]
     for overrides, key in (
-        (["data.leaves=null"], "data.images_train"),
+        (["data.shapes=null"], "data.images_train"),
         ([*named, "data.images_val=j"], "data.tokens_val"),
     ):
         with raises("study.shards-missing", key):
@@ -254,11 +246,11 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
 def test_the_number_of_classes_comes_from_the_shards(tmp_path: Path) -> None:
     """A config that gives none gets that of its images; another number is refused before any work,
     whether the study trains on the images or on tokens made of them."""
-    settings = LeavesSettings(size=32, num_classes=4)
+    settings = ShapesSettings(size=32, num_classes=4)
     for split in ("train", "val"):
-        write_leaves(tmp_path / split, split, 16, settings, 16)
+        write_shapes(tmp_path / split, split, 16, settings, 16)
     given = [f"data.images_{split}={tmp_path / split}" for split in ("train", "val")]
-    given.append("data.leaves=null")
+    given.append("data.shapes=null")
     assert with_manifests(mini(tmp_path, *given).config).classes == 4
     for more in ([], ["data.online=true"]):
         wrong = mini(tmp_path, *given, *more, "data.num_classes=3")
@@ -271,14 +263,14 @@ def test_the_number_of_classes_comes_from_the_shards(tmp_path: Path) -> None:
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     """Training and validation of other classes; validation that is a copy of the training data."""
     for name, classes in (("four", 4), ("three", 3)):
-        settings = LeavesSettings(size=32, num_classes=classes)
-        write_leaves(tmp_path / name, "train", 16, settings, 16)
+        settings = ShapesSettings(size=32, num_classes=classes)
+        write_shapes(tmp_path / name, "train", 16, settings, 16)
     shutil.copytree(tmp_path / "four", tmp_path / "copy")
     (tmp_path / "link").symlink_to(tmp_path / "four")
 
     def study(val: str) -> Study:
         given = [f"data.images_train={tmp_path / 'four'}", f"data.images_val={tmp_path / val}"]
-        config = mini(tmp_path, "data.leaves=null", *given).config
+        config = mini(tmp_path, "data.shapes=null", *given).config
         return Study(with_manifests(config), tmp_path)
 
     with raises("study.classes-differ", "three: has 3", "four has 4", "same classes"):
@@ -291,10 +283,10 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
 def test_a_compute_budget_counts_the_samples_that_exist(tmp_path: Path) -> None:
     """Epochs follow from the manifest of the shards, whatever the config assumes; without one, and
     without an assumption, there is no budget."""
-    write_leaves(tmp_path / "train", "train", 40, LeavesSettings(size=32, num_classes=4), 16)
-    write_leaves(tmp_path / "val", "val", 16, LeavesSettings(size=32, num_classes=4), 16)
+    write_shapes(tmp_path / "train", "train", 40, ShapesSettings(size=32, num_classes=4), 16)
+    write_shapes(tmp_path / "val", "val", 16, ShapesSettings(size=32, num_classes=4), 16)
     given = [f"data.images_{split}={tmp_path / split}" for split in ("train", "val")]
-    given += ["data.leaves=null", "study.flops=[1e9]", "study.depths=[1,2]"]
+    given += ["data.shapes=null", "study.flops=[1e9]", "study.depths=[1,2]"]
     for more in ([], ["data.train_samples=1000"], ["data.fraction=0.5"]):
         study = Study(with_manifests(mini(tmp_path, *given, *more).config), tmp_path)
         for config, _ in study.runs():

@@ -95,6 +95,17 @@ def test_the_rows_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (short(18492580), short(2010020356), short(42)) == ("18.5 M", "2.01 B", "42")
 
 
+def test_grids_of_single_depths(tmp_path: Path) -> None:
+    """Large sizes can have fewer points of the grid than small ones."""
+    few = "study.depth_grid={2: {train.steps: [8]}}"
+    study = mini(tmp_path, "study.depths=[1,2]", "study.grid={train.steps: [4, 8]}", few)
+    found = [(config.name, config.train.steps) for config, _ in study.runs()]
+    assert found == [("d01-s0-steps_4", 4), ("d01-s0-steps_8", 8), ("d02-s0-steps_8", 8)]
+    for value in ("{2: {train.epochs: [1]}}", "{2: {train.steps: []}}"):
+        with raises("config.value", "depth_grid" if "epochs" in value else "train.steps"):
+            load("study/tiny", ["study.grid={train.steps: [4]}", f"study.depth_grid={value}"])
+
+
 def test_seeds_of_single_depths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Small sizes can have more seeds than large ones; the plan adds the times of both lanes."""
     seeds = ["study.depths=[1,2,3]", "study.seeds=[4]", "study.depth_seeds={1: [0, 1], 3: [2]}"]

@@ -37,8 +37,8 @@ FEW = ["study.depths=[1,2,3,4]", "tokenizer.train.steps=16"]
 WIDE = [
     "name=wide",
     "tokenizer.patch_nums=[1,[1,2],[2,4],[2,5]]",
-    "data.leaves.size=[16,40]",
-    "data.leaves.train_images=128",
+    "data.shapes.size=[16,40]",
+    "data.shapes.train_images=128",
     "train.steps=12",
     "tokenizer.train.steps=8",
 ]
@@ -99,8 +99,8 @@ def test_stopped_continued_and_done(tmp_path: Path) -> None:
     assert run_study(study.config, tmp_path) == study.report
     assert times(folder) == before
     check_wide(folder)
-    with raises("study.image-size", "data.leaves.size=[16, 40]"):
-        check_study_here(mini(tmp_path, *FEW, *WIDE, "data.leaves.size=32"))
+    with raises("study.image-size", "data.shapes.size=[16, 40]"):
+        check_study_here(mini(tmp_path, *FEW, *WIDE, "data.shapes.size=32"))
 
 
 def check_wide(folder: Path) -> None:
@@ -113,7 +113,7 @@ def check_wide(folder: Path) -> None:
     zoom = 96 // 16
     assert Image.open(folder / "report" / "samples.png").size == (
         2 * (40 * zoom + 2) - 2,
-        3 * (16 * zoom + 2) - 2,
+        3 * (16 * zoom + 2 + 14) - 2,  # 14 pixels for the name of the class
     )
 
 
@@ -124,7 +124,14 @@ def check_quality(study: Study) -> None:
     quality = json.loads((study.report / "quality.json").read_text())
     assert quality["count"] == 40 and quality["settings"]["cfg"] == 0
     assert quality["reference"].endswith("val")
-    assert [row["run"] for row in quality["runs"]] == ["d01-s0", "d02-s0", "d03-s0", "d04-s0"]
+    assert [row["run"] for row in quality["runs"] if row["share"] == 1] == [
+        "d01-s0",
+        "d02-s0",
+        "d03-s0",
+        "d04-s0",
+    ]
+    assert 0 < quality["classifier"]["validation"] <= 1
+    assert all(0 <= row["accuracy"] <= 1 for row in quality["runs"])
     assert all(row["FD-tok"] > 0 for row in quality["runs"])
     (images,) = (study.folder / "quality").glob("d01-s0-*.npz")
     before = images.stat().st_mtime_ns
@@ -274,7 +281,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
                 )
             writer.finish()
     given = [
-        "data.leaves=null",
+        "data.shapes=null",
         f"data.images_train={tmp_path / 'train'}",
         f"data.images_val={tmp_path / 'val'}",
         "data.num_classes=3",

@@ -306,8 +306,8 @@ STUDY = [
     "cluster=dev",
     "cluster.check=false",
     "engine=ddp",
-    "data.leaves.train_images=256",
-    "data.leaves.val_images=64",
+    "data.shapes.train_images=256",
+    "data.shapes.val_images=64",
     "tokenizer.train.steps=10",
     "tokenizer.train.batch_size=16",
     "tokenizer.vocab_size=32",
@@ -354,7 +354,7 @@ def test_submitting_again_does_not_touch_what_is_queued(cluster: Cluster, tmp_pa
     failing = [
         *data,
         "name=failing",
-        "data.leaves=null",
+        "data.shapes=null",
         "data.num_classes=10",
         "cluster.setup=[nosuchmodule load cuda]",
     ]

@@ -10,13 +10,13 @@ import pytest
 from tests.ranks import Ranks
 from tests.runs import ENGINES, final, launch_log, losses, rewind, run_here, small_config
 from var_scale.config.schema import Config
-from var_scale.data.embedded import LeavesSettings, write_leaves
+from var_scale.data.embedded import ShapesSettings, write_shapes
 from var_scale.data.image_loader import ImageData, ImageLoader
 from var_scale.data.loader import TokenData
 from var_scale.train.checkpoint import checkpoints
 from var_scale.train.encode import tokenize
 
-LEAVES = LeavesSettings(size=24, num_classes=4, species=32, leaves=6)
+SHAPES = ShapesSettings(size=24, num_classes=4, looks=8)
 """The small tokenizer takes 12 pixels: images are resized to 14, and a crop of 12 is taken."""
 
 
@@ -24,7 +24,7 @@ LEAVES = LeavesSettings(size=24, num_classes=4, species=32, leaves=6)
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 100), ("val", 37)):
-        write_leaves(root / split, split, count, LEAVES, 32, processes=1)
+        write_shapes(root / split, split, count, SHAPES, 32, processes=1)
     return root
 
 

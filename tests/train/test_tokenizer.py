@@ -20,7 +20,7 @@ from tests.raises import raises
 from tests.runs import launch_log, run_here, small_config
 from var_scale.config.load import check, dump, merge, write_config
 from var_scale.config.schema import Config
-from var_scale.data.embedded import LeavesSettings, write_leaves
+from var_scale.data.embedded import ShapesSettings, write_shapes
 from var_scale.data.image_loader import ImageData
 from var_scale.errors import Preempted, UserError
 from var_scale.files import read_json, sha256_file
@@ -42,11 +42,11 @@ SIZE = 24
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 256), ("val", 64)):
-        write_leaves(
+        write_shapes(
             root / split,
             split,
             count,
-            LeavesSettings(size=SIZE, num_classes=4, species=32, leaves=6),
+            ShapesSettings(size=SIZE, num_classes=4, looks=8),
             64,
             processes=1,
         )
@@ -61,16 +61,15 @@ def config_of(images: Path, root: Path, **recipe: Any) -> Config:
         {"arch": "patch", "patch": 8, "hidden": 32, "patch_nums": [1, 2, 3], "vocab_size": 64},
     )
     train = {"steps": 60, "batch_size": 16, "warmup_steps": 5, **recipe}
-    leaves = {
+    shapes = {
         "size": SIZE,
         "num_classes": 4,
-        "species": 32,
-        "leaves": 6,
+        "looks": 8,
         "train_images": 256,
         "val_images": 64,
     }
     folders = {f"images_{split}": str(images / split) for split in ("train", "val")}
-    data = {**folders, "leaves": leaves, "num_classes": 4, "samples_per_shard": 64}
+    data = {**folders, "shapes": shapes, "num_classes": 4, "samples_per_shard": 64}
     base = dump(small_config(root))
     base["tokenizer"] = {}
     return check(
@@ -165,9 +164,9 @@ def test_any_size_of_images(patch: int, grids: list, tmp_path: Path) -> None:
     h, w = (
         patch * side for side in (grids[-1] if isinstance(grids[-1], list) else [grids[-1]] * 2)
     )
-    settings = LeavesSettings(size=(h, w), num_classes=4, species=32, leaves=6)
+    settings = ShapesSettings(size=(h, w), num_classes=4, looks=8)
     for split in ("train", "val"):
-        write_leaves(tmp_path / "i" / split, split, 32, settings, 32, processes=1)
+        write_shapes(tmp_path / "i" / split, split, 32, settings, 32, processes=1)
     arch = {"arch": "patch", "patch": patch, "hidden": 32, "patch_nums": grids, "vocab_size": 16}
     train(
         config_of(tmp_path / "i", tmp_path, arch=arch, steps=12, batch_size=8),
@@ -320,7 +319,7 @@ def test_the_official_network_trained_here_works_everywhere(images: Path, tmp_pa
     them."""
     arch = {"arch": "cnn", "ch": 32, "patch_nums": [1, 2], "vocab_size": 32}
     config = config_of(images, tmp_path, arch=arch, steps=8, batch_size=8, plain_fraction=0.25)
-    config = check(merge(dump(config), {"data": {"leaves": None}}), "test")
+    config = check(merge(dump(config), {"data": {"shapes": None}}), "test")
     val, some = ImageData(images / "val", (32, 32)), ImageData(images / "train", (32, 32))
     weights = train_tokenizer(config, some, val, tmp_path / "cnn", HERE)
     tokens = {f"tokens_{split}": str(tmp_path / "tokens" / split) for split in ("train", "val")}

@@ -21,7 +21,7 @@ from var_scale.commands.arguments import (
 
 
 def data_synth(arguments: StudyArguments) -> None:
-    """Generate the embedded data set of a config (data.leaves, data.grammar or data.teacher) as
+    """Generate the embedded data set of a config (data.shapes or data.teacher) as
     WebDataset shards."""
     from var_scale.study.single import generate_data
 

@@ -7,14 +7,13 @@ from typing import Literal
 from var_scale.config.fields import Grid, Place, Positive, Section, setting
 
 
-class LeavesConfig(Section):
-    """The embedded image set: dead leaves images whose species depend on the class."""
+class ShapesConfig(Section):
+    """The embedded image set: pictures of ten kinds of shapes and textures."""
 
     size: Grid = setting(32, "image side in pixels, or [height, width]")
-    num_classes: Positive = setting(10, "number of classes")
-    species: Positive = setting(512, "number of species (kinds of leaves)")
-    leaves: Positive = setting(8, "leaves drawn in each image")
-    zipf: float = setting(1.1, "exponent of the Zipf law of species frequencies", gt=0)
+    num_classes: Positive = setting(10, "number of classes, at most 10", le=10)
+    looks: Positive = setting(32, "number of pairs of colours")
+    zipf: float = setting(1.0, "exponent of the Zipf law of their frequencies", ge=0)
     seed: int = setting(0, "seed of the generator", ge=0)
     train_images: Positive = setting(65536, "number of training images to generate")
     val_images: Positive = setting(8192, "number of validation images to generate")
@@ -28,21 +27,6 @@ class LeavesConfig(Section):
     def val_samples(self) -> int:
         """Number of validation samples."""
         return self.val_images
-
-
-class GrammarConfig(Section):
-    """The embedded token set: tokens of a random grammar whose lowest possible loss is known.
-
-    The tokenizer's vocab_size must be symbols x rules.
-    """
-
-    symbols: Positive = setting(64, "number of symbols; each belongs to one class")
-    rules: Positive = setting(4, "number of ways to rewrite a symbol")
-    zipf: float = setting(1.0, "exponent of the Zipf law of rule frequencies", ge=0)
-    num_classes: Positive = setting(8, "number of classes; must divide the number of symbols")
-    seed: int = setting(0, "seed of the grammar and of its samples", ge=0)
-    train_samples: Positive = setting(65536, "number of training samples to generate")
-    val_samples: Positive = setting(4096, "number of validation samples to generate")
 
 
 class TeacherConfig(Section):
@@ -70,11 +54,10 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Token shards (`tokens_*`), image shards (`images_*`) or an embedded set (leaves, grammar,
+    """Token shards (`tokens_*`), image shards (`images_*`) or an embedded set (shapes,
     teacher)."""
 
-    leaves: LeavesConfig | None = setting(None, "generate the embedded image set")
-    grammar: GrammarConfig | None = setting(None, "generate the embedded token set of a grammar")
+    shapes: ShapesConfig | None = setting(None, "generate the embedded image set")
     teacher: TeacherConfig | None = setting(None, "generate the embedded token set of a teacher")
     # A moved folder holds the same data. The digest of its manifest identifies it.
     images_train: Place | None = setting(
@@ -141,11 +124,6 @@ class DataConfig(Section):
     samples_per_shard: Positive = setting(4096, "samples in each new shard", identity=False)
 
     @property
-    def token_set(self) -> GrammarConfig | TeacherConfig | None:
-        """The embedded set that makes its own tokens and tokenizer, where one is used."""
-        return self.grammar or self.teacher
-
-    @property
-    def embedded(self) -> LeavesConfig | GrammarConfig | TeacherConfig | None:
+    def embedded(self) -> ShapesConfig | TeacherConfig | None:
         """The embedded set, where one is used."""
-        return self.leaves or self.token_set
+        return self.shapes or self.teacher

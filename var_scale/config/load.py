@@ -53,6 +53,17 @@ def _find(names: Iterable[str], beside: Path | None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def find_table(name: str) -> Path:
+    """The CSV file of a path or of a preset name such as `study/tiny-rates`.
+
+    Raises:
+        UserError: there is no such file (code `config.not-found`).
+    """
+    if path := _find((name, f"{name}.csv"), None):
+        return path
+    raise UserError(f"study.rates={name}: no such table of runs", code="config.not-found")
+
+
 def find_config(name: str, beside: Path | None = None) -> Path:
     """The YAML file of a path, a preset name such as `study/tiny`, or a study's folder.
 
@@ -291,9 +302,10 @@ class Variant:
         return "".join(f"-{re.sub(r'[^A-Za-z0-9._-]', '_', part)}" for part in parts)
 
 
-def variants(spec: StudySpec) -> list[Variant]:
-    """All points of the study's grid; a single point without keys where there is no grid."""
-    points = [tuple(zip(spec.grid, values, strict=True)) for values in product(*spec.grid.values())]
+def variants(spec: StudySpec, depth: int) -> list[Variant]:
+    """All points of the study's grid at a depth; one point without keys where there is no grid."""
+    grid = spec.grid | spec.depth_grid.get(depth, {})
+    points = [tuple(zip(grid, values, strict=True)) for values in product(*grid.values())]
     budgets: list[float | None] = [*spec.flops] or [None]
     return [Variant(keys, flops) for keys in points for flops in budgets]
 

@@ -7,7 +7,7 @@ from os.path import normpath
 from pydantic import model_validator
 
 from var_scale.config.cluster_section import ClusterConfig
-from var_scale.config.data_section import DataConfig, GrammarConfig, LeavesConfig, TeacherConfig
+from var_scale.config.data_section import DataConfig, ShapesConfig, TeacherConfig
 from var_scale.config.fields import Section, setting
 from var_scale.config.model_section import ModelConfig, TokenizerConfig, TokenizerTrainConfig
 from var_scale.config.study_section import StudySpec
@@ -18,10 +18,9 @@ __all__ = [
     "Config",
     "DataConfig",
     "EngineConfig",
-    "GrammarConfig",
-    "LeavesConfig",
     "LogConfig",
     "ModelConfig",
+    "ShapesConfig",
     "StudySpec",
     "TeacherConfig",
     "TokenizerConfig",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from var_scale.config.fields import Fraction, Positive, PositiveFloat, Section, setting
+from var_scale.config.fields import Fraction, Place, Positive, PositiveFloat, Section, setting
 
 Metric = Literal["loss_last", "loss_avg", "err_last", "err_avg"]
 
@@ -30,6 +30,11 @@ class StudySpec(Section):
         {},
         "dotted keys to sweep, each with a list of values; every combination is run for every size "
         "and seed; values of engine are names of presets",
+    )
+    depth_grid: dict[int, dict[str, list[Any]]] = setting(
+        {},
+        "values of study.grid for single depths, in place of those of the grid: "
+        "{6: {train.epochs: [1]}}",
     )
     flops: list[PositiveFloat] = setting(
         [],
@@ -59,11 +64,31 @@ class StudySpec(Section):
     )
     devices: Positive = setting(1, "number of named devices per run, for the expected times")
     mfu: float = setting(0.4, "assumed fraction of the named device's peak", gt=0, le=1)
+    rates: Place | None = setting(
+        None,
+        "table of runs (from `var-scale records`) of a sweep of learning rates with this recipe; "
+        "the report reads from it whether each size was trained at its best rate",
+    )
+    quality_samples: int = setting(
+        0,
+        "images that the study samples from every size and checkpoint kept, to measure them; 0: "
+        "only `study quality` does",
+        ge=0,
+    )
     sample_classes: Positive = setting(10, "number of classes in the grid of samples")
     samples_per_class: Positive = setting(6, "images per class in the grid of samples")
     cfg: float = setting(1.5, "classifier-free guidance of the grid of samples", ge=0)
     top_k: int = setting(0, "top-k of the grid of samples; 0: off", ge=0)
     top_p: Fraction = setting(0.0, "top-p of the grid of samples; 0: off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, tree: Any) -> Any:
+        """null empties a map that an included file fills; {} would add nothing to it."""
+        if not isinstance(tree, dict):
+            return tree
+        maps = {name for name, field in cls.model_fields.items() if field.default == {}}
+        return {key: {} if value is None and key in maps else value for key, value in tree.items()}
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
@@ -85,6 +110,13 @@ class StudySpec(Section):
                     raise ValueError(f"{section}: {key} is set by study.{by}; change study.{by}")
         for key, points in self.grid.items():
             self._check_swept(key, points)
+        for depth, grid in self.depth_grid.items():
+            for key, points in grid.items():
+                if key not in self.grid:
+                    raise ValueError(
+                        f"depth_grid.{depth}.{key}: is not in the grid; list it in study.grid"
+                    )
+                self._check_swept(key, points)
         if self.budget_hours and self.device == "auto":
             raise ValueError(
                 "budget_hours counts the hours of a named device; set study.device, such as h100"

@@ -37,7 +37,7 @@ def _quality(run: Path) -> list[dict[str, Any]]:
     """The rows of a run in the quality.json of its study; empty if it was not measured."""
     path = run.parent / "report" / "quality.json"
     rows = read_json(path, "quality of samples")["runs"] if path.exists() else []
-    return [row for row in rows if row["run"] == run.name]
+    return [row for row in rows if row["run"] == run.name and row.get("share", 1) == 1]
 
 
 def numbers_of(run: Path) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from var_scale.config.schema import Config
 from var_scale.errors import Preempted
-from var_scale.jobs.local import train_here
+from var_scale.jobs.local import launch_environment, train_here
+from var_scale.jobs.nursery import Nursery
 from var_scale.run_folder import RunFolder
 from var_scale.train.create import create_run
 
@@ -27,8 +28,8 @@ def train_together(jobs: Sequence[Job], lanes: int, after: Callable[[], None]) -
         Preempted: the runs were stopped after they saved.
         UserError: a run failed.
     """
-    with ThreadPoolExecutor(lanes, "lane") as pool:
-        futures = {pool.submit(_train, *job): job[1] for job in jobs}
+    with ThreadPoolExecutor(lanes, "lane") as pool, _nursery(jobs) as nursery:
+        futures = {pool.submit(_train, *job, nursery): job[1] for job in jobs}
         try:
             left = set(futures)
             while left:
@@ -44,9 +45,22 @@ def train_together(jobs: Sequence[Job], lanes: int, after: Callable[[], None]) -
             raise
 
 
-def _train(config: Config, run: RunFolder, label: str) -> None:
+@contextlib.contextmanager
+def _nursery(jobs: Sequence[Job]) -> Iterator[Nursery | None]:
+    """A nursery for these runs, which ends with them."""
+    if not jobs:
+        yield None
+        return
+    nursery = Nursery(launch_environment(jobs[0][0]))
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+def _train(config: Config, run: RunFolder, label: str, nursery: Nursery | None) -> None:
     create_run(config, run.path)
-    train_here(config, run, label, may_diverge=True)
+    train_here(config, run, label, may_diverge=True, nursery=nursery)
 
 
 def _stop(futures: dict[Future[None], RunFolder]) -> bool:

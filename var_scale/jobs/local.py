@@ -17,6 +17,7 @@ from typing import Any
 
 from var_scale.config.schema import Config, EngineConfig
 from var_scale.errors import EXIT_USER_ERROR, Preempted, UserError
+from var_scale.jobs.nursery import Child, Nursery
 from var_scale.launchers import without_launcher
 from var_scale.locks import lock, take_lock
 from var_scale.machine import gpu_count, has_gpu_driver
@@ -133,8 +134,10 @@ def run_workers(config: Config, folder: Path, worker: str) -> None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def run_local(config: Config, run: RunFolder, label: str) -> int:
+def run_local(config: Config, run: RunFolder, label: str, nursery: Nursery | None = None) -> int:
     """Run to the end, showing progress; returns the exit code.
+
+    With a nursery, a run of the engine `single` is started by it.
 
     Ctrl-C or SIGTERM: the run saves first, then Preempted is raised (KeyboardInterrupt if it could
     not save).
@@ -155,14 +158,18 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
     with open(run.log / "launch.log", "ab") as log:
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start\n".encode())
         log.flush()
-        child = subprocess.Popen(
-            launch_command(config, folder),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=launch_environment(config),
-            start_new_session=True,
-        )
+        child: Child | subprocess.Popen[bytes]
+        if nursery and config.engine.name == "single":
+            child = nursery.start(folder, log)
+        else:
+            child = subprocess.Popen(
+                launch_command(config, folder),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=launch_environment(config),
+                start_new_session=True,
+            )
     try:
         return _follow(child, run, label)
     except (KeyboardInterrupt, SystemExit):
@@ -177,7 +184,7 @@ def run_local(config: Config, run: RunFolder, label: str) -> int:
         os.close(held)
 
 
-def _follow(child: subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
+def _follow(child: Child | subprocess.Popen[bytes], run: RunFolder, label: str) -> int:
     """Show the progress that the run records until it ends."""
     # There is no step to show before the ranks have read the data and built the model.
     while child.poll() is None:
@@ -217,14 +224,14 @@ def _last_row(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _exit_code(child: subprocess.Popen[bytes], run: RunFolder) -> int:
+def _exit_code(child: Child | subprocess.Popen[bytes], run: RunFolder) -> int:
     """The exit code by the run's own status, because launchers turn 85 into 1.
 
     Completes the status where the ranks could not: a rank that was killed writes nothing, and its
     peers only see that they lost a connection.
     """
     wait_for_ranks(run.path)
-    code, status = child.returncode, run.status()
+    code, status = child.returncode or 0, run.status()
     ends = {"complete": 0, "preempted": EXIT_REQUEUE, "diverged": EXIT_DIVERGED}
     if status["state"] in ends:
         return ends[status["state"]]
@@ -271,7 +278,7 @@ def killed_rank(log: Path) -> str:
     return ""
 
 
-def _stop(child: subprocess.Popen[bytes], folder: Path) -> bool:
+def _stop(child: Child | subprocess.Popen[bytes], folder: Path) -> bool:
     """Request a stop and wait until the run has saved; false if a second Ctrl-C ends the wait."""
     say("stopping: the run saves its state first (press Ctrl-C again to kill it)")
     (folder / "STOP").touch()
@@ -285,17 +292,24 @@ def _stop(child: subprocess.Popen[bytes], folder: Path) -> bool:
         return False
 
 
-def train_here(config: Config, run: RunFolder, label: str, may_diverge: bool = False) -> None:
+def train_here(
+    config: Config,
+    run: RunFolder,
+    label: str,
+    may_diverge: bool = False,
+    nursery: Nursery | None = None,
+) -> None:
     """Run, and turn a bad end into one clear line.
 
     Args:
         may_diverge: print that the run diverged instead of raising.
+        nursery: starts the run if its engine is `single`.
 
     Raises:
         Preempted: the run was stopped after it saved.
         UserError: it failed; the code is the cause in status.json.
     """
-    code = run_local(config, run, label)
+    code = run_local(config, run, label, nursery)
     if code == 0:
         return
     status = run.status()

@@ -68,6 +68,8 @@ class StudyResult:
     """Curves of equal compute of the average loss, where the runs allow them."""
     seed_sd: dict[str, float]
     """metric -> pooled relative standard deviation between seeds of a size; NaN without repeats"""
+    sweep: tuple[RunRecord, ...] = ()
+    """Runs of another study, which tried several learning rates for the sizes of this one."""
 
     @property
     def healthy(self) -> list[RunRecord]:

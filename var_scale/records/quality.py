@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,20 @@ class Quality:
     n: float
     loss: float
     distance: float
+    flops: float = math.nan
+    accuracy: float = math.nan
+    """Share of the samples in which a classifier finds their class; NaN where none was trained."""
+    share: float = 1.0
+    """Of the training that was done before; the laws are of complete runs."""
 
 
 def fit_quality(rows: Sequence[Quality], name: str) -> tuple[LawFit, LawFit]:
-    """distance = a loss^alpha (as a power law in 1 / loss), and distance = a N^-alpha.
+    """distance = a loss^alpha (a power law in 1 / loss), and distance = a N^-alpha, over complete
+    runs.
 
     Either may not have converged; its code and reason tell why.
     """
+    rows = [row for row in rows if row.share == 1]
     columns = {"1/loss": [1 / row.loss for row in rows], "N": [row.n for row in rows]}
     by_loss, by_n = (
         fit_law(

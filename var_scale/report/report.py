@@ -35,7 +35,7 @@ def write_report(
 
     Args:
         facts: further lines of "What was measured", as title and text.
-        shown: PNG files that exist already: growth, samples, quality, reconstructions.
+        shown: PNG files that exist already: growth, samples, reconstructions.
         formats: of the pictures that are drawn: png, svg, pdf. PNG is always written.
         sections: further sections as Markdown, after the checklist.
 

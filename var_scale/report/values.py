@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from var_scale.laws.adequacy import SIGNIFICANT
-from var_scale.laws.forms import SURFACES
+from var_scale.laws.forms import SURFACES, Form
 from var_scale.progress import duration, short
 from var_scale.records.analyse import StudyResult
 from var_scale.records.gate import CODES, MAX_FINAL_LR
@@ -93,7 +93,8 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
             "interval": fit.intervals.get("alpha"),
             "rejected": result.rejected("loss_avg"),
         },
-        "test": form_test(result),
+        "test": form_test(result, "power"),
+        "floor_test": form_test(result, "power_floor"),
         "free": {
             "converged": free.converged,
             "reason": free.reason,
@@ -157,7 +158,7 @@ def checks(result: StudyResult) -> dict[str, str]:
     """
     kept, held = result.gate.kept, result.holdout("loss_avg")
     sizes = {run.params_paper for run in kept}
-    test = result.adequacy.get(("loss_avg", "power"))
+    test = result.adequacy.get(("loss_avg", result.leading("loss_avg")))
     error, step = evaluation_error(result), held.step / held.measured
     hashes = {run.data_hash for run in kept}
     low, high = result.surface.intervals["E"] if result.surface else (0.0, math.inf)
@@ -174,9 +175,9 @@ def checks(result: StudyResult) -> dict[str, str]:
             held.prediction is not None,
         ),
         "failable": answer(held.width_fraction <= WEAK, held.prediction is not None),
-        "straight": answer(not (test and test.rejected), test is not None and test.decided),
+        "form": answer(not (test and test.rejected), test is not None and form_tested(result)),
         "floor": answer(high - low < 0.1 * min((run.loss_avg for run in kept), default=0.0)),
-        "tuned": answer(not (rates["edge"] or rates["missing"]), rates["known"]),
+        "tuned": answer(not (rates["edge"] or rates["missing"] or rates["other"]), rates["known"]),
         "seeds": answer(math.isfinite(result.seed_sd["loss_avg"])),
         "evaluation": answer(error < step / 4, not math.isnan(error)),
         "data": answer(len(hashes) == 1, bool(hashes - {""})),
@@ -187,9 +188,22 @@ def checks(result: StudyResult) -> dict[str, str]:
     }
 
 
-def form_test(result: StudyResult) -> dict[str, str] | None:
-    """What the tests of the power law of the average loss found; None if there is none."""
-    test = result.adequacy.get(("loss_avg", "power"))
+def form_tested(result: StudyResult) -> bool:
+    """Whether a test of the leading law of the average loss could have found it wrong.
+
+    Of a power law: whether it would have noticed a floor. A law with a fitted floor leads because
+    that test noticed one; it is judged by its own bend, or against the noise between seeds.
+    """
+    leading = result.leading("loss_avg")
+    test = result.adequacy[("loss_avg", leading)]
+    if leading == "power" and not test.rejected:
+        return test.decided
+    return math.isfinite(test.p_bend) or math.isfinite(test.p_noise)
+
+
+def form_test(result: StudyResult, form: Form) -> dict[str, str] | None:
+    """What the tests of one law of the average loss found; None if there is none."""
+    test = result.adequacy.get(("loss_avg", form))
     if test is None:
         return None
     return {
@@ -206,24 +220,37 @@ def surface_floor(result: StudyResult) -> str:
 
 
 def learning_rates(result: StudyResult) -> dict[str, Any]:
-    """For which sizes a grid of at least three peak learning rates was run.
+    """For which sizes at least three peak learning rates were tried, in a grid of the study or in
+    the sweep that it names.
 
     Returns:
         `known`: whether the rates are recorded; `missing`: names of the sizes without a grid;
-        `edge`: names of those whose best rate is the smallest or the largest of its grid.
+        `edge`: names of those whose best rate is the smallest or the largest of its grid; `other`:
+        names of those that were trained nearer to another rate of the sweep than to its best.
     """
-    missing, edge = list[str](), list[str]()
+    missing, edge, other = list[str](), list[str](), list[str]()
     runs = result.healthy
+    tried = [*(result.sweep or runs)]
     for n in sorted({run.params_paper for run in runs}):
-        of_size = [run for run in runs if run.params_paper == n]
-        best = min(of_size, key=lambda run: run.loss_avg)
-        rates = sorted({run.peak_lr for run in of_size if run.images == best.images})
+        name = f"d{next(run.depth for run in runs if run.params_paper == n)}"
+        of_size = [run for run in tried if run.params_paper == n]
+        longest = max((run.images for run in of_size), default=0)
+        losses = {run.peak_lr: run.loss_avg for run in of_size if run.images == longest}
+        rates = sorted(losses)
         if len(rates) < 3:
-            missing.append(f"d{best.depth}")
-        elif best.peak_lr in (rates[0], rates[-1]):
-            edge.append(f"d{best.depth}")
-    known = bool(runs) and all(run.peak_lr > 0 for run in runs)
-    return {"known": known, "missing": missing, "edge": edge}
+            missing.append(name)
+            continue
+        best = min(rates, key=losses.__getitem__)
+        if best in (rates[0], rates[-1]):
+            edge.append(name)
+        elif result.sweep and any(
+            min(rates, key=lambda rate: abs(math.log(rate / run.peak_lr))) != best
+            for run in runs
+            if run.params_paper == n
+        ):
+            other.append(name)
+    known = bool(runs) and all(run.peak_lr > 0 for run in [*runs, *tried])
+    return {"known": known, "missing": missing, "edge": edge, "other": other}
 
 
 def evaluation_error(result: StudyResult) -> float:

@@ -153,7 +153,7 @@ def _candidate(study: Study, depth: int, seen: Sequence[tuple[float, float]]) ->
     """A seed of this depth with its size N and its cost: that of all points of the study's grid,
     because the study file gives a seed to all of them."""
     base, cost = study.with_files(), 0.0
-    for point in variants(study.spec):
+    for point in variants(study.spec, depth):
         config = run_config(base, depth, study.spec.seeds[0], point)
         flops = point.flops or flops_of(config)
         cost += flops * rate_at(flops, seen)

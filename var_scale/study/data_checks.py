@@ -21,34 +21,26 @@ def require_one_source(study: Study) -> None:
         ("images", data.images_train or data.images_val),
         ("tokens", data.tokens_train or data.tokens_val),
     ):
-        if data.leaves and given:
+        if data.shapes and given:
             raise UserError(
-                f"study {c.name}: data.leaves and data.{name}_* are both given; "
-                f"set data.leaves=null to use your {name}",
+                f"study {c.name}: data.shapes and data.{name}_* are both given; "
+                f"set data.shapes=null to use your {name}",
                 code="study.sources-conflict",
             )
     others = (
-        data.leaves or data.images_train or data.tokens_train or data.online or c.tokenizer.weights
+        data.shapes or data.images_train or data.tokens_train or data.online or c.tokenizer.weights
     )
-    if data.token_set and (others or (data.grammar and data.teacher)):
-        name, other = ("grammar", "teacher") if data.grammar else ("teacher", "grammar")
+    if data.teacher and others:
         raise UserError(
-            f"study {c.name}: data.{name} makes its own tokens and tokenizer; remove "
-            f"data.{other}, data.leaves, data.images_*, data.tokens_*, data.online and "
-            "tokenizer.weights",
+            f"study {c.name}: data.teacher makes its own tokens and tokenizer; remove "
+            "data.shapes, data.images_*, data.tokens_*, data.online and tokenizer.weights",
             code="study.sources-conflict",
         )
 
 
 def require_vocabulary(study: Study) -> None:
-    """The tokenizer has as many codes as a grammar has tokens; a teacher's codes can differ."""
-    c, grammar = study.config, study.config.data.grammar
-    if grammar and grammar.symbols * grammar.rules != c.tokenizer.vocab_size:
-        raise UserError(
-            f"study {c.name}: the grammar has {grammar.symbols} x {grammar.rules} tokens; "
-            f"set tokenizer.vocab_size={grammar.symbols * grammar.rules}",
-            code="study.grammar-vocabulary",
-        )
+    """The codes of a teacher can differ."""
+    c = study.config
     if c.data.teacher and c.tokenizer.vocab_size < 2:
         raise UserError(
             f"study {c.name}: a teacher needs two tokens or more; set tokenizer.vocab_size=64",
@@ -70,11 +62,11 @@ def require_enough_samples(study: Study) -> None:
 def require_image_size(study: Study) -> None:
     """The generated images have the size that the tokenizer takes."""
     c, size = study.config, study.config.tokenizer.image_size
-    if c.data.leaves and grid(c.data.leaves.size) != size:
+    if c.data.shapes and grid(c.data.shapes.size) != size:
         wanted = size[0] if size[0] == size[1] else list(size)
         raise UserError(
             f"study {c.name}: the tokenizer takes images of {size[0]}x{size[1]} pixels; "
-            f"set data.leaves.size={wanted}",
+            f"set data.shapes.size={wanted}",
             code="study.image-size",
         )
 
@@ -86,7 +78,7 @@ def require_sources(study: Study) -> None:
     if not images and not (c.data.tokens_train and c.data.tokens_val and c.tokenizer.weights):
         raise UserError(
             f"study {c.name}: no data are given; set data.images_train and data.images_val "
-            "(folders of image shards), or data.leaves, or data.tokens_train, data.tokens_val and "
+            "(folders of image shards), or data.shapes, or data.tokens_train, data.tokens_val and "
             "tokenizer.weights",
             code="study.sources-missing",
         )

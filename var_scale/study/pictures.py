@@ -24,7 +24,7 @@ CLASSES = 4
 
 def _healthy(study: Study, kept: Mapping[str, RunRecord]) -> list[tuple[Config, RunFolder]]:
     """The runs that passed the gate, smallest model first; none where tokens encode no images."""
-    if study.config.data.token_set:
+    if study.config.data.teacher:
         return []
     return [(config, run) for config, run in study.runs() if config.name in kept]
 

@@ -21,6 +21,8 @@ from var_scale.train.schedule import Schedule
 
 START_SECONDS = 14.0
 """Launcher, imports, process group and end of a run, measured on two CPU cores."""
+FORK_SECONDS = 1.5
+"""The same for a run that a nursery starts."""
 EXCHANGE_SECONDS = 0.012
 """The exchange between ranks in one step, measured on the same machine."""
 
@@ -83,10 +85,11 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
     """
     plan = make_plan(study)
     print_plan(plan.rows, plan.basis, study.spec.parallel)
-    named = {*study.spec.overrides, *study.spec.depth_seeds}
+    named = {*study.spec.overrides, *study.spec.depth_seeds, *study.spec.depth_grid}
     if unused := sorted(named - set(study.spec.depths)):
         say(
-            f"study.overrides or study.depth_seeds name depth {', '.join(map(str, unused))}, "
+            "study.overrides, study.depth_seeds or study.depth_grid name depth "
+            f"{', '.join(map(str, unused))}, "
             "which is not in study.depths"
         )
     if study.spec.device != "auto":
@@ -116,7 +119,8 @@ def make_plan(study: Study) -> Plan:
     check_machine(study)
     world = process_count(configs[0].engine)
     times = _time_steps(study, configs, world)
-    expected = [_run_seconds(c, times[_step_key(c, world)], world) for c in configs]
+    forked = spec.parallel > 1 and world == 1
+    expected = [_run_seconds(c, times[_step_key(c, world)], world, forked) for c in configs]
     basis = (
         f"one step of each size, timed here; number of processes per run: {world}; "
         "training only, without images and tokens"
@@ -177,14 +181,15 @@ def _time_steps(study: Study, configs: Sequence[Config], world: int) -> dict[str
     return times
 
 
-def _run_seconds(config: Config, step: float, world: int) -> float:
+def _run_seconds(config: Config, step: float, world: int, forked: bool) -> float:
     """Expected seconds of a run here: its start, its steps of `step` seconds, its evaluations."""
     steps = Schedule.of(config.train, config.train_samples).total_steps
     # An evaluated sample costs a third of a trained one: it has no backward pass.
     samples = config.data.embedded.val_samples if config.data.embedded else 0
     evaluations = config.train.evals * samples / config.train.batch_size / 3
     exchange = EXCHANGE_SECONDS if world > 1 else 0.0
-    return START_SECONDS + (steps + evaluations) * step + steps * exchange
+    start = FORK_SECONDS if forked else START_SECONDS
+    return start + (steps + evaluations) * step + steps * exchange
 
 
 def plan_rows(

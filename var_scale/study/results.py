@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from var_scale.config.load import find_table
 from var_scale.config.schema import Config
 from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
@@ -18,10 +20,12 @@ from var_scale.progress import say
 from var_scale.records.analyse import StudyResult
 from var_scale.records.holdout import HoldOut
 from var_scale.records.record import METRICS, read_run
+from var_scale.records.runs_csv import read_runs_csv
 from var_scale.report.report import Plan, write_report
 from var_scale.scales import cells
 from var_scale.study.advice import advice, fitted, hours_spent
 from var_scale.study.pictures import growth, samples
+from var_scale.study.sample_quality import quality_sections
 from var_scale.study.study import Study
 from var_scale.study.summary import log_summary
 from var_scale.study.truth import truth_sections
@@ -48,12 +52,11 @@ def build_report(study: Study, formats: Sequence[str] = ("png",)) -> StudyResult
     found = {
         "samples": samples(study, kept),
         "growth": growth(study, kept),
-        "quality": study.report / "quality.png",
         "reconstructions": study.folder / "tokenizer" / "reconstructions.png",
     }
     pictures = {name: path for name, path in found.items() if path and path.exists()}
     facts, plan = _facts(study) | missing, _plan(study, result)
-    sections = truth_sections(study, result, formats)
+    sections = [*quality_sections(study), *truth_sections(study, result, formats)]
     write_report(study.folder, result, facts, pictures, plan, formats=formats, sections=sections)
     if study.config.log.wandb != "disabled":
         log_summary(study, result)
@@ -74,7 +77,10 @@ def analyse(study: Study) -> StudyResult:
             "run the study first",
             code="study.no-runs",
         )
-    return fitted(study, records)
+    result = fitted(study, records)
+    if not study.spec.rates:
+        return result
+    return replace(result, sweep=tuple(read_runs_csv(find_table(study.spec.rates))))
 
 
 def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:

@@ -21,6 +21,7 @@ from var_scale.study.plan import plan_table
 from var_scale.study.stages import (
     make_report,
     mark_complete,
+    measure_samples,
     nothing_to_do,
     prepare_data,
     train_runs,
@@ -48,6 +49,7 @@ def run_study(config: Config, runs: Path) -> Path:
             prepare_data(study)
             plan_table(study, save=True)
             train_runs(study)
+        measure_samples(study)
         if not make_report(study).gate.kept:
             raise UserError(
                 f"{study.folder}: no run is healthy, so there is no law; the reasons are in "
@@ -74,6 +76,8 @@ def report_study(study: Study, whole: bool, formats: Sequence[str] = ("png",)) -
             `study.runs-missing`).
     """
     require_folder(study)
+    if whole:
+        measure_samples(study)
     make_report(study, formats)
     say(f"report: {study.report / 'report.html'}")
     unfinished = ", ".join(f"{name} ({state})" for name, state in study.unfinished())

@@ -16,7 +16,7 @@ from var_scale.study.checks import (
 )
 from var_scale.study.data_checks import require_matching_classes
 from var_scale.study.stages import (
-    make_leaves,
+    make_shapes,
     tokenize_stage,
     train_tokenizer_stage,
 )
@@ -31,16 +31,16 @@ def generate_data(config: Config, runs: Path) -> None:
         UserError: the config has no embedded set (code `study.nothing-to-generate`), or one that
             does not fit its tokenizer.
     """
-    if config.data.token_set:
+    if config.data.teacher:
         study = Study(config, runs)
         check_data_settings(study)
         make_tokens(study)
-    elif config.data.leaves:
-        make_leaves(config if config.data.images_train else Study(config, runs).with_files())
+    elif config.data.shapes:
+        make_shapes(config if config.data.images_train else Study(config, runs).with_files())
     else:
         raise UserError(
-            f"{config.name}: has none of data.leaves, data.grammar and data.teacher; include "
-            "data/leaves32, data/grammar or data/teacher",
+            f"{config.name}: has neither data.shapes nor data.teacher; include data/shapes32 or "
+            "data/teacher",
             code="study.nothing-to-generate",
         )
 
@@ -57,8 +57,8 @@ def train_tokenizer_of(config: Config, runs: Path, folder: Path | None, processe
     require_matching_classes(config)
     if config.study:
         config = Study(config, runs).with_files()
-    if config.data.leaves and config.data.images_train:
-        make_leaves(config)
+    if config.data.shapes and config.data.images_train:
+        make_shapes(config)
     train_tokenizer_stage(config, folder or runs / config.name / "tokenizer", processes)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from var_scale.config.load import write_config
 from var_scale.config.schema import Config, EngineConfig
-from var_scale.files import write_json
+from var_scale.files import read_json, write_json
 from var_scale.progress import say
 from var_scale.records.analyse import StudyResult
 from var_scale.run_folder import RunFolder
 from var_scale.scales import length
 from var_scale.study.checks import require_matching_runs
 from var_scale.study.data_checks import require_splits
-from var_scale.study.study import ENDED, Study
+from var_scale.study.study import ENDED, QUALITY_NAME, Study
 from var_scale.study.token_sets import make_tokens
 from var_scale.train.create import create_run
 
@@ -33,27 +33,27 @@ def nothing_to_do(study: Study) -> bool:
 def prepare_data(study: Study) -> None:
     """Images, tokenizer and tokens of a study."""
     config = study.with_files()
-    if study.config.data.token_set:
+    if study.config.data.teacher:
         make_tokens(study)
         return
-    if study.config.data.leaves:
-        make_leaves(config)
+    if study.config.data.shapes:
+        make_shapes(config)
     if not study.config.tokenizer.weights:
         train_tokenizer_stage(config, Path(str(config.tokenizer.weights)).parent)
     if not study.config.data.tokens_train and not config.data.online:
         tokenize_stage(config)
 
 
-def make_leaves(config: Config) -> None:
+def make_shapes(config: Config) -> None:
     """Generate the embedded image set as WebDataset shards, both splits."""
-    from var_scale.data.embedded import LeavesSettings, write_leaves
+    from var_scale.data.embedded import ShapesSettings, write_shapes
 
-    leaves = config.data.leaves
-    assert leaves is not None
-    settings = LeavesSettings(**leaves.model_dump(exclude={"train_images", "val_images"}))
-    for split, count in (("train", leaves.train_images), ("val", leaves.val_images)):
+    shapes = config.data.shapes
+    assert shapes is not None
+    settings = ShapesSettings(**shapes.model_dump(exclude={"train_images", "val_images"}))
+    for split, count in (("train", shapes.train_images), ("val", shapes.val_images)):
         folder = Path(str(getattr(config.data, f"images_{split}")))
-        manifest = write_leaves(folder, split, count, settings, config.data.samples_per_shard)
+        manifest = write_shapes(folder, split, count, settings, config.data.samples_per_shard)
         say(f"images {split}: {manifest.num_samples:,} in {len(manifest.shards)} shards ({folder})")
 
 
@@ -88,9 +88,10 @@ def tokenize_stage(config: Config) -> None:
 
 
 def train_runs(study: Study) -> None:
-    """Train every run that has not ended, smallest model first, `study.parallel` at a time.
+    """Train every run that has not ended, smallest model first.
 
-    A run that diverges does not stop the others.
+    With `study.parallel` that many at a time, largest first: no process waits at the end while the
+    largest model trains. A run that diverges does not stop the others.
     """
     from var_scale.jobs.lanes import train_together
     from var_scale.jobs.local import train_here
@@ -109,12 +110,27 @@ def train_runs(study: Study) -> None:
             update_summary(study)
 
     if study.spec.parallel > 1:
-        train_together(jobs, study.spec.parallel, summarise)
+        train_together(jobs[::-1], study.spec.parallel, summarise)
         return
     for config, run, label in jobs:
         create_run(config, run.path)
         train_here(config, run, label, may_diverge=True)
         summarise()
+
+
+def measure_samples(study: Study) -> None:
+    """Sample and measure a run of every size, if the study asks for it and none of it
+    was measured for these runs before."""
+    path = study.report / QUALITY_NAME
+    measured = read_json(path).get("study") if path.exists() else None
+    if not study.spec.quality_samples or measured == study.identity():
+        return
+    from var_scale.model.sampling import Settings
+    from var_scale.study.sample_quality import study_quality
+
+    spec = study.spec
+    settings = Settings(spec.cfg, spec.top_k, spec.top_p)
+    study_quality(study, spec.quality_samples, None, None, settings, batch=64)
 
 
 def make_report(study: Study, formats: Sequence[str] = ("png",)) -> StudyResult:

@@ -23,6 +23,10 @@ ENDED = ("complete", "diverged")
 """States of a run after which nothing is left to do."""
 
 
+QUALITY_NAME = "quality.json"
+"""What was measured of samples, in the folder of the report."""
+
+
 class Study:
     """One study and its folder RUNS/NAME/{images,tokenizer,tokens,d02-s0,...,report}.
 
@@ -44,7 +48,7 @@ class Study:
     def with_files(self) -> Config:
         """The config, with the study's own shards and tokenizer where the config names none."""
         c, changes = self.config, {}
-        if c.data.leaves:
+        if c.data.shapes:
             changes["data"] = {
                 f"images_{s}": str(self.folder / "images" / s) for s in ("train", "val")
             }
@@ -64,8 +68,9 @@ class Study:
     def _runs(self) -> tuple[tuple[Config, RunFolder], ...]:
         base = self.with_files()
         configs = []
-        for depth, point in product(sorted(self.spec.depths), variants(self.spec)):
-            for seed in self.spec.depth_seeds.get(depth, self.spec.seeds):
+        for depth in sorted(self.spec.depths):
+            seeds = self.spec.depth_seeds.get(depth, self.spec.seeds)
+            for point, seed in product(variants(self.spec, depth), seeds):
                 config = run_config(base, depth, seed, point)
                 configs.append(with_flops(config, point.flops) if point.flops else config)
         return tuple((config, RunFolder(self.folder / config.name)) for config in configs)

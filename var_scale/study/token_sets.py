@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from var_scale.config.schema import Config
-from var_scale.files import canonical_hash, read_json, write_json
+from var_scale.files import canonical_hash, read_json, sha256_file, write_json
 from var_scale.progress import say
 from var_scale.study.study import Study
 
 if TYPE_CHECKING:
-    from var_scale.data.generated import TokenSet
     from var_scale.data.teacher import Teacher
 
 FLOOR_NAME = "floor.json"
@@ -22,13 +21,13 @@ def make_tokens(study: Study) -> None:
     """Generate the embedded token set of a study, both splits, and a tokenizer for it.
 
     The tokenizer's codebook is random: there are no images to encode. STUDY/floor.json keeps the
-    smallest possible losses: their expectation (`exact`) and, of a teacher, what one who knows it
-    scores on these validation tokens (`validation`).
+    smallest possible losses: their expectation (`exact`) and what one who knows the teacher scores
+    on these validation tokens (`validation`).
     """
-    from var_scale.files import sha256_file
+    from var_scale.data.teacher import floor, score_split, teacher_set
 
     config, path = study.with_files(), study.folder / FLOOR_NAME
-    embedded, weights = config.data.token_set, Path(str(config.tokenizer.weights))
+    embedded, weights = config.data.teacher, Path(str(config.tokenizer.weights))
     assert embedded is not None
     if not weights.exists():
         _new_tokenizer(config, embedded.seed, weights)
@@ -42,19 +41,16 @@ def make_tokens(study: Study) -> None:
     )
     known = read_json(path, "floor") if path.exists() else {}
     exact = known["exact"] if known.get("key") == key else None
-    teacher = _teacher(config) if config.data.teacher else None
-    tokens = _teacher_set(teacher, exact) if teacher else _grammar_set(config)
+    teacher = _teacher(config)
+    tokens = teacher_set(teacher, exact or floor(teacher))
     write_json(path, {"key": key, "exact": tokens.bayes})
     for split, count in (("train", embedded.train_samples), ("val", embedded.val_samples)):
         folder = Path(str(getattr(config.data, f"tokens_{split}")))
         manifest = tokens.write(folder, split, count, tokenizer_hash, config.data.samples_per_shard)
         shards = len(manifest.shards)
         say(f"{tokens.name} {split}: {manifest.num_samples:,} in {shards} shards ({folder})")
-    if teacher:
-        from var_scale.data.teacher import score_split
-
-        scored = score_split(teacher, Path(str(config.data.tokens_val)))
-        write_json(path, {"key": key, "exact": tokens.bayes, "validation": scored})
+    scored = score_split(teacher, Path(str(config.data.tokens_val)))
+    write_json(path, {"key": key, "exact": tokens.bayes, "validation": scored})
     say(
         f"the lowest losses that any model can reach: loss_avg {tokens.bayes['loss_avg']:.4f}, "
         f"loss_last {tokens.bayes['loss_last']:.4f}"
@@ -73,14 +69,6 @@ def _new_tokenizer(config: Config, seed: int, path: Path) -> None:
     save_tokenizer(vae, path)
 
 
-def _grammar_set(config: Config) -> TokenSet:
-    from var_scale.data.grammar import GrammarSettings, grammar_set
-
-    assert config.data.grammar is not None
-    settings = config.data.grammar.model_dump(exclude=COUNTS)
-    return grammar_set(GrammarSettings(config.tokenizer.patch_nums, **settings))
-
-
 def _teacher(config: Config) -> Teacher:
     import torch
 
@@ -97,10 +85,3 @@ def _teacher(config: Config) -> Teacher:
         ),
         vae.quantize,
     )
-
-
-def _teacher_set(teacher: Teacher, bayes: dict[str, Any] | None) -> TokenSet:
-    """The samples of a teacher, whose floor is computed where it is not known."""
-    from var_scale.data.teacher import floor, teacher_set
-
-    return teacher_set(teacher, bayes or floor(teacher))

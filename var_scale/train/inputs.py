@@ -136,7 +136,7 @@ def open_images(config: Config, folder: str | None, processes: int = 1) -> Image
             code="train.images-missing",
         )
     # The embedded images already have this size; all others are resized and cropped.
-    size = None if config.data.leaves else config.tokenizer.image_size
+    size = None if config.data.shapes else config.tokenizer.image_size
     data = config.data
     ranks = place_on_node()[1]
     threads = data.decoders or min(8, max(1, cores() // (ranks if ranks > 1 else processes)))
