@@ -61,7 +61,10 @@ def find_table(name: str) -> Path:
     """
     if path := _find((name, f"{name}.csv"), None):
         return path
-    raise UserError(f"study.rates={name}: no such table of runs", code="config.not-found")
+    raise UserError(
+        f"study.rates={name}: no such table of runs; give a CSV file of `var-scale records`",
+        code="config.not-found",
+    )
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:

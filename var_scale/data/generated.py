@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 from var_scale.data.manifest import Manifest
 from var_scale.data.shards import ShardSet, token_sample
 from var_scale.errors import UserError
+from var_scale.machine import cores
 from var_scale.progress import progress
 from var_scale.scales import PatchNum, length
 
@@ -93,17 +95,19 @@ class TokenSet:
         )
         if shards.complete:
             return shards.finish()
-        with progress(f"{self.name} {split}", count, "samples") as bar:
-            for number in range(-(-count // samples_per_shard)):
-                first = number * samples_per_shard
-                if shards.record(number) is None:
-                    rows, labels = self.samples(split, first, min(samples_per_shard, count - first))
-                    shards.write(
-                        number,
-                        [
-                            token_sample(row, label)
-                            for row, label in zip(rows[:, None], labels.tolist(), strict=True)
-                        ],
-                    )
-                bar.update(min(count, first + samples_per_shard))
+
+        def draw(number: int) -> None:
+            first = number * samples_per_shard
+            rows, labels = self.samples(split, first, min(samples_per_shard, count - first))
+            pairs = zip(rows[:, None], labels.tolist(), strict=True)
+            shards.write(number, [token_sample(row, label) for row, label in pairs])
+
+        numbers = range(-(-count // samples_per_shard))
+        missing = [number for number in numbers if shards.record(number) is None]
+        with (
+            progress(f"{self.name} {split}", len(numbers), "shards") as bar,
+            ThreadPoolExecutor(cores()) as pool,
+        ):
+            for done, _ in enumerate(pool.map(draw, missing), len(numbers) - len(missing) + 1):
+                bar.update(done)
         return shards.finish()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from var_scale.data.generated import BLOCK, Rows, TokenSet
 from var_scale.data.loader import TokenData
 from var_scale.data.order import philox
 from var_scale.errors import UserError
+from var_scale.machine import cores
 from var_scale.model.quantizer import MultiScaleQuantizer
 from var_scale.scales import PatchNum, cells, grid
 
@@ -229,8 +231,8 @@ def floor(teacher: Teacher, precision: float = 1e-4) -> dict[str, Any]:
     """
     walks = [_Walk(teacher, number) for number in range(REPLICATES)]
     while True:
-        for walk in walks:
-            walk.extend(max(FIRST, walk.count))
+        with ThreadPoolExecutor(min(len(walks), cores())) as pool:
+            list(pool.map(lambda walk: walk.extend(max(FIRST, walk.count)), walks))
         found = _summary(teacher, np.array([walk.sums_QS / walk.count for walk in walks]))
         count = walks[0].count
         if found["loss_avg_sem"] < precision * found["loss_avg"] or count >= LAST:

@@ -24,7 +24,8 @@ class Child:
     """A run that a nursery started, with the part of `subprocess.Popen` that its launcher needs."""
 
     def __init__(self) -> None:
-        self.pid, self.returncode = 0, None  # type: int, int | None
+        self.pid = 0
+        self.returncode: int | None = None
         self.begun, self.ended = threading.Event(), threading.Event()
 
     def poll(self) -> int | None:
@@ -40,7 +41,8 @@ class Nursery:
     """
 
     def __init__(self, env: dict[str, str]):
-        self._env, self._process = env, None  # type: dict[str, str], subprocess.Popen[bytes] | None
+        self._env = env
+        self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._children = threading.Lock(), dict[int, Child]()
 
     def start(self, folder: Path, log: IO[bytes]) -> Child:

@@ -113,8 +113,8 @@ def quality_section(found: Mapping[str, Any], picture: str) -> str:
     if judged:
         text += (
             " A small classifier, trained on real training images, finds the class of "
-            f"{percent(judged['validation'], 1)} of the real validation images, and of the share "
-            "of samples in the last column."
+            f"{percent(judged['validation'], 1)} of the real validation images. The last column is "
+            "the share of samples in which it finds theirs."
         )
     return "\n\n".join(
         ["## Samples, measured", text, table(head, cells), f"![Sample quality]({picture})"]

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from var_scale.config.load import find_table
 from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.files import read_json
@@ -19,6 +20,7 @@ from var_scale.jobs.script import SIGNAL_EARLY, launcher, seconds
 from var_scale.jobs.slurm import active_jobs
 from var_scale.locks import lock
 from var_scale.machine import gpu_count
+from var_scale.records.runs_csv import read_runs_csv
 from var_scale.study.data_checks import (
     require_complete_shards,
     require_enough_samples,
@@ -81,6 +83,7 @@ def check_data_settings(study: Study) -> None:
     require_vocabulary(study)
     require_enough_samples(study)
     require_image_size(study)
+    require_report_inputs(study)
 
 
 def check_machine(study: Study) -> None:
@@ -99,6 +102,18 @@ def require_runnable_here(config: Config) -> None:
     require_divisible_batch(config, processes, "engine.processes")
     require_gpus(processes)
     require_engine_settings(config, processes)
+
+
+def require_report_inputs(study: Study) -> None:
+    """What the report will read exists: the table of the sweep, images to compare samples with."""
+    if study.spec.rates:
+        read_runs_csv(find_table(study.spec.rates))
+    if study.spec.quality_samples and not study.with_files().data.images_val:
+        raise UserError(
+            f"study {study.config.name}: study.quality_samples needs validation images to compare "
+            "samples with; set data.images_val, or study.quality_samples=0",
+            code="study.reference-missing",
+        )
 
 
 def require_folder(study: Study) -> None:

@@ -90,11 +90,12 @@ def tokenize_stage(config: Config) -> None:
 def train_runs(study: Study) -> None:
     """Train every run that has not ended, smallest model first.
 
-    With `study.parallel` that many at a time, largest first: no process waits at the end while the
-    largest model trains. A run that diverges does not stop the others.
+    With `study.parallel` that many at a time, longest first: no process waits at the end while the
+    longest run trains. A run that diverges does not stop the others.
     """
     from var_scale.jobs.lanes import train_together
     from var_scale.jobs.local import train_here
+    from var_scale.study.advice import flops_of
     from var_scale.study.results import update_summary
 
     runs, jobs = study.runs(), list[tuple[Config, RunFolder, str]]()
@@ -110,7 +111,8 @@ def train_runs(study: Study) -> None:
             update_summary(study)
 
     if study.spec.parallel > 1:
-        train_together(jobs[::-1], study.spec.parallel, summarise)
+        jobs.sort(key=lambda job: -flops_of(job[0]))
+        train_together(jobs, study.spec.parallel, summarise)
         return
     for config, run, label in jobs:
         create_run(config, run.path)

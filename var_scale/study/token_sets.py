@@ -42,6 +42,8 @@ def make_tokens(study: Study) -> None:
     known = read_json(path, "floor") if path.exists() else {}
     exact = known["exact"] if known.get("key") == key else None
     teacher = _teacher(config)
+    if exact is None:
+        say("computing the lowest possible loss of the data, which takes about half a minute")
     tokens = teacher_set(teacher, exact or floor(teacher))
     write_json(path, {"key": key, "exact": tokens.bayes})
     for split, count in (("train", embedded.train_samples), ("val", embedded.val_samples)):
