@@ -48,11 +48,6 @@ TEACHER = "data.teacher={features: 8, train_samples: 64, val_samples: 16}"
         ([TEACHER], "study.sources-conflict", "data.teacher"),
         (["study.rates=nothing"], "config.not-found", "study.rates=nothing"),
         (
-            [TEACHER, "data.shapes=null", "study.quality_samples=10"],
-            "study.reference-missing",
-            "data.images_val",
-        ),
-        (
             [TEACHER, "data.shapes=null", "tokenizer.vocab_size=1"],
             "study.teacher-vocabulary",
             "tokenizer.vocab_size",

@@ -41,6 +41,7 @@ WIDE = [
     "data.shapes.train_images=128",
     "train.steps=12",
     "tokenizer.train.steps=8",
+    "study.quality_samples=10",
 ]
 
 
@@ -133,7 +134,8 @@ def check_quality(study: Study) -> None:
     assert 0 < quality["classifier"]["validation"] <= 1
     assert all(0 <= row["accuracy"] <= 1 for row in quality["runs"])
     assert all(row["FD-tok"] > 0 for row in quality["runs"])
-    (images,) = (study.folder / "quality").glob("d01-s0-*.npz")
+    found = (study.folder / "quality").glob("d01-s0-*.npz")
+    images = max(found, key=lambda path: path.stat().st_mtime_ns)
     before = images.stat().st_mtime_ns
     main([*command, "--count", "40"])
     assert images.stat().st_mtime_ns == before and (study.report / "quality.png").exists()
@@ -180,8 +182,9 @@ def stop_with_ctrl_c(runs: Path, folder: Path) -> None:
 
 
 def check_report(folder: Path) -> None:
-    """Every run is in the report, with the hold-out test of the largest."""
+    """Every run is in the report, with the hold-out test of the largest and measured samples."""
     report = folder / "report"
+    assert "## Samples, measured" in (report / "report.md").read_text()
     files = "report.md report.html runs.csv fit.json laws.png compute.png residuals.png samples.png"
     for path in (
         *(report / name for name in files.split()),
@@ -259,6 +262,7 @@ def test_a_diverged_size_does_not_stop_the_others_and_a_moved_study_still_sample
 @pytest.mark.slow
 def test_a_study_without_a_healthy_run_has_a_report_but_no_law(tmp_path: Path) -> None:
     hopeless = ["name=hopeless", "study.depths=[1]", "train.base_lr=1.0e+30", "train.clip=0"]
+    hopeless.append("study.quality_samples=4")
     with pytest.raises(UserError) as error:
         run_study(mini(tmp_path, *hopeless).config, tmp_path)
     assert error.value.code == "study.no-healthy-run" and error.value.exit_code == 2

@@ -83,7 +83,7 @@ def check_data_settings(study: Study) -> None:
     require_vocabulary(study)
     require_enough_samples(study)
     require_image_size(study)
-    require_report_inputs(study)
+    require_rates(study)
 
 
 def check_machine(study: Study) -> None:
@@ -104,16 +104,10 @@ def require_runnable_here(config: Config) -> None:
     require_engine_settings(config, processes)
 
 
-def require_report_inputs(study: Study) -> None:
-    """What the report will read exists: the table of the sweep, images to compare samples with."""
+def require_rates(study: Study) -> None:
+    """The table of the sweep of learning rates, which the report will read, is one."""
     if study.spec.rates:
         read_runs_csv(find_table(study.spec.rates))
-    if study.spec.quality_samples and not study.with_files().data.images_val:
-        raise UserError(
-            f"study {study.config.name}: study.quality_samples needs validation images to compare "
-            "samples with; set data.images_val, or study.quality_samples=0",
-            code="study.reference-missing",
-        )
 
 
 def require_folder(study: Study) -> None:

@@ -75,11 +75,11 @@ def study_quality(
             f"{study.folder}: no run is healthy, so there is nothing to sample",
             code="study.no-healthy-run",
         )
-    images = reference or Path(str(study.with_files().data.images_val))
+    images = reference or Path(study.with_files().data.images_val or "data.images_val")
     if not images.exists():
         raise UserError(
-            f"--reference: {images} does not exist; give the validation images, or statistics of "
-            "them",
+            f"{images}: there are no images to compare samples with; set data.images_val, or give "
+            "images or statistics of them with --reference",
             code="study.reference-missing",
         )
     extractor = load_extractor(extractor_text or f"tok:{study.folder / kept[-1].name}", device)

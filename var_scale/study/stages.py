@@ -10,6 +10,7 @@ from pathlib import Path
 
 from var_scale.config.load import write_config
 from var_scale.config.schema import Config, EngineConfig
+from var_scale.errors import UserError
 from var_scale.files import read_json, write_json
 from var_scale.progress import say
 from var_scale.records.analyse import StudyResult
@@ -121,8 +122,9 @@ def train_runs(study: Study) -> None:
 
 
 def measure_samples(study: Study) -> None:
-    """Sample and measure a run of every size, if the study asks for it and none of it
-    was measured for these runs before."""
+    """Sample and measure a run of every size, if the study asks for it and these runs were not
+    measured before. What prevents it, such as images or checkpoints that no longer exist, is
+    printed and does not prevent the report."""
     path = study.report / QUALITY_NAME
     measured = read_json(path).get("study") if path.exists() else None
     if not study.spec.quality_samples or measured == study.identity():
@@ -132,7 +134,10 @@ def measure_samples(study: Study) -> None:
 
     spec = study.spec
     settings = Settings(spec.cfg, spec.top_k, spec.top_p)
-    study_quality(study, spec.quality_samples, None, None, settings, batch=64)
+    try:
+        study_quality(study, spec.quality_samples, None, None, settings, batch=64)
+    except UserError as error:
+        say(f"samples are not measured: {error}")
 
 
 def make_report(study: Study, formats: Sequence[str] = ("png",)) -> StudyResult:
