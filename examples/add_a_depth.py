@@ -9,7 +9,7 @@ from var_scale.config.load import load
 from var_scale.study.plan import plan_rows, print_plan
 from var_scale.study.study import Study
 
-study = Study(load("study/tiny", ["name=deeper", "study.depths=[1,2,3,4,5,6]"]), Path("runs"))
+study = Study(load("study/tiny", ["name=deeper", "study.depths=[1,2,3,4,5,6,7]"]), Path("runs"))
 configs = [config for config, _ in study.runs()]
 print_plan(
     plan_rows(configs, [1] * len(configs), device="cpu"),

@@ -12,7 +12,7 @@ from var_scale.model.sampling import Settings
 from var_scale.scales import grid
 
 if len(sys.argv) != 2:
-    sys.exit("usage: python examples/edit.py RUN_FOLDER, such as runs/tiny/d06-s0")
+    sys.exit("usage: python examples/edit.py RUN_FOLDER, such as runs/tiny/d07-s0")
 source = load_source(sys.argv[1], torch.device("cpu"))
 picture = draw(source, [0], [0], 7, Settings())[0]
 middle = box_mask((0.25, 0.25, 0.75, 0.75), grid(source.var.patch_nums[-1]))

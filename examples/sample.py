@@ -12,7 +12,7 @@ from var_scale.evaluate.source import load_source
 from var_scale.model.sampling import Hooks, SeedPerImage, Settings, class_log_likelihoods, sample
 
 if len(sys.argv) != 2 or not Path(sys.argv[1], "config.yaml").exists():
-    sys.exit("usage: python examples/sample.py RUN_FOLDER, such as runs/tiny/d06-s0")
+    sys.exit("usage: python examples/sample.py RUN_FOLDER, such as runs/tiny/d07-s0")
 run = Path(sys.argv[1])
 source = load_source(str(run), torch.device("cpu"))
 var = source.var

@@ -184,7 +184,7 @@ def stop_with_ctrl_c(runs: Path, folder: Path) -> None:
 def check_report(folder: Path) -> None:
     """Every run is in the report, with the hold-out test of the largest and measured samples."""
     report = folder / "report"
-    assert "## Samples, measured" in (report / "report.md").read_text()
+    assert "## Quality of the samples" in (report / "report.md").read_text()
     files = "report.md report.html runs.csv fit.json laws.png compute.png residuals.png samples.png"
     for path in (
         *(report / name for name in files.split()),

@@ -320,6 +320,10 @@ STUDY = [
     "log.every=2",
     "log.tensorboard=false",
     "study.depths=[1,2,3]",
+    "study.depth_seeds=null",
+    "study.overrides=null",
+    "study.rates=null",
+    "study.quality_samples=0",
     "study.samples_per_class=1",
     "study.sample_classes=2",
 ]

@@ -54,8 +54,7 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Token shards (`tokens_*`), image shards (`images_*`) or an embedded set (shapes,
-    teacher)."""
+    """Token shards (`tokens_*`), image shards (`images_*`) or an embedded set."""
 
     shapes: ShapesConfig | None = setting(None, "generate the embedded image set")
     teacher: TeacherConfig | None = setting(None, "generate the embedded token set of a teacher")

@@ -71,8 +71,8 @@ class StudySpec(Section):
     )
     quality_samples: int = setting(
         0,
-        "images that the study samples from every size and checkpoint kept, to measure them; 0: "
-        "only `study quality` does",
+        "number of images that the study samples from every size and kept checkpoint to measure "
+        "their quality; 0: none, which leaves it to `study quality`",
         ge=0,
     )
     sample_classes: Positive = setting(10, "number of classes in the grid of samples")

@@ -1,9 +1,9 @@
-"""Pictures that a person can name: ten kinds of shapes and textures, drawn in any number.
+"""Pictures with a name: ten kinds of shapes and textures, drawn in any number.
 
-A picture is a plain background with a shape or a texture before it. The class is the kind. Where
-it is, its size, its angle and its light vary. A look is a pair of colours from a dictionary; each
-class ranks the looks in an order of its own, and their frequencies follow a Zipf law: what occurs
-often is learned early, what occurs rarely is learned by models that are large and have seen much.
+A picture is a plain background with a shape or a texture in front of it. The class is the kind.
+Position, size, angle and light vary. A look is a pair of colours from a dictionary. The frequencies
+of the looks follow a Zipf law, and each class ranks them in its own order. A model learns frequent
+looks early, and rare ones only if it is large and has seen many pictures.
 """
 
 from __future__ import annotations

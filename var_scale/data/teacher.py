@@ -231,7 +231,7 @@ def floor(teacher: Teacher, precision: float = 1e-4) -> dict[str, Any]:
     """
     walks = [_Walk(teacher, number) for number in range(REPLICATES)]
     while True:
-        with ThreadPoolExecutor(min(len(walks), cores())) as pool:
+        with exactly(), ThreadPoolExecutor(min(len(walks), cores())) as pool:
             list(pool.map(lambda walk: walk.extend(max(FIRST, walk.count)), walks))
         found = _summary(teacher, np.array([walk.sums_QS / walk.count for walk in walks]))
         count = walks[0].count

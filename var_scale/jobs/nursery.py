@@ -1,6 +1,6 @@
 """Start many small runs without importing torch for each of them.
 
-A nursery is a process that has imported everything a run needs and has done nothing with it. Each
+A nursery is a process that has imported everything a run needs and trains nothing itself. Each
 run is a fork of it, with a session, a log and a status of its own, exactly as if
 `python -m var_scale.train.worker FOLDER` had been started. That saves three to six seconds per run.
 """
@@ -27,6 +27,13 @@ class Child:
         self.pid = 0
         self.returncode: int | None = None
         self.begun, self.ended = threading.Event(), threading.Event()
+
+    def fail(self) -> None:
+        """Nobody will report the end of this run any more."""
+        if not self.ended.is_set():
+            self.returncode = 1
+        self.begun.set()
+        self.ended.set()
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -55,9 +62,11 @@ class Nursery:
             self._children[number] = child
             order = {"number": number, "folder": str(folder), "log": log.name}
             assert self._process and self._process.stdin
-            with contextlib.suppress(BrokenPipeError):  # `_listen` reports the end
+            try:
                 self._process.stdin.write(json.dumps(order).encode() + b"\n")
                 self._process.stdin.flush()
+            except BrokenPipeError:  # it died a moment ago, and `_listen` may have ended already
+                child.fail()
         child.begun.wait()
         return child
 
@@ -94,15 +103,14 @@ class Nursery:
                 child.ended.set()
         with self._lock:
             for child in children.values():
-                if not child.ended.is_set():
-                    child.returncode = 1
-                child.begun.set()
-                child.ended.set()
+                child.fail()
 
 
 def serve() -> None:
     """The nursery: read orders from stdin, fork, and report starts and ends on stdout, until stdin
     is closed."""
+    reports = os.dup(1)
+    os.dup2(2, 1)  # what an import prints is no report
     import torch._dynamo  # noqa: F401  # torch's optimisers import it, which takes two seconds
 
     import var_scale.train.loop  # noqa: F401
@@ -120,16 +128,16 @@ def serve() -> None:
                 if pid == 0:
                     _run(order)
                 running[pid] = order["number"]
-                _report(number=order["number"], pid=pid)
+                _report(reports, number=order["number"], pid=pid)
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 code = os.waitstatus_to_exitcode(status)
-                _report(number=running.pop(pid), pid=pid, code=code)
+                _report(reports, number=running.pop(pid), pid=pid, code=code)
 
 
-def _report(**report: Any) -> None:
-    os.write(1, json.dumps(report).encode() + b"\n")
+def _report(file: int, **report: Any) -> None:
+    os.write(file, json.dumps(report).encode() + b"\n")
 
 
 def _run(order: dict[str, Any]) -> None:

@@ -89,11 +89,11 @@ def quality_section(found: Mapping[str, Any], picture: str) -> str:
     judged = found.get("classifier")
     head = [
         "run",
-        "of its training",
+        "share of the training",
         "FLOP",
         "average loss",
         *distances,
-        *(["samples of their class"] * bool(judged)),
+        *(["samples that show their class"] * bool(judged)),
     ]
     cells = [
         [
@@ -114,10 +114,10 @@ def quality_section(found: Mapping[str, Any], picture: str) -> str:
         text += (
             " A small classifier, trained on real training images, finds the class of "
             f"{percent(judged['validation'], 1)} of the real validation images. The last column is "
-            "the share of samples in which it finds theirs."
+            "the share of samples in which it finds the class that was asked for."
         )
     return "\n\n".join(
-        ["## Samples, measured", text, table(head, cells), f"![Sample quality]({picture})"]
+        ["## Quality of the samples", text, table(head, cells), f"![Sample quality]({picture})"]
     )
 
 

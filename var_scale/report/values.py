@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from var_scale.progress import duration, short
 from var_scale.records.analyse import StudyResult
 from var_scale.records.gate import CODES, MAX_FINAL_LR
 from var_scale.records.holdout import HoldOut
-from var_scale.records.record import METRICS
+from var_scale.records.record import METRICS, RunRecord
 
 YES, NO, OPEN = "yes", "**no**", "not known"
 WEAK = 2.0
@@ -192,13 +192,13 @@ def form_tested(result: StudyResult) -> bool:
     """Whether a test of the leading law of the average loss could have found it wrong.
 
     Of a power law: whether it would have noticed a floor. A law with a fitted floor leads because
-    that test noticed one; it is judged by its own bend, or against the noise between seeds.
+    that test noticed one; it is judged against the noise between seeds.
     """
     leading = result.leading("loss_avg")
     test = result.adequacy[("loss_avg", leading)]
     if leading == "power" and not test.rejected:
         return test.decided
-    return math.isfinite(test.p_bend) or math.isfinite(test.p_noise)
+    return math.isfinite(test.p_noise)
 
 
 def form_test(result: StudyResult, form: Form) -> dict[str, str] | None:
@@ -233,9 +233,10 @@ def learning_rates(result: StudyResult) -> dict[str, Any]:
     tried = [*(result.sweep or runs)]
     for n in sorted({run.params_paper for run in runs}):
         name = f"d{next(run.depth for run in runs if run.params_paper == n)}"
-        of_size = [run for run in tried if run.params_paper == n]
-        longest = max((run.images for run in of_size), default=0)
-        losses = {run.peak_lr: run.loss_avg for run in of_size if run.images == longest}
+        trained = max(run.images for run in runs if run.params_paper == n)
+        losses = _loss_by_rate(
+            run for run in tried if (run.params_paper, run.images) == (n, trained)
+        )
         rates = sorted(losses)
         if len(rates) < 3:
             missing.append(name)
@@ -251,6 +252,15 @@ def learning_rates(result: StudyResult) -> dict[str, Any]:
             other.append(name)
     known = bool(runs) and all(run.peak_lr > 0 for run in [*runs, *tried])
     return {"known": known, "missing": missing, "edge": edge, "other": other}
+
+
+def _loss_by_rate(runs: Iterable[RunRecord]) -> dict[float, float]:
+    """The average loss of each peak learning rate: of the best variant, the mean over seeds."""
+    found = dict[float, dict[int, float]]()
+    for run in runs:
+        of_rate = found.setdefault(run.peak_lr, {})
+        of_rate[run.seed] = min(run.loss_avg, of_rate.get(run.seed, math.inf))
+    return {rate: sum(seeds.values()) / len(seeds) for rate, seeds in found.items()}
 
 
 def evaluation_error(result: StudyResult) -> float:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from var_scale.config.load import find_table
 from var_scale.config.schema import Config
 from var_scale.errors import UserError
 from var_scale.files import read_json
@@ -106,8 +105,8 @@ def require_runnable_here(config: Config) -> None:
 
 def require_rates(study: Study) -> None:
     """The table of the sweep of learning rates, which the report will read, is one."""
-    if study.spec.rates:
-        read_runs_csv(find_table(study.spec.rates))
+    if table := study.rates_table():
+        read_runs_csv(table)
 
 
 def require_folder(study: Study) -> None:

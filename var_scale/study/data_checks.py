@@ -39,7 +39,7 @@ def require_one_source(study: Study) -> None:
 
 
 def require_vocabulary(study: Study) -> None:
-    """The codes of a teacher can differ."""
+    """A teacher has at least two codes."""
     c = study.config
     if c.data.teacher and c.tokenizer.vocab_size < 2:
         raise UserError(

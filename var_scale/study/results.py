@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from var_scale.config.load import find_table
 from var_scale.config.schema import Config
 from var_scale.data.loader import TokenData
 from var_scale.errors import UserError
@@ -78,9 +77,8 @@ def analyse(study: Study) -> StudyResult:
             code="study.no-runs",
         )
     result = fitted(study, records)
-    if not study.spec.rates:
-        return result
-    return replace(result, sweep=tuple(read_runs_csv(find_table(study.spec.rates))))
+    rates = study.rates_table()
+    return replace(result, sweep=tuple(read_runs_csv(rates))) if rates else result
 
 
 def _say_law(metric: str, fit: LawFit, held: HoldOut) -> None:

@@ -45,6 +45,7 @@ def run_study(config: Config, runs: Path) -> Path:
     with only_process(study):
         require_no_jobs(study)
         write_config(config, study.folder / "study.yaml")
+        study.keep_rates()
         if not study.ended():
             prepare_data(study)
             plan_table(study, save=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from var_scale.data.manifest import MANIFEST_NAME
 from var_scale.errors import UserError
@@ -24,6 +25,7 @@ from var_scale.evaluate.read_images import read_images
 from var_scale.evaluate.source import choose_device, load_source
 from var_scale.files import canonical_hash, read_json, write_json, write_text
 from var_scale.laws.law import plain
+from var_scale.machine import cores
 from var_scale.model.sampling import Settings
 from var_scale.progress import say
 from var_scale.records.gate import gate
@@ -66,6 +68,8 @@ def study_quality(
             `study.reference-missing`).
     """
     require_folder(study)
+    # The plan may have timed steps in this process on as many threads as a run has.
+    torch.set_num_threads(cores())
     device = choose_device(None)
     kept = _first_seeds(
         gate(read_study(study.folder), exclude=study.spec.exclude, keep=study.spec.keep).kept
@@ -121,10 +125,15 @@ def study_quality(
             if follows(fit)
             else f"{extractor.distance} follows no power law of {fit.variable} (r = {fit.r:.2f})"
         )
+    title = f"{extractor.distance}, {count:,} samples, guidance {settings.cfg}".removesuffix(".0")
+    with look():
+        figure = quality_figure(rows, fits, title)
+        path = save(figure, study.report, "quality")
+    write_text(study.report / "quality.csv", figure_data(figure))
     write_json(
         study.report / QUALITY_NAME,
         {
-            "study": study.identity(),
+            "stamp": stamp(study, count, settings),
             "runs": plain(results),
             "fits": [fit.to_json() for fit in fits],
             "count": count,
@@ -134,12 +143,15 @@ def study_quality(
             **({"classifier": judged} if judge else {}),
         },
     )
-    title = f"{extractor.distance}, {count:,} samples, guidance {settings.cfg}".removesuffix(".0")
-    with look():
-        figure = quality_figure(rows, fits, title)
-        path = save(figure, study.report, "quality")
-    write_text(study.report / "quality.csv", figure_data(figure))
     say(f"{path}; `var-scale study report` adds it to the report")
+
+
+def stamp(study: Study, count: int, settings: Settings) -> str:
+    """Identity of a measurement: how it samples, and the runs that there are to sample."""
+    runs = [
+        (run.path.name, run.status()["state"], run.status().get("step")) for _, run in study.runs()
+    ]
+    return canonical_hash([count, asdict(settings), study.data_hash(), runs])
 
 
 def quality_sections(study: Study) -> list[str]:

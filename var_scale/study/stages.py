@@ -125,15 +125,16 @@ def measure_samples(study: Study) -> None:
     """Sample and measure a run of every size, if the study asks for it and these runs were not
     measured before. What prevents it, such as images or checkpoints that no longer exist, is
     printed and does not prevent the report."""
-    path = study.report / QUALITY_NAME
-    measured = read_json(path).get("study") if path.exists() else None
-    if not study.spec.quality_samples or measured == study.identity():
+    if not study.spec.quality_samples:
         return
     from var_scale.model.sampling import Settings
-    from var_scale.study.sample_quality import study_quality
+    from var_scale.study.sample_quality import stamp, study_quality
 
-    spec = study.spec
+    spec, path = study.spec, study.report / QUALITY_NAME
     settings = Settings(spec.cfg, spec.top_k, spec.top_p)
+    measured = read_json(path, "quality of samples").get("stamp") if path.exists() else None
+    if measured == stamp(study, spec.quality_samples, settings):
+        return
     try:
         study_quality(study, spec.quality_samples, None, None, settings, batch=64)
     except UserError as error:

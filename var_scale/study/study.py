@@ -11,18 +11,20 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
-from var_scale.config.load import config_hash, dump, merge, run_config, variants
+from var_scale.config.load import config_hash, dump, find_table, merge, run_config, variants
 from var_scale.config.schema import Config
 from var_scale.cost.from_config import with_flops
 from var_scale.data.manifest import MANIFEST_NAME
 from var_scale.errors import UserError
-from var_scale.files import canonical_hash, read_json
+from var_scale.files import canonical_hash, read_json, write_text
 from var_scale.run_folder import RunFolder, tokenizer_file
 
 ENDED = ("complete", "diverged")
 """States of a run after which nothing is left to do."""
 
 
+RATES_NAME = "rates.csv"
+"""The study's copy of the table `study.rates`, in its folder."""
 QUALITY_NAME = "quality.json"
 """What was measured of samples, in the folder of the report."""
 
@@ -74,6 +76,28 @@ class Study:
                 config = run_config(base, depth, seed, point)
                 configs.append(with_flops(config, point.flops) if point.flops else config)
         return tuple((config, RunFolder(self.folder / config.name)) for config in configs)
+
+    def rates_table(self) -> Path | None:
+        """The table that `study.rates` names, or the study's copy of it; None without `rates`.
+
+        Raises:
+            UserError: neither exists (code `config.not-found`).
+        """
+        if not self.spec.rates:
+            return None
+        copy = self.folder / RATES_NAME
+        try:
+            return find_table(self.spec.rates)
+        except UserError:
+            if copy.exists():
+                return copy
+            raise
+
+    def keep_rates(self) -> None:
+        """Copy the table into the study's folder: its path may be relative, and the study move."""
+        table = self.rates_table()
+        if table and table != self.folder / RATES_NAME:
+            write_text(self.folder / RATES_NAME, table.read_text())
 
     def needs_data(self) -> bool:
         """Whether images, tokenizer or tokens still have to be made. URLs count as existing."""

@@ -159,6 +159,7 @@ class _Submission:
         """Data, then runs, then the report."""
         study = self.study
         write_config(study.config, study.folder / "study.yaml")
+        study.keep_rates()
         for array in arrays(study, _pending(study, self.active)):
             # SLURM refuses a wrong request here, before anything is queued.
             self._sbatch(array.name, array.script, "--test-only")
