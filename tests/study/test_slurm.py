@@ -323,6 +323,7 @@ STUDY = [
     "study.depth_seeds=null",
     "study.overrides=null",
     "study.rates=null",
+    "study.parallel=1",
     "study.quality_samples=0",
     "study.samples_per_class=1",
     "study.sample_classes=2",

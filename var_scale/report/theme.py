@@ -93,8 +93,8 @@ def log_axes(axis: Any) -> None:
 
 
 def decimal_log_axis(axis: Any, which: str) -> None:
-    """Plain decimals at a handful of ticks on a log axis that spans less than a decade, where the
-    default would show at most one power of ten."""
+    """Plain decimals at a handful of ticks on a log axis that spans less than two decades, where
+    the default would show one power of ten, or labels that overlap."""
     from matplotlib.ticker import (
         EngFormatter,
         FuncFormatter,
@@ -105,8 +105,9 @@ def decimal_log_axis(axis: Any, which: str) -> None:
 
     side = axis.yaxis if which == "y" else axis.xaxis
     low, high = axis.get_ylim() if which == "y" else axis.get_xlim()
-    if high < 10 * low:
-        side.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    if high < 100 * low:
+        few = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        side.set_major_locator(few if high < 10 * low else LogLocator(subs=(1, 2, 5)))
         side.set_minor_formatter(NullFormatter())
         side.set_minor_locator(LogLocator(subs=[]))
         side.set_major_formatter(

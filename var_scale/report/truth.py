@@ -12,7 +12,14 @@ from var_scale.progress import short
 from var_scale.records.record import RunRecord
 from var_scale.records.truth import Truth
 from var_scale.report.report import table
-from var_scale.report.theme import INK, SIZE_LABEL, figure, log_axes, size_colours
+from var_scale.report.theme import (
+    INK,
+    SIZE_LABEL,
+    decimal_log_axis,
+    figure,
+    log_axes,
+    size_colours,
+)
 from var_scale.report.values import number, percent, span
 
 HEAD = (
@@ -122,6 +129,7 @@ def truth_figure(truths: Sequence[Truth], runs: Sequence[RunRecord]) -> Any:
                 )
                 axis.plot(at, law - average.exact, "-", lw=1.2, color=colour)
         log_axes(axis)
+        decimal_log_axis(axis, "x")
         axis.set_xlabel(label)
         axis.legend(loc="lower left")
     axes[0, 0].set_ylabel("average loss above the exact floor, nats", color=INK)
