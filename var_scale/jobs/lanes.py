@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from var_scale.config.schema import Config
@@ -28,7 +28,11 @@ def train_together(jobs: Sequence[Job], lanes: int, after: Callable[[], None]) -
         Preempted: the runs were stopped after they saved.
         UserError: a run failed.
     """
-    with ThreadPoolExecutor(lanes, "lane") as pool, _nursery(jobs) as nursery:
+    if not jobs:
+        return
+    # The nursery ends with the runs.
+    nursery = Nursery(launch_environment(jobs[0][0]))
+    with ThreadPoolExecutor(lanes, "lane") as pool, contextlib.closing(nursery):
         futures = {pool.submit(_train, *job, nursery): job[1] for job in jobs}
         try:
             left = set(futures)
@@ -45,20 +49,7 @@ def train_together(jobs: Sequence[Job], lanes: int, after: Callable[[], None]) -
             raise
 
 
-@contextlib.contextmanager
-def _nursery(jobs: Sequence[Job]) -> Iterator[Nursery | None]:
-    """A nursery for these runs, which ends with them."""
-    if not jobs:
-        yield None
-        return
-    nursery = Nursery(launch_environment(jobs[0][0]))
-    try:
-        yield nursery
-    finally:
-        nursery.close()
-
-
-def _train(config: Config, run: RunFolder, label: str, nursery: Nursery | None) -> None:
+def _train(config: Config, run: RunFolder, label: str, nursery: Nursery) -> None:
     create_run(config, run.path)
     train_here(config, run, label, may_diverge=True, nursery=nursery)
 
