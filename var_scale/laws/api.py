@@ -236,8 +236,9 @@ def _checked(
 
 
 def to_json(law: LawFit) -> dict[str, Any]:
-    """The result as plain values: the fields of a LawFit, `n_rows`, `equation` and
-    `noise_grows`, the p-value of a test for noise that grows with size."""
+    """The result as plain values: the fields of a LawFit, `n_rows`, `equation`, and of a test for
+    noise that grows with size the p-value, `noise_grows`, and the power, `noise_power`."""
     excluded = [{"row": row, "code": code, "reason": text} for row, code, text in law.excluded]
     more = {"n_rows": len(law.x), "excluded": excluded, "equation": law.equation}
-    return law.to_json() | more | {"noise_grows": plain(noise_trend(law)[1])}
+    trend = noise_trend(law)
+    return law.to_json() | more | plain({"noise_grows": trend.p, "noise_power": trend.power})

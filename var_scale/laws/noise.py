@@ -1,16 +1,19 @@
 """Whether the noise of the points of a law grows with size.
 
 Intervals assume that it is the same share of y at all sizes. Where it grows, the interval of a new
-run beyond the largest size is too narrow; few points cannot show how fast it grows, so the law is
-marked and its intervals are left as they are.
+run beyond the largest size is too narrow. Few points cannot show how fast it grows, so the
+intervals are left as they are, and the law is marked: where the noise grows, and where the points
+could not have shown it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
+from var_scale.laws.adequacy import POWER, SIGNIFICANT
 from var_scale.laws.design import information_rows
 from var_scale.laws.forms import SURFACES, Array
 from var_scale.laws.law import LawFit
@@ -19,35 +22,60 @@ from var_scale.laws.surface_objective import Objective, Problem
 
 DRAWS = 2000
 LEAST_POINTS = 6
+GROWTH = 10.0
+"""Noise of the largest size over that of the smallest that the test should be able to notice."""
 
 
-def noise_trend(law: LawFit) -> tuple[float, float]:
+class NoiseTrend(NamedTuple):
+    """A test for noise that grows with size; NaN where the points do not allow it."""
+
+    correlation: float
+    """Of the squared residuals with ln x; above 0 if the noise is larger at large sizes."""
+    p: float
+    """One-sided p-value."""
+    power: float
+    """Probability with which the test would notice, at 5 %, noise that grows by GROWTH."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether the residuals show growing noise."""
+        return self.p < SIGNIFICANT
+
+    @property
+    def decided(self) -> bool:
+        """Whether the noise grows, or would have been noticed to."""
+        return self.grows or self.power >= POWER
+
+
+def noise_trend(law: LawFit) -> NoiseTrend:
     """Test the residuals of a law for noise that grows with size (Cook and Weisberg 1983).
 
     The correlation of the squared residuals with ln x, against its distribution for normal noise
     that does not change, by simulation with the residuals that this law leaves.
 
-    Returns:
-        The correlation, above 0 if the noise is larger at large sizes, and its one-sided p-value.
-        NaN, NaN for broken_power, with fewer than six points, and for points on their law within
-        `noise_floor`.
+    NaN for broken_power, with fewer than six points, and for points on their law within
+    `noise_floor`.
     """
     n = len(law.x)
     if law.form == "broken_power" or not law.converged or n < LEAST_POINTS:
-        return math.nan, math.nan
+        return NoiseTrend(math.nan, math.nan, math.nan)
     if law.residual_sd < max(0.5 * law.noise_floor, 1e-10):
-        return math.nan, math.nan
+        return NoiseTrend(math.nan, math.nan, math.nan)
     x, y = np.asarray(law.x), np.asarray(law.y)
     fitted = law.predict(*map(np.asarray, law.points))
     u = np.log(x) - np.log(x).mean()
     root = np.sqrt(law.given_weights())
     q, _ = np.linalg.qr(root[:, None] * _derivatives(law))
     drawn = np.random.default_rng(n).standard_normal((DRAWS, n))
-    missed = np.vstack([root * np.log(y / fitted), drawn])
+    growing = drawn * np.exp(u * math.log(GROWTH) / np.ptp(u))
+    missed = np.vstack([root * np.log(y / fitted), drawn, growing])
     squares = (missed - missed @ q @ q.T) ** 2
     squares -= squares.mean(1, keepdims=True)
     r = squares @ u / (np.linalg.norm(squares, axis=1) * np.linalg.norm(u))
-    return float(r[0]), (1 + int((r[1:] >= r[0]).sum())) / (DRAWS + 1)
+    found, null, alternative = float(r[0]), r[1 : DRAWS + 1], r[DRAWS + 1 :]
+    p = (1 + int((null >= found).sum())) / (DRAWS + 1)
+    power = float((alternative > np.quantile(null, 1 - SIGNIFICANT)).mean())
+    return NoiseTrend(found, p, power)
 
 
 def _derivatives(law: LawFit) -> Array:

@@ -14,7 +14,7 @@ from var_scale.laws.groups import Groups, group
 from var_scale.laws.law import LawFit, plain
 from var_scale.laws.ridge import Ridge, ridge_regions
 from var_scale.records.frontier import Frontier, fit_frontier, frontier_law
-from var_scale.records.gate import GateResult, best_of_variants, gate
+from var_scale.records.gate import DESIGNED, GateResult, best_of_variants, gate
 from var_scale.records.holdout import HoldOut, budget_curve, hold_out, hold_out_surface
 from var_scale.records.isoflop import IsoFlop, fit_isoflop
 from var_scale.records.optimum import Optimum, best_surface, fit_surfaces, optimum
@@ -74,8 +74,8 @@ class StudyResult:
     @property
     def healthy(self) -> list[RunRecord]:
         """Runs that passed the gate, with all points of a grid."""
-        beaten = [item.record for item in self.gate.excluded if item.code == "beaten_variant"]
-        return by_size([*self.gate.kept, *beaten])
+        rest = [item.record for item in self.gate.excluded if item.code in DESIGNED]
+        return by_size([*self.gate.kept, *rest])
 
     def leading(self, metric: str) -> Form:
         """The form that stands for a metric: the power law with the assumed floor, unless the

@@ -20,6 +20,7 @@ Code = Literal[
     "worse_than_smaller",
     "data_differs",
     "training_values",
+    "other_length",
     "beaten_variant",
     "by_hand",
 ]
@@ -39,11 +40,15 @@ CODES: dict[Code, str] = {
     "training_values": "its values are of the training data, and other runs have validation values",
     "worse_than_smaller": f"the average loss is more than {100 * WORSE_TOLERANCE:g} % above that "
     "of a smaller model that saw no more images: a bad recipe",
+    "other_length": "all sizes have runs of another length; this run is in the frontier and in "
+    "surfaces, but not in the laws of N, which compare sizes after equal data",
     "beaten_variant": "another point of the study's grid is better at this size and seed; this run "
     "is in the frontier, but not in the laws of N",
 }
 NEEDED = ("missing_evaluation", "non_finite")
 """Codes that `keep` cannot overrule, because there is no value to fit."""
+DESIGNED = ("other_length", "beaten_variant")
+"""Codes of healthy runs that a study planned: points of its grid that the laws of N leave out."""
 
 
 @dataclass(frozen=True)
@@ -165,25 +170,37 @@ def _brief(data_hash: str) -> str:
 def best_of_variants(
     kept: Sequence[RunRecord],
 ) -> tuple[tuple[RunRecord, ...], tuple[Exclusion, ...]]:
-    """Of the runs of one size and seed (points of a grid) the one with the smallest average loss.
+    """The runs of a law of N: one point of a study's grid for each size and seed.
 
-    A law of N compares sizes at their best; a frontier takes all runs.
+    A law of N compares sizes after equal data, so where the runs have several lengths, the longest
+    one that every size has is taken. Of the other points of a grid, and of lengths that no two
+    sizes have to share, the one with the smallest average loss is taken. A frontier and a surface
+    take all runs.
 
     Returns:
-        The best runs, and the others with the reason.
+        The chosen runs, and the others with the reason.
     """
+    lengths: dict[int, set[int]] = {}
+    for run in kept:
+        lengths.setdefault(run.params_paper, set()).add(run.images)
+    shared = set.intersection(*lengths.values()) if lengths else set()
+    length = max(shared, default=None)
     best: dict[tuple[int, int], RunRecord] = {}
     for run in kept:
         key = (run.params_paper, run.seed)
-        if key not in best or run.loss_avg < best[key].loss_avg:
+        if length in (None, run.images) and (
+            key not in best or run.loss_avg < best[key].loss_avg
+        ):
             best[key] = run
-    beaten = [
-        Exclusion(
-            run,
-            "beaten_variant",
-            f"loss_avg {run.loss_avg:.4f}, {winner.name} has {winner.loss_avg:.4f}",
-        )
-        for run in kept
-        if (winner := best[run.params_paper, run.seed]) is not run
-    ]
-    return tuple(run for run in kept if run is best[run.params_paper, run.seed]), tuple(beaten)
+    chosen, left_out = [], []
+    for run in kept:
+        winner = best.get((run.params_paper, run.seed))
+        if run is winner:
+            chosen.append(run)
+        elif winner is None or (run.images != winner.images and length is not None):
+            text = f"{run.images:,} images; every size has a run of {length:,} images"
+            left_out.append(Exclusion(run, "other_length", text))
+        else:
+            text = f"loss_avg {run.loss_avg:.4f}, {winner.name} has {winner.loss_avg:.4f}"
+            left_out.append(Exclusion(run, "beaten_variant", text))
+    return tuple(chosen), tuple(left_out)

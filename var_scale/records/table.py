@@ -14,7 +14,8 @@ from var_scale.laws.forms import SURFACES, Form
 from var_scale.laws.forms import VARIABLES as LAW_VARIABLES
 from var_scale.laws.hold_out import Along, HeldOut, hold_out_rows
 from var_scale.laws.law import LawFit
-from var_scale.laws.noise import noise_trend
+from var_scale.laws.noise import GROWTH, LEAST_POINTS, noise_trend
+from var_scale.laws.surface_draws import sizes_tell
 from var_scale.laws.surface_objective import DELTA, ObjectiveName
 from var_scale.progress import say
 from var_scale.records.columns import Columns, read_columns, study_columns
@@ -203,9 +204,10 @@ def law_lines(law: LawFit) -> list[str]:
             + ("" if law.form == "tied" else "training, N ~ C^split")
         )
         if audit.get("scheme") == "sizes":
+            unknown = "" if sizes_tell(law.x) else ": too few sizes show how large it is"
             lines.append(
                 "  the intervals allow for an error that the runs of a size share, as far as the "
-                "residuals do"
+                f"residuals do{unknown}"
             )
     if law.form == "broken_power":
         lines += _break_lines(law)
@@ -218,13 +220,21 @@ def law_lines(law: LawFit) -> list[str]:
 
 
 def _noise_lines(law: LawFit) -> list[str]:
-    """A warning if the noise grows with size."""
-    p, size = noise_trend(law)[1], law.variable.partition(",")[0]
-    if not p < 0.05:
+    """A warning if the noise grows with size, or if the points could not show it."""
+    trend, size = noise_trend(law), law.variable.partition(",")[0]
+    beyond = "the interval of a run beyond the largest size is too narrow"
+    if trend.grows:
+        return [
+            f"  the noise grows with {size} (p = {trend.p:.2g}): {beyond}; repeat large sizes with "
+            "other seeds"
+        ]
+    tested = not math.isnan(trend.p)
+    if trend.decided or not (tested or len(law.x) < LEAST_POINTS):
         return []
+    power = f" (power {100 * trend.power:.0f} % for a factor of {GROWTH:g})" if tested else ""
     return [
-        f"  the noise grows with {size} (p = {p:.2g}): the interval of a run beyond the largest "
-        "size is too narrow; repeat large sizes with other seeds"
+        f"  {len(law.x)} points cannot show whether the noise grows with {size}{power}; if it "
+        f"does, {beyond}"
     ]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from var_scale.laws.adequacy import SIGNIFICANT
 from var_scale.laws.forms import SURFACES, Form
+from var_scale.laws.noise import noise_trend
 from var_scale.progress import duration, short
 from var_scale.records.analyse import StudyResult
-from var_scale.records.gate import CODES, MAX_FINAL_LR
+from var_scale.records.gate import CODES, DESIGNED, MAX_FINAL_LR
 from var_scale.records.holdout import HoldOut
 from var_scale.records.record import METRICS, RunRecord
 
@@ -114,6 +115,7 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
         "failed_fits": [f"{f.metric} {f.form}" for f in result.fits.values() if not f.converged],
         "samples": " or ".join(f"{count:,}" for count in counts) or "no",
         "images": short(next(iter(budgets), 0)) if len(budgets) <= 1 else "",
+        "noise": noise_trend(fit),
         "first_scale": first_scale(result),
         "runs": run_rows(result),
         "excluded": [
@@ -147,8 +149,8 @@ def held_out(held: HoldOut) -> dict[str, Any]:
 
 
 def missing(result: StudyResult) -> list[Any]:
-    """Exclusions that the study did not intend: all but the points of a grid that another beat."""
-    return [item for item in result.gate.excluded if item.code != "beaten_variant"]
+    """Exclusions that the study did not plan: all but points of its grid."""
+    return [item for item in result.gate.excluded if item.code not in DESIGNED]
 
 
 def checks(result: StudyResult) -> dict[str, str]:
