@@ -83,8 +83,10 @@ def test_noise_that_grows_with_size_is_found(form: str) -> None:
     for steep in (1 / 3, 0.0, -1 / 3):
         points = (table(rng, 16, 1.5 * (form != "power"), steep) for _ in range(trials))
         laws = [fit_law(form, x, y, noise_floor=0) for x, y in points]  # type: ignore[arg-type]
-        found[steep] = float(np.mean([noise_trend(law)[1] < 0.05 for law in laws]))
+        found[steep] = float(np.mean([noise_trend(law).grows for law in laws]))
     assert found[1 / 3] > 0.5 and found[0.0] < 0.15 and found[-1 / 3] < 0.03, found
+    # The range of these sizes is a factor of 1,000, over which this noise grows by 10.
+    assert noise_trend(laws[0]).power == pytest.approx(found[1 / 3], abs=0.2)
     exact = fit_law(form, *table(rng, 5))  # type: ignore[arg-type]
     assert all(math.isnan(value) for value in noise_trend(exact))
 
@@ -99,4 +101,12 @@ def test_noise_of_a_surface_that_grows_with_size() -> None:
         noise_trend(fit_surface(n, d, y * np.exp(5e-3 * (n / 5e9) ** steep * z)))
         for steep in (0.5, 0.0)
     ]
-    assert found[0][0] > 0.2 and found[0][1] < 0.05 < found[1][1], found
+    assert found[0].correlation > 0.2 and found[0].grows and not found[1].grows, found
+    assert found[1].power > 0.8 and found[1].decided
+
+
+def test_points_that_cannot_show_growing_noise() -> None:
+    """Eight points notice a noise that grows by 10 too rarely to answer."""
+    x, y = table(np.random.default_rng(5), 8)
+    trend = noise_trend(fit_law("power", x, y, noise_floor=0))
+    assert not trend.grows and 0.05 < trend.power < 0.6 and not trend.decided

@@ -46,7 +46,7 @@ def test_a_law_of_size_takes_the_best_of_a_grid(
     assert law.rows == reported.rows
     assert law.rows[0] == "d2-s0-epochs_1.0+d2-s1-epochs_1.0" and len(law.rows) == 6
     assert law.params == reported.params and law.intervals == reported.intervals
-    assert "d8-s0-epochs_0.5 excluded, beaten_variant" in capsys.readouterr().out
+    assert "d8-s0-epochs_0.5 excluded, other_length" in capsys.readouterr().out
 
 
 def test_a_variable_that_mixes_sizes_is_refused(tmp_path: Path) -> None:

@@ -64,3 +64,22 @@ def test_points_of_a_grid_compete(fitted_ladder: StudyResult) -> None:
     assert sorted(item.record.name for item in beaten) == sorted(run.name for run in worse)
     assert runs[0].name in beaten[0].text
     assert {run.name for run in both.healthy} == {run.name for run in [*runs, *worse]}
+
+
+def test_laws_of_size_compare_equal_data() -> None:
+    """Small sizes trained for more lengths than the large ones: a law of N takes the longest length
+    that all sizes have, although the small sizes have better runs; the surface takes all."""
+    runs = ladder(noise=0.001)
+    longer = [
+        replace(run, name=f"{run.name}-long", images=2 * run.images, loss_avg=0.98 * run.loss_avg)
+        for run in runs[:3]
+    ]
+    result = fit_study([*runs, *longer])
+    assert result.gate.kept == fit_study(runs).gate.kept
+    left_out = [(item.record.name, item.code) for item in result.gate.excluded]
+    assert sorted(left_out) == sorted((run.name, "other_length") for run in longer)
+    assert "every size has a run of" in result.gate.excluded[0].text
+    assert len(result.healthy) == len(runs) + 3
+    # Without a length that all sizes have, each size has its best run.
+    alone = [replace(run, images=(k + 1) * run.images) for k, run in enumerate(runs)]
+    assert fit_study(alone).gate.excluded == ()

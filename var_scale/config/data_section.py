@@ -51,6 +51,13 @@ class TeacherConfig(Section):
     seed: int = setting(0, "seed of the functions, the codebook and the samples", ge=0)
     train_samples: Positive = setting(65536, "number of training samples to generate")
     val_samples: Positive = setting(8192, "number of validation samples to generate")
+    floor_precision: float = setting(
+        1e-4,
+        "standard error of the lowest possible loss, as a share of it",
+        identity=False,
+        gt=0,
+        lt=1,
+    )
 
 
 class DataConfig(Section):

@@ -19,6 +19,7 @@ from var_scale.laws.forms import PARAMETERS, Array, Form, law_value
 from var_scale.laws.law import LawFit
 from var_scale.laws.surface_draws import intervals_of, surface_draws, surface_jacobian
 from var_scale.laws.surface_objective import BOUNDS, Objective, Problem, unit_of
+from var_scale.laws.surface_refit import refit
 from var_scale.laws.surface_starts import EXPONENTS, PASSES, starts
 
 MAX_CONDITION = 2000.0
@@ -88,8 +89,7 @@ def fit_surface(
     if unfit := _unfit(form, ns, ds, losses, us, need):
         return points.failed(*unfit)
     problem = Problem.of(form, ns, ds, losses, us, ws / ws.mean(), minimise)
-    ends = sorted((problem.descend(start) for start in starts(problem)), key=lambda end: end[0])
-    ends = _without_floor(problem, ends)
+    ends = _without_floor(problem, _search(problem))
     best, theta = ends[0]
     params = problem.natural(theta)
     residuals = np.log(losses / law_value(form, params, ns, ds, us))
@@ -116,6 +116,15 @@ def fit_surface(
 
 Ends = list[tuple[float, Array]]
 """Objectives and places at which descents ended, best first."""
+
+
+def _search(problem: Problem) -> Ends:
+    """The ends of a search from all starts, of which the best is descended to once more."""
+    places = np.stack(starts(problem))
+    tables = (len(places), 1)
+    found = refit(problem, places, np.tile(problem.v, tables), np.tile(problem.weights, tables))
+    ends = sorted(((problem.objective(end)[0], end) for end in found), key=lambda end: end[0])
+    return [problem.descend(ends[0][1]), *ends[1:]]
 
 
 def _without_floor(problem: Problem, ends: Ends) -> Ends:
@@ -175,7 +184,7 @@ def _audit(
     ]
     agree = sum(value <= best * (1 + 1e-4) + 1e-12 for value, _ in ends)
     audit: dict[str, object] = {
-        "method": "variable projection over the exponents, then L-BFGS-B",
+        "method": "variable projection over the exponents, reweighted least squares, L-BFGS-B",
         "minimise": problem.minimise.name,
         "delta": problem.minimise.delta if problem.minimise.name != "mse" else None,
         "gradient_norm": gradient,

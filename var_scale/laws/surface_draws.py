@@ -21,6 +21,7 @@ from var_scale.laws.bootstrap import drawn_noise, resamples, span
 from var_scale.laws.forms import NAMES, Array, Form, effective_data, law_value
 from var_scale.laws.law import Interval
 from var_scale.laws.surface_objective import BOUNDS, Problem, log_data
+from var_scale.laws.surface_refit import refit
 
 Scheme = Literal["runs", "sizes"]
 NO_COMMON = 0.5
@@ -44,21 +45,22 @@ def surface_draws(
     sizes, size = np.unique(problem.n, return_inverse=True)
     count, rng = len(problem.v), np.random.default_rng(seed)
     if count < 2 * len(sizes):
-        noise = drawn_noise(rng, sd, count - len(theta), draws)
-        ends = [problem.descend(theta, index)[1] for index in resamples(count, seed, draws)]
         scheme: Scheme = "runs"
+        noise = drawn_noise(rng, sd, count - len(theta), draws)
+        times = np.stack([np.bincount(k, minlength=count) for k in resamples(count, seed, draws)])
+        ends = refit(problem, theta, np.tile(problem.v, (draws, 1)), times * problem.weights)
     else:
+        scheme = "sizes"
         params = problem.natural(theta)
         jacobian = surface_jacobian(problem, params)
         noises, ratios = drawn_errors(residuals, jacobian, size, problem.weights, rng, draws)
         logs = np.log(law_value(problem.form, params, problem.n, problem.d, problem.unique))
-        ends = []
-        for one, ratio in zip(noises, ratios, strict=True):
-            common = ratio * rng.standard_normal(len(sizes))[size]
-            own = rng.standard_normal(count) / np.sqrt(problem.weights)
-            ends.append(problem._replace(v=logs + one * (common + own)).descend(theta)[1])
+        common = ratios[:, None] * rng.standard_normal((draws, len(sizes)))[:, size]
+        own = rng.standard_normal((draws, count)) / np.sqrt(problem.weights)
+        v = logs + noises[:, None] * (common + own)
+        ends = refit(problem, theta, v, np.tile(problem.weights, (draws, 1)))
         # A new run is one of a new size, with a recipe of its own.
-        noise, scheme = noises * np.sqrt(1 + ratios**2), "sizes"
+        noise = noises * np.sqrt(1 + ratios**2)
     natural = [list(problem.natural(end).values()) for end in ends]
     return np.column_stack([natural, noise]), scheme
 

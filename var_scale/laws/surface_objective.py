@@ -75,8 +75,9 @@ def unit_of(objective: Objective, v: Array) -> float:
     return DELTA * level if objective.name == "mse" else min(objective.delta, DELTA * level)
 
 
-def log_data(d: Array, unique: Array, r_star: float) -> tuple[Array, Array]:
-    """ln D' of each row of the form `repeated`, and its derivative by ln r_star; both (n,)."""
+def log_data(d: Array, unique: Array, r_star: float | Array) -> tuple[Array, Array]:
+    """ln D' of each row of the form `repeated`, and its derivative by ln r_star: both (n,), or
+    (tables, n) for r_star of shape (tables, 1)."""
     data = effective_data(d, unique, r_star)
     share = np.maximum(d / unique - 1, 0) / r_star
     return np.log(data), unique * r_star * (1 - np.exp(-share) * (1 + share)) / data

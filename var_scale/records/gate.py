@@ -188,9 +188,7 @@ def best_of_variants(
     best: dict[tuple[int, int], RunRecord] = {}
     for run in kept:
         key = (run.params_paper, run.seed)
-        if length in (None, run.images) and (
-            key not in best or run.loss_avg < best[key].loss_avg
-        ):
+        if length in (None, run.images) and (key not in best or run.loss_avg < best[key].loss_avg):
             best[key] = run
     chosen, left_out = [], []
     for run in kept:

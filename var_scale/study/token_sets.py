@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FLOOR_NAME = "floor.json"
 COUNTS = {"train_samples", "val_samples"}
+OF_FILES = {*COUNTS, "floor_precision"}
+"""Settings that do not define the distribution of the samples."""
 
 
 def make_tokens(study: Study) -> None:
@@ -44,7 +46,7 @@ def make_tokens(study: Study) -> None:
     teacher = _teacher(config)
     if exact is None:
         say("computing the lowest possible loss of the data, which takes about half a minute")
-    tokens = teacher_set(teacher, exact or floor(teacher))
+    tokens = teacher_set(teacher, exact or floor(teacher, embedded.floor_precision))
     write_json(path, {"key": key, "exact": tokens.bayes})
     for split, count in (("train", embedded.train_samples), ("val", embedded.val_samples)):
         folder = Path(str(getattr(config.data, f"tokens_{split}")))
@@ -83,7 +85,7 @@ def _teacher(config: Config) -> Teacher:
         TeacherSettings(
             config.tokenizer.patch_nums,
             config.tokenizer.vocab_size,
-            **config.data.teacher.model_dump(exclude=COUNTS),
+            **config.data.teacher.model_dump(exclude=OF_FILES),
         ),
         vae.quantize,
     )
