@@ -18,6 +18,7 @@ from var_scale.laws.curve import fit_law
 from var_scale.laws.forms import Array, law_value
 from var_scale.laws.noise import noise_trend
 from var_scale.laws.surface import fit_surface
+from var_scale.laws.surface_draws import sizes_tell
 
 DEPTHS = (6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30)
 FLOOR, BETA, ALPHA = 4.5, 2.0, 0.23
@@ -93,8 +94,8 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
 
     Returns:
         Shares for E and alpha with E fitted, for alpha with E known, and for a new run at twice the
-        largest size with E fitted; the share of fits that converged, and of those that were marked
-        because their noise grows.
+        largest size with E fitted; the share of fits that converged, and of those whose noise is
+        reported to grow, or to be known not to.
     """
     n = 73728.0 * np.asarray(ladder.depths, dtype=float) ** 3
     ends = float(n.max()), float(n.min())
@@ -102,7 +103,7 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
     law, later = (FLOOR + (BETA * x / 1e9) ** -ladder.alpha for x in (n, ahead))
     rng = np.random.default_rng(seed)
     held = dict.fromkeys(("E", "alpha", "alpha, E known", "new run"), 0)
-    converged = marked = 0
+    converged = grows = steady = 0
     for _ in range(trials):
         y = law * np.exp(ladder.noise.draw(rng, n, *ends))
         future = float((later * np.exp(ladder.noise.draw(rng, ahead, *ends)))[0])
@@ -111,7 +112,9 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
         held["alpha, E known"] += _inside(known.intervals["alpha"], ladder.alpha)
         if fitted.converged:
             converged += 1
-            marked += noise_trend(fitted)[1] < 0.05
+            trend = noise_trend(fitted)
+            grows += trend.grows
+            steady += trend.decided and not trend.grows
             held["E"] += _inside(fitted.intervals["E"], FLOOR)
             held["alpha"] += _inside(fitted.intervals["alpha"], ladder.alpha)
             at = fitted.at(float(ahead[0]))
@@ -119,7 +122,11 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
     return {
         name: count / (trials if "known" in name else max(converged, 1))
         for name, count in held.items()
-    } | {"converged": converged / trials, "marked": marked / max(converged, 1)}
+    } | {
+        "converged": converged / trials,
+        "noise grows": grows / max(converged, 1),
+        "noise does not grow": steady / max(converged, 1),
+    }
 
 
 def surface_coverage(design: Design, trials: int, seed: int = 0) -> Shares:
@@ -176,8 +183,9 @@ def _described(design: Design) -> str:
     noise = design.noise
     tails = ", heavy tails" if noise.heavy else ""
     common = f" and {100 * noise.common:g} % common to a size" if noise.common else ""
+    few = "" if sizes_tell(range(design.sizes)) else ", marked"
     return (
-        f"{design.sizes} sizes x {design.lengths} lengths{shape} | "
+        f"{design.sizes} sizes x {design.lengths} lengths{shape}{few} | "
         f"{100 * noise.size:g} %{tails}{common}"
     )
 
@@ -195,7 +203,7 @@ if __name__ == "__main__":
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     text = (
         f"{table(trials)}\n\n{trials} ladders per row.\n\nOf surfaces (`chinchilla`):\n\n"
-        f"{surface_table(trials // 3)}\n\n{trials // 3} studies per row."
+        f"{surface_table(trials // 2)}\n\n{trials // 2} studies per row."
     )
     page = Path(__file__).parents[1] / "docs" / "explanation" / "intervals.md"
     page.write_text(replace_between(page.read_text(), START, END, text))

@@ -2,7 +2,7 @@
 
 The study `study/truth-coverage` is trained with one teacher after another, each with other seeds.
 `python -m tools.truth_coverage [TEACHERS]` writes the table of docs/explanation/intervals.md. Its
-runs are in runs/; a run that was stopped continues with the same command.
+studies are in runs/teachers; the same command continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from var_scale.files import read_json, replace_between
 from var_scale.progress import say
 from var_scale.study.run import run_study
 
-RUNS = Path("runs/truth-coverage")
+RUNS = Path("runs/teachers")
 PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "intervals.md"
 START, END = "<!-- truth coverage: begin -->", "<!-- truth coverage: end -->"
 
