@@ -118,9 +118,9 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
         "noise": noise_trend(fit),
         "first_scale": first_scale(result),
         "runs": run_rows(result),
-        "excluded": [
-            [item.record.name, f"`{item.code}`", CODES[item.code], item.text] for item in excluded
-        ],
+        "excluded": [[item.record.name, f"`{item.code}`", item.text] for item in excluded],
+        "codes": [(f"`{code}`", CODES[code]) for code in dict.fromkeys(e.code for e in excluded)],
+        "planned": len(result.healthy) - len(kept),
         "worse": any(item.code == "worse_than_smaller" for item in excluded),
         "plan": plan and {"rows": plan_rows(result, plan), "following": plan.following},
     }
