@@ -1,7 +1,7 @@
 """Rebuilds the generated pages: `python -m tools.docs`, which `make docs` runs.
 
-`--check` writes nothing and fails with the names of the pages that differ. The tables of coverage
-take long and are rebuilt separately (`make docs-coverage`).
+`--check` writes nothing and fails with the names of the pages that differ. The tables of
+simulated coverage take long and are rebuilt separately (`make docs-coverage`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tools import (
     kernel_tables,
     plans_page,
     presets_page,
+    truth_coverage,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/presets.md": presets_page.page,
     "docs/reference/benchmarks.md": bench_tables.page,
     "docs/explanation/scaling-out.md": communication_table.page,
+    "docs/explanation/intervals.md": truth_coverage.page,
     "kernels/README.md": kernel_tables.page,
 }
 """Every generated page, and the function that returns its text."""

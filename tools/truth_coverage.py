@@ -1,13 +1,17 @@
 """How often the intervals of real training runs hold the truth.
 
-The study `study/truth-coverage` is trained with one teacher after another, each with other seeds.
-`python -m tools.truth_coverage [TEACHERS]` writes the table of docs/explanation/intervals.md. Its
+`python -m tools.truth_coverage [TEACHERS]` trains the study `study/truth-coverage` with one teacher
+after another, each with other seeds, and adds the results to tools/truth_coverage.csv, from which
+`make docs` makes the table of docs/explanation/intervals.md. Teachers of the table are skipped. The
 studies are in runs/teachers; the same command continues one that was stopped.
 """
 
 from __future__ import annotations
 
+import csv
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,85 +23,93 @@ from var_scale.progress import say
 from var_scale.study.run import run_study
 
 RUNS = Path("runs/teachers")
+TABLE = Path(__file__).with_name("truth_coverage.csv")
 PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "intervals.md"
 START, END = "<!-- truth coverage: begin -->", "<!-- truth coverage: end -->"
 
 
 class Row(NamedTuple):
-    """One interval of every study that has a law of this loss."""
+    """One interval of one study."""
 
-    label: str
-    inside: list[bool]
-    below: list[bool]
-    """Whether the interval lies below the truth."""
-    misses: list[float]
-    """Estimate / truth - 1."""
-    widths: list[float]
-    """Width of the interval / truth."""
-
-    def cells(self, studies: int) -> str:
-        """The row of the table."""
-        held, laws = sum(self.inside), len(self.inside)
-        low = sum(self.below)
-        return (
-            f"| {self.label} | {laws} of {studies} | {held} of {laws} | {low} below, "
-            f"{laws - held - low} above | {100 * float(np.median(self.misses)):+.2f} % | "
-            f"{100 * float(np.median(self.widths)):.1f} % |"
-        )
+    teacher: int
+    interval: str
+    """What it is an interval of."""
+    truth: float
+    """The exact or measured value."""
+    estimate: float
+    """NaN without a law, as are both ends."""
+    low: float
+    high: float
 
 
-def study_of(teacher: int) -> Path:
-    """Train the study with this teacher, whose number is also the seed of its runs; the folder of
-    its report."""
-    changes = [f"name=teacher-{teacher:02d}", f"data.teacher.seed={teacher}"]
-    return run_study(load("study/truth-coverage", [*changes, f"study.seeds=[{teacher}]"]), RUNS)
+def results(teacher: int, report: Path) -> Iterator[Row]:
+    """The exact floor of every scale beside its law, and the largest size beside its prediction."""
+    for truth in read_json(report / "truth.json", "truth"):
+        params, intervals = truth["fit"]["params"], truth["fit"]["intervals"]
+        ends = intervals.get("E") or (math.nan, math.nan)
+        yield _row(teacher, f"E of {truth['name']}", truth["exact"], params.get("E"), *ends)
+    for held in read_json(report / "fit.json", "fit")["holdouts"]:
+        if (held["metric"], held["form"]) == ("loss_avg", "chinchilla"):
+            values = (held["measured"], held["predicted"], held["low"], held["high"])
+            yield _row(teacher, "average loss of d7", *values)
 
 
-def rows(reports: list[Path]) -> list[Row]:
-    """The exact floor of every scale in the interval of its law, and the largest size in the
-    interval of its prediction."""
-    truths: list[list[dict[str, Any]]] = [read_json(r / "truth.json", "truth") for r in reports]
-    found = []
-    for place, first in enumerate(truths[0]):
-        values = [
-            (truth[place]["exact"], truth[place]["fit"]["params"]["E"], ends)
-            for truth in truths
-            if (ends := truth[place]["fit"]["intervals"].get("E"))
+def _row(teacher: int, interval: str, *values: Any) -> Row:
+    truth, estimate, low, high = (math.nan if v is None else round(v, 5) for v in values)
+    return Row(teacher, interval, truth, estimate, low, high)
+
+
+def known() -> list[Row]:
+    """The rows of the table."""
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="") as file:
+        return [
+            Row(int(row.pop("teacher")), row.pop("interval"), **{k: float(row[k]) for k in row})
+            for row in csv.DictReader(file)
         ]
-        found.append(_row(f"E of {first['name']}", values))
-    held = [
-        held
-        for report in reports
-        for held in read_json(report / "fit.json", "fit")["holdouts"]
-        if (held["metric"], held["form"]) == ("loss_avg", "chinchilla") and held["predicted"]
-    ]
-    predicted = [(h["measured"], h["predicted"], (h["low"], h["high"])) for h in held]
-    return [*found, _row("average loss of d7", predicted)]
 
 
-def _row(label: str, values: list[tuple[float, float, tuple[float, float]]]) -> Row:
-    return Row(
-        label,
-        [low <= truth <= high for truth, _, (low, high) in values],
-        [high < truth for truth, _, (_, high) in values],
-        [estimate / truth - 1 for truth, estimate, _ in values],
-        [(high - low) / truth for truth, _, (low, high) in values],
-    )
+def add(rows: list[Row]) -> None:
+    """Append rows to the table."""
+    new = not TABLE.exists()
+    with TABLE.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(Row._fields)
+        writer.writerows(rows)
 
 
-def table(reports: list[Path]) -> str:
-    """The table of the page."""
+def markdown(rows: list[Row]) -> str:
+    """How many intervals hold the truth, their median width and the median error."""
     lines = [
-        "| interval of | laws | holds the truth | misses | median error | median width |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| interval of | studies | without a law | holds the truth | too low | too high "
+        "| median error | median width |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    return "\n".join([*lines, *(row.cells(len(reports)) for row in rows(reports))])
+    for name in dict.fromkeys(row.interval for row in rows):
+        every = [row for row in rows if row.interval == name]
+        some = [row for row in every if not math.isnan(row.estimate)]
+        low = sum(row.high < row.truth for row in some)
+        high = sum(row.low > row.truth for row in some)
+        error = np.median([row.estimate / row.truth - 1 for row in some]) if some else math.nan
+        width = np.median([(row.high - row.low) / row.truth for row in some]) if some else math.nan
+        lines.append(
+            f"| {name} | {len(every)} | {len(every) - len(some)} | {len(some) - low - high} | {low} "
+            f"| {high} | {100 * error:+.2f} % | {100 * width:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The page with its table."""
+    return replace_between(PAGE.read_text(), START, END, markdown(known()))
 
 
 if __name__ == "__main__":
-    reports = []
     for teacher in range(1, 1 + (int(sys.argv[1]) if len(sys.argv) > 1 else 20)):
-        reports.append(study_of(teacher))
-        say(f"after {teacher} teachers:\n{table(reports)}")
-    text = f"{table(reports)}\n\n{len(reports)} teachers."
-    PAGE.write_text(replace_between(PAGE.read_text(), START, END, text))
+        if teacher not in {row.teacher for row in known()}:
+            changes = [f"name=teacher-{teacher:02d}", f"data.teacher.seed={teacher}"]
+            config = load("study/truth-coverage", [*changes, f"study.seeds=[{teacher}]"])
+            add(list(results(teacher, run_study(config, RUNS))))
+            say(f"after {teacher} teachers:\n{markdown(known())}")
