@@ -94,10 +94,9 @@ def markdown(rows: list[Row]) -> str:
         high = sum(row.low > row.truth for row in some)
         error = np.median([row.estimate / row.truth - 1 for row in some]) if some else math.nan
         width = np.median([(row.high - row.low) / row.truth for row in some]) if some else math.nan
-        lines.append(
-            f"| {name} | {len(every)} | {len(every) - len(some)} | {len(some) - low - high} | {low} "
-            f"| {high} | {100 * error:+.2f} % | {100 * width:.1f} % |"
-        )
+        counts = [len(every), len(every) - len(some), len(some) - low - high, low, high]
+        cells = [name, *map(str, counts), f"{100 * error:+.2f} %", f"{100 * width:.1f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

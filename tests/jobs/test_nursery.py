@@ -91,3 +91,13 @@ def test_runs_save_when_their_nursery_dies(nursery: Nursery, tmp_path: Path) -> 
     code, run = train(nursery, tmp_path / "orphan", kill, steps=100_000)
     assert code == EXIT_REQUEUE and run.status()["state"] == "preempted"
     assert train(nursery, tmp_path / "next")[0] == 0
+
+
+def test_a_nursery_that_cannot_start_says_why_in_the_log_of_its_run(tmp_path: Path) -> None:
+    """Its run has failed, with the reason in the log from which its launcher reports."""
+    broken = Nursery({"PYTHONHOME": str(tmp_path)})
+    with (tmp_path / "launch.log").open("ab") as log:
+        child = broken.start(tmp_path, log)
+    assert child.ended.wait(60) and child.poll() == 1
+    assert b"Fatal Python error" in (tmp_path / "launch.log").read_bytes()
+    broken.close()

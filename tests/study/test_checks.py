@@ -314,3 +314,14 @@ def test_a_study_that_another_process_runs_is_refused(tmp_path: Path) -> None:
     os.close(lock)
     with only_process(study):
         assert take_lock(study.folder / ".lock") is None
+
+
+def test_a_changed_table_of_rates_makes_a_report_old(tmp_path: Path) -> None:
+    """The report answers from this table, so a complete study with another one is not complete."""
+    table = tmp_path / "rates.csv"
+    table.write_text("name\n")
+    study = mini(tmp_path, f"study.rates={table}")
+    before = study.identity()
+    assert study.identity() == before
+    table.write_text("name\nd1\n")
+    assert study.identity() != before

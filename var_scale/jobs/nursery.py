@@ -53,11 +53,14 @@ class Nursery:
         self._lock, self._children = threading.Lock(), dict[int, Child]()
 
     def start(self, folder: Path, log: IO[bytes]) -> Child:
-        """Start the worker of a run; its output is appended to the open file `log`."""
+        """Start the worker of a run; its output is appended to the open file `log`.
+
+        So is that of a nursery which is started for this run, such as why it cannot import torch.
+        """
         child = Child()
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._begin()
+                self._begin(log)
             number = len(self._children)
             self._children[number] = child
             order = {"number": number, "folder": str(folder), "log": log.name}
@@ -70,12 +73,13 @@ class Nursery:
         child.begun.wait()
         return child
 
-    def _begin(self) -> None:
+    def _begin(self, log: IO[bytes]) -> None:
         """Start the nursery: for the first run, or after it was killed."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "var_scale.jobs.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=log,
             env=self._env,
             start_new_session=True,
         )

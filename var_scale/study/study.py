@@ -16,7 +16,7 @@ from var_scale.config.schema import Config
 from var_scale.cost.from_config import with_flops
 from var_scale.data.manifest import MANIFEST_NAME
 from var_scale.errors import UserError
-from var_scale.files import canonical_hash, read_json, write_text
+from var_scale.files import canonical_hash, read_json, sha256_file, write_text
 from var_scale.run_folder import RunFolder, tokenizer_file
 
 ENDED = ("complete", "diverged")
@@ -132,10 +132,12 @@ class Study:
         return [*self.submitted_jobs().values(), *run_jobs(run for _, run in self.runs())]
 
     def identity(self) -> str:
-        """Hash of what the finished report depends on: the runs' configs and how they are shown."""
-        return canonical_hash(
-            [*(config_hash(c) for c, _ in self.runs()), self.spec.model_dump(mode="json")]
-        )
+        """Hash of what the finished report depends on: the runs' configs, how they are shown, and
+        the table of rates."""
+        configs = [config_hash(config) for config, _ in self.runs()]
+        rates = self.rates_table()
+        tables = [sha256_file(rates)] if rates else []
+        return canonical_hash([*configs, self.spec.model_dump(mode="json"), *tables])
 
     def ended(self) -> bool:
         """Whether every run has ended. A diverged run has ended too."""
