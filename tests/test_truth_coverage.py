@@ -16,14 +16,16 @@ from tools.truth_coverage import Row, add, known, markdown, results
 def law(name: str, exact: float, floor: float | None, low: float, high: float) -> dict[str, Any]:
     """An entry of truth.json; without a floor, a fit that did not converge."""
     fit = {"params": {"E": floor}, "intervals": {"E": [low, high]}} if floor else None
-    return {"name": name, "exact": exact, "fit": fit or {"params": {}, "intervals": {}}}
+    given = {"name": name, "exact": exact, "validation": exact - 0.08}
+    return given | {"fit": fit or {"params": {}, "intervals": {}}}
 
 
 def test_reports_become_rows_and_rows_become_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two studies: an interval that holds the truth, one too low, one too high, no law; and the
-    prediction of the largest size by the surface, not by another form. Rows survive the file."""
+    """Two studies: an interval that holds the loss on the study's tokens but not the exact one, one
+    that is too high, no law; and the prediction of the largest size by the surface, not by another
+    form. Rows survive the file."""
     monkeypatch.setattr(truth_coverage, "TABLE", tmp_path / "table.csv")
     assert known() == []
     held = {"metric": "loss_avg", "form": "chinchilla", "measured": 2.0}
@@ -38,9 +40,9 @@ def test_reports_become_rows_and_rows_become_a_table(
         add(list(results(teacher, tmp_path)))
     rows = known()
     assert [row.teacher for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert rows[0] == Row(1, "E of scale 1", 1.8, 1.76, 1.9, 1.95)
+    assert rows[0] == Row(1, "E of scale 1", 1.8, 1.72, 1.76, 1.9, 1.95)
     assert math.isnan(rows[1].estimate) and math.isnan(rows[1].low)
     table = markdown(rows).splitlines()
-    assert table[2] == "| E of scale 1 | 2 | 0 | 0 | 1 | 1 | -2.22 % | 2.8 % |"
-    assert table[3].startswith("| E of average | 2 | 2 | 0 | 0 | 0 |")
-    assert table[4] == "| average loss of d7 | 2 | 0 | 2 | 0 | 0 | +1.00 % | 4.0 % |"
+    assert table[2] == "| E of scale 1 | 2 | 0 | 1 | 0 | 1 | 0 | +2.33 % | 2.8 % |"
+    assert table[3].startswith("| E of average | 2 | 2 | 0 | 0 | 0 | 0 |")
+    assert table[4] == "| average loss of d7 | 2 | 0 | 2 | 0 | 0 | 2 | +1.00 % | 4.0 % |"

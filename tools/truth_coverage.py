@@ -35,7 +35,10 @@ class Row(NamedTuple):
     interval: str
     """What it is an interval of."""
     truth: float
-    """The exact or measured value."""
+    """The exact loss, or the measured one of d7."""
+    sampled: float
+    """The same on the study's validation tokens, which the interval is about: the choice of these
+    tokens moves all losses of a study together."""
     estimate: float
     """NaN without a law, as are both ends."""
     low: float
@@ -47,16 +50,17 @@ def results(teacher: int, report: Path) -> Iterator[Row]:
     for truth in read_json(report / "truth.json", "truth"):
         params, intervals = truth["fit"]["params"], truth["fit"]["intervals"]
         ends = intervals.get("E") or (math.nan, math.nan)
-        yield _row(teacher, f"E of {truth['name']}", truth["exact"], params.get("E"), *ends)
+        values = (truth["exact"], truth["validation"], params.get("E"), *ends)
+        yield _row(teacher, f"E of {truth['name']}", *values)
     for held in read_json(report / "fit.json", "fit")["holdouts"]:
         if (held["metric"], held["form"]) == ("loss_avg", "chinchilla"):
-            values = (held["measured"], held["predicted"], held["low"], held["high"])
+            measured, predicted = held["measured"], held["predicted"]
+            values = (measured, measured, predicted, held["low"], held["high"])
             yield _row(teacher, "average loss of d7", *values)
 
 
 def _row(teacher: int, interval: str, *values: Any) -> Row:
-    truth, estimate, low, high = (math.nan if v is None else round(v, 5) for v in values)
-    return Row(teacher, interval, truth, estimate, low, high)
+    return Row(teacher, interval, *(math.nan if v is None else round(v, 5) for v in values))
 
 
 def known() -> list[Row]:
@@ -82,19 +86,27 @@ def add(rows: list[Row]) -> None:
 
 def markdown(rows: list[Row]) -> str:
     """How many intervals hold the truth, their median width and the median error."""
-    lines = [
-        "| interval of | studies | without a law | holds the truth | too low | too high "
-        "| median error | median width |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = (
+        "interval of",
+        "studies",
+        "without a law",
+        "holds it",
+        "too low",
+        "too high",
+        "holds the exact E",
+        "median error",
+        "median width",
+    )
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for name in dict.fromkeys(row.interval for row in rows):
         every = [row for row in rows if row.interval == name]
         some = [row for row in every if not math.isnan(row.estimate)]
-        low = sum(row.high < row.truth for row in some)
-        high = sum(row.low > row.truth for row in some)
-        error = np.median([row.estimate / row.truth - 1 for row in some]) if some else math.nan
+        low = sum(row.high < row.sampled for row in some)
+        high = sum(row.low > row.sampled for row in some)
+        exact = sum(row.low <= row.truth <= row.high for row in some)
+        counts = [len(every), len(every) - len(some), len(some) - low - high, low, high, exact]
+        error = np.median([row.estimate / row.sampled - 1 for row in some]) if some else math.nan
         width = np.median([(row.high - row.low) / row.truth for row in some]) if some else math.nan
-        counts = [len(every), len(every) - len(some), len(some) - low - high, low, high]
         cells = [name, *map(str, counts), f"{100 * error:+.2f} %", f"{100 * width:.1f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

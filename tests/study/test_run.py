@@ -43,9 +43,10 @@ WIDE = [
     "tokenizer.train.steps=8",
     "study.quality_samples=10",
 ]
+TOGETHER = "study.parallel=2"
 
 
-def start(runs: Path, fault: str = "") -> subprocess.Popen[str]:
+def start(runs: Path, fault: str = "", *changes: str) -> subprocess.Popen[str]:
     """Start the command in its own process group."""
     command = [
         sys.executable,
@@ -56,6 +57,7 @@ def start(runs: Path, fault: str = "") -> subprocess.Popen[str]:
         *MINI,
         *FEW,
         *WIDE,
+        *changes,
         "--runs",
         str(runs),
     ]
@@ -84,16 +86,17 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.xdist_group("study")
 def test_stopped_continued_and_done(tmp_path: Path) -> None:
-    """A study of wide images is stopped by Ctrl-C while the last of four runs trains; the same
-    command then completes it. The runs before it are trained in this process, which takes less time
-    than their launches."""
-    study = mini(tmp_path, *FEW, *WIDE)
+    """A study of wide images is stopped by Ctrl-C while the last two of four runs train at the same
+    time; both save, and the same command then completes it. The runs before them are trained in
+    this process, which takes less time than their launches."""
+    study = mini(tmp_path, *FEW, *WIDE, TOGETHER)
     folder = study.folder
     prepare_data(study)
-    for config, run in study.runs()[:3]:
+    for config, run in study.runs()[:2]:
         assert run_here(config, run.path)[0] == 0
-    stop_with_ctrl_c(tmp_path, folder)
-    text, _ = (process := start(tmp_path)).communicate(timeout=240)
+    stop_with_ctrl_c(tmp_path, folder, TOGETHER)
+    assert [run.status()["state"] for _, run in study.runs()[2:]] == ["preempted"] * 2
+    text, _ = (process := start(tmp_path, "", TOGETHER)).communicate(timeout=240)
     assert process.returncode == 0, text[-3000:]
     check_report(folder)
     before = times(folder)
@@ -171,10 +174,10 @@ def test_killed_continued_and_done(tmp_path: Path) -> None:
     check_nothing_is_done_twice(folder)
 
 
-def stop_with_ctrl_c(runs: Path, folder: Path) -> None:
+def stop_with_ctrl_c(runs: Path, folder: Path, *changes: str) -> None:
     """Send SIGINT to the command alone while the largest run trains, which a pause in its steps
     makes sure of."""
-    process = start(runs, "0:8:sleep=2")
+    process = start(runs, "0:8:sleep=2", *changes)
     wait_for(folder / "d04-s0" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
