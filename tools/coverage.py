@@ -78,6 +78,8 @@ LADDERS = (
 DESIGNS = (
     Design(3, 3, Noise(2e-3)),
     Design(4, 3, Noise(2e-3)),
+    Design(3, 3, Noise(2e-3, common=5e-3)),
+    Design(4, 3, Noise(2e-3, common=5e-3)),
     Design(5, 5, Noise(5e-3)),
     Design(12, 10, Noise(3e-3)),
     Design(6, 5, Noise(3e-3), triangle=True),
@@ -114,7 +116,7 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
             converged += 1
             trend = noise_trend(fitted)
             grows += trend.grows
-            steady += trend.decided and not trend.grows
+            steady += not (trend.grows or trend.undecided)
             held["E"] += _inside(fitted.intervals["E"], FLOOR)
             held["alpha"] += _inside(fitted.intervals["alpha"], ladder.alpha)
             at = fitted.at(float(ahead[0]))

@@ -9,6 +9,7 @@ could not have shown it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from var_scale.laws.adequacy import POWER, SIGNIFICANT
 from var_scale.laws.design import information_rows
 from var_scale.laws.forms import SURFACES, Array
 from var_scale.laws.law import LawFit
-from var_scale.laws.surface_draws import surface_jacobian
+from var_scale.laws.surface_draws import drawn_errors, surface_jacobian
 from var_scale.laws.surface_objective import Objective, Problem
 
 DRAWS = 2000
@@ -42,31 +43,42 @@ class NoiseTrend(NamedTuple):
         return self.p < SIGNIFICANT
 
     @property
-    def decided(self) -> bool:
-        """Whether the noise grows, or would have been noticed to."""
-        return self.grows or self.power >= POWER
+    def undecided(self) -> bool:
+        """Whether the residuals do not show growing noise, and could not have shown it."""
+        return not self.grows and self.power < POWER
 
 
-def noise_trend(law: LawFit) -> NoiseTrend:
+def noise_trend(law: LawFit, counts: Sequence[int] = ()) -> NoiseTrend:
     """Test the residuals of a law for noise that grows with size (Cook and Weisberg 1983).
 
     The correlation of the squared residuals with ln x, against its distribution for normal noise
-    that does not change, by simulation with the residuals that this law leaves.
+    that does not change, by simulation with the residuals that this law leaves. In a surface with
+    repeated sizes, the runs of a size may share an error, also in the simulation.
 
-    NaN for broken_power, with fewer than six points, and for points on their law within
-    `noise_floor`.
+    NaN for broken_power, and for points on their law within `noise_floor`. With fewer than six
+    points the power is 0.
+
+    Args:
+        counts: runs of which each point is the mean; 1 unless given.
     """
     n = len(law.x)
-    if law.form == "broken_power" or not law.converged or n < LEAST_POINTS:
+    if law.form == "broken_power" or not law.converged:
         return NoiseTrend(math.nan, math.nan, math.nan)
     if law.residual_sd < max(0.5 * law.noise_floor, 1e-10):
         return NoiseTrend(math.nan, math.nan, math.nan)
+    if n < LEAST_POINTS:
+        return NoiseTrend(math.nan, math.nan, 0.0)
     x, y = np.asarray(law.x), np.asarray(law.y)
     fitted = law.predict(*map(np.asarray, law.points))
     u = np.log(x) - np.log(x).mean()
-    root = np.sqrt(law.given_weights())
-    q, _ = np.linalg.qr(root[:, None] * _derivatives(law))
-    drawn = np.random.default_rng(n).standard_normal((DRAWS, n))
+    weights = law.given_weights() * (np.asarray(counts) if len(counts) else 1)
+    root, slopes, rng = np.sqrt(weights), _derivatives(law), np.random.default_rng(n)
+    q, _ = np.linalg.qr(root[:, None] * slopes)
+    drawn = rng.standard_normal((DRAWS, n))
+    sizes, size = np.unique(x, return_inverse=True)
+    if law.form in SURFACES and n >= 2 * len(sizes):
+        _, ratios = drawn_errors(np.log(y / fitted), slopes, size, weights, rng, DRAWS)
+        drawn += root * ratios[:, None] * rng.standard_normal((DRAWS, len(sizes)))[:, size]
     growing = drawn * np.exp(u * math.log(GROWTH) / np.ptp(u))
     missed = np.vstack([root * np.log(y / fitted), drawn, growing])
     squares = (missed - missed @ q @ q.T) ** 2

@@ -30,9 +30,7 @@ COMMON = 2.0
 """Otherwise half of the common errors exceed the noise of a run by this factor (half-Cauchy)."""
 TELLING_SIZES = 5
 """Fewest sizes whose residuals show how large a common error is. The law itself takes three
-parameters from the sizes; one or two more leave its size to the prior above, and the intervals hold
-the truth in 98 to 100 % of studies without such an error, in 87 to 93 % of those where it is 2.5
-times the noise of a run."""
+parameters from the sizes; with fewer than two more, the prior above decides how large it is."""
 GRID = 200
 """Ratios of both standard deviations that are weighed."""
 

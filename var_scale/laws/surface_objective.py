@@ -4,7 +4,7 @@ logs."""
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -119,22 +119,22 @@ class Problem(NamedTuple):
         logs = (u - mu, w - mw, np.log(loss))
         return Problem(form, n, d, unique, *logs, mu, mw, weights, minimise)
 
-    def objective(self, theta: Array, rows: Any = slice(None)) -> tuple[float, Array]:
+    def objective(self, theta: Array) -> tuple[float, Array]:
         """Value and gradient at theta = (ln A, ln B, ln E, alpha, beta[, ln r_star]), without beta
         for the form tied."""
-        data = (self.u[rows], self.w[rows], self.v[rows], self.weights[rows], self.minimise)
+        data = (self.u, self.w, self.v, self.weights, self.minimise)
         if self.form == "tied":
             value, gradient, _ = _parts(np.append(theta, theta[3]), *data)
             return value, np.append(gradient[:3], gradient[3] + gradient[4])
         if self.form == "chinchilla":
             return _parts(theta, *data)[:2]
-        logs, slope = log_data(self.d[rows], self.unique[rows], math.exp(theta[5]))
+        logs, slope = log_data(self.d, self.unique, math.exp(theta[5]))
         data = (data[0], logs - self.mw, *data[2:])
         value, gradient, by_data = _parts(theta[:5], *data)
         return value, np.append(gradient, by_data @ slope)
 
-    def descend(self, start: Array, rows: Any = slice(None)) -> tuple[float, Array]:
-        """L-BFGS-B from one start, over these rows: the objective and theta at the end.
+    def descend(self, start: Array) -> tuple[float, Array]:
+        """L-BFGS-B from one start: the objective and theta at the end.
 
         Restarted until it stops gaining: the Huber loss has kinks in its second derivative, at
         which the memory of L-BFGS misleads it and ends the descent early.
@@ -147,8 +147,7 @@ class Problem(NamedTuple):
             found = minimize(
                 self.objective,
                 theta,
-                (rows,),
-                "L-BFGS-B",
+                method="L-BFGS-B",
                 jac=True,
                 bounds=bounds,
                 options={"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-9, "maxls": 60},

@@ -16,9 +16,11 @@ from var_scale.laws.forms import Array
 from var_scale.laws.surface_objective import BOUNDS, Problem, log_data
 
 ITERATIONS = 1000
-"""Most iterations. With most misses beyond Huber's threshold the weights converge slowly."""
+"""Most iterations. With most misses beyond Huber's threshold the weights converge slowly. Tables
+that are not finished then descend one by one."""
 SETTLED = 1e-11
 """A table is finished once an iteration gains less than this share of its objective."""
+LEAST_DAMPING = 1e-9
 STALLED = 1e8
 """Damping at which a table is given up: no shorter step gains anything."""
 
@@ -51,11 +53,14 @@ def refit(problem: Problem, theta: Array, v: Array, weights: Array) -> Array:
         after = _objective(problem, _misses(problem, place, targets)[0], w)
         better = after < before
         found[open_[better]] = place[better]
-        damping[open_] *= np.where(better, 0.2, 5.0)
-        done = np.where(better, before - after <= SETTLED * before, damping[open_] > STALLED)
-        open_ = open_[~done]
+        # A short step gains little, so a table has only settled with a small damping.
+        settled = better & (before - after <= SETTLED * before) & (damping[open_] < 1e-2)
+        damping[open_] = np.maximum(damping[open_] * np.where(better, 0.2, 5.0), LEAST_DAMPING)
+        open_ = open_[~settled & (damping[open_] < STALLED)]
         if not len(open_):
             break
+    for k in open_:
+        found[k] = problem._replace(v=v[k], weights=weights[k]).descend(found[k])[1]
     return found
 
 

@@ -28,6 +28,8 @@ MAX_FINAL_LR = 0.1
 """Largest last learning rate / peak: the loss of a run that is not annealed is not comparable."""
 WORSE_TOLERANCE = 0.01
 """Relative excess over a smaller model's loss that is still accepted."""
+LENGTH_TOLERANCE = 0.01
+"""Relative difference of two numbers of images that are still one length."""
 CODES: dict[Code, str] = {
     "by_hand": "excluded explicitly (study.exclude)",
     "incomplete": "the run has not reached its last step",
@@ -43,7 +45,7 @@ CODES: dict[Code, str] = {
     "other_length": "all sizes have runs of another length; this run is in the frontier and in "
     "surfaces, but not in the laws of N, which compare sizes after equal data",
     "beaten_variant": "another point of the study's grid is better at this size and seed; this run "
-    "is in the frontier, but not in the laws of N",
+    "is in the frontier and in surfaces, but not in the laws of N",
 }
 NEEDED = ("missing_evaluation", "non_finite")
 """Codes that `keep` cannot overrule, because there is no value to fit."""
@@ -173,9 +175,9 @@ def best_of_variants(
     """The runs of a law of N: one point of a study's grid for each size and seed.
 
     A law of N compares sizes after equal data, so where the runs have several lengths, the longest
-    one that every size has is taken. Of the other points of a grid, and of lengths that no two
-    sizes have to share, the one with the smallest average loss is taken. A frontier and a surface
-    take all runs.
+    one that every size has is taken. Of the points of a grid that remain, the one with the smallest
+    average loss is taken. If no length is common to all sizes, each size and seed has its best run.
+    A frontier and a surface take all runs.
 
     Returns:
         The chosen runs, and the others with the reason.
@@ -183,22 +185,34 @@ def best_of_variants(
     lengths: dict[int, set[int]] = {}
     for run in kept:
         lengths.setdefault(run.params_paper, set()).add(run.images)
-    shared = set.intersection(*lengths.values()) if lengths else set()
+    shared = [
+        length
+        for length in set().union(*lengths.values())
+        if all(any(_same_length(length, other) for other in known) for known in lengths.values())
+    ]
     length = max(shared, default=None)
     best: dict[tuple[int, int], RunRecord] = {}
     for run in kept:
         key = (run.params_paper, run.seed)
-        if length in (None, run.images) and (key not in best or run.loss_avg < best[key].loss_avg):
+        if (length is None or _same_length(run.images, length)) and (
+            key not in best or run.loss_avg < best[key].loss_avg
+        ):
             best[key] = run
     chosen, left_out = [], []
     for run in kept:
         winner = best.get((run.params_paper, run.seed))
         if run is winner:
             chosen.append(run)
-        elif winner is None or (run.images != winner.images and length is not None):
+        elif winner is None or not (length is None or _same_length(run.images, length)):
             text = f"{run.images:,} images; every size has a run of {length:,} images"
             left_out.append(Exclusion(run, "other_length", text))
         else:
             text = f"loss_avg {run.loss_avg:.4f}, {winner.name} has {winner.loss_avg:.4f}"
             left_out.append(Exclusion(run, "beaten_variant", text))
     return tuple(chosen), tuple(left_out)
+
+
+def _same_length(one: int, other: int) -> bool:
+    """Whether two numbers of images count as one length. They are whole batches, so runs of one
+    length with other batch sizes differ by a part of a batch."""
+    return abs(one - other) <= LENGTH_TOLERANCE * max(one, other)

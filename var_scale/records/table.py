@@ -14,7 +14,7 @@ from var_scale.laws.forms import SURFACES, Form
 from var_scale.laws.forms import VARIABLES as LAW_VARIABLES
 from var_scale.laws.hold_out import Along, HeldOut, hold_out_rows
 from var_scale.laws.law import LawFit
-from var_scale.laws.noise import GROWTH, LEAST_POINTS, noise_trend
+from var_scale.laws.noise import GROWTH, noise_trend
 from var_scale.laws.surface_draws import sizes_tell
 from var_scale.laws.surface_objective import DELTA, ObjectiveName
 from var_scale.progress import say
@@ -204,7 +204,9 @@ def law_lines(law: LawFit) -> list[str]:
             + ("" if law.form == "tied" else "training, N ~ C^split")
         )
         if audit.get("scheme") == "sizes":
-            unknown = "" if sizes_tell(law.x) else ": too few sizes show how large it is"
+            unknown = (
+                "" if sizes_tell(law.x) else "; fewer than five sizes cannot show how large it is"
+            )
             lines.append(
                 "  the intervals allow for an error that the runs of a size share, as far as the "
                 f"residuals do{unknown}"
@@ -222,19 +224,17 @@ def law_lines(law: LawFit) -> list[str]:
 def _noise_lines(law: LawFit) -> list[str]:
     """A warning if the noise grows with size, or if the points could not show it."""
     trend, size = noise_trend(law), law.variable.partition(",")[0]
-    beyond = "the interval of a run beyond the largest size is too narrow"
+    beyond = f"the interval of a run beyond the largest {size} is too narrow"
     if trend.grows:
         return [
-            f"  the noise grows with {size} (p = {trend.p:.2g}): {beyond}; repeat large sizes with "
-            "other seeds"
+            f"  the noise grows with {size} (p = {trend.p:.2g}): {beyond}; repeat the runs at the "
+            f"largest {size} with other seeds"
         ]
-    tested = not math.isnan(trend.p)
-    if trend.decided or not (tested or len(law.x) < LEAST_POINTS):
+    if not trend.undecided:
         return []
-    power = f" (power {100 * trend.power:.0f} % for a factor of {GROWTH:g})" if tested else ""
     return [
-        f"  {len(law.x)} points cannot show whether the noise grows with {size}{power}; if it "
-        f"does, {beyond}"
+        f"  {len(law.x)} points cannot show whether the noise grows with {size} (power "
+        f"{100 * trend.power:.0f} % for a factor of {GROWTH:g}); if it does, {beyond}"
     ]
 
 

@@ -244,7 +244,7 @@ def compute_optimal(result: StudyResult) -> dict[str, str] | None:
 
 def passes(result: StudyResult) -> list[str]:
     """The smallest and the largest number of passes over the training set, once if equal."""
-    known = sorted({round(run.epochs, 3) for run in result.gate.kept if math.isfinite(run.epochs)})
+    known = sorted({round(run.epochs, 3) for run in result.healthy if math.isfinite(run.epochs)})
     return [f"{value:.3g}" for value in sorted({known[0], known[-1]})] if known else []
 
 

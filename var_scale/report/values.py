@@ -17,6 +17,7 @@ from var_scale.records.analyse import StudyResult
 from var_scale.records.gate import CODES, DESIGNED, MAX_FINAL_LR
 from var_scale.records.holdout import HoldOut
 from var_scale.records.record import METRICS, RunRecord
+from var_scale.records.sizes import size_means
 
 YES, NO, OPEN = "yes", "**no**", "not known"
 WEAK = 2.0
@@ -115,7 +116,7 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
         "failed_fits": [f"{f.metric} {f.form}" for f in result.fits.values() if not f.converged],
         "samples": " or ".join(f"{count:,}" for count in counts) or "no",
         "images": short(next(iter(budgets), 0)) if len(budgets) <= 1 else "",
-        "noise": noise_trend(fit),
+        "noise": noise_trend(fit, size_means(kept, "loss_avg").counts),
         "first_scale": first_scale(result),
         "runs": run_rows(result),
         "excluded": [[item.record.name, f"`{item.code}`", item.text] for item in excluded],
@@ -272,8 +273,12 @@ def evaluation_error(result: StudyResult) -> float:
     Both runs saw the same images, so it is that of the differences between parts of the images.
     """
     held = result.holdout("loss_avg").held
-    last = [run for run in result.gate.kept if run.name in held and run.blocks]
-    rest = [run for run in result.gate.kept if run.name not in held]
+    last = [run for run in result.healthy if run.name in held and run.blocks]
+    rest = [
+        run
+        for run in result.healthy
+        if last and run.images == last[-1].images and run.params_paper < last[-1].params_paper
+    ]
     if not last or not rest:
         return math.nan
     large, small = np.array(last[-1].blocks), np.array(rest[-1].blocks)

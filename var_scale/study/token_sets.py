@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 FLOOR_NAME = "floor.json"
 COUNTS = {"train_samples", "val_samples"}
 OF_FILES = {*COUNTS, "floor_precision"}
-"""Settings that do not define the distribution of the samples."""
+"""Settings that do not change the samples. The floor is computed again only for another precision
+or other samples, not for another number of them."""
 
 
 def make_tokens(study: Study) -> None:
@@ -45,7 +46,10 @@ def make_tokens(study: Study) -> None:
     exact = known["exact"] if known.get("key") == key else None
     teacher = _teacher(config)
     if exact is None:
-        say("computing the lowest possible loss of the data, which takes about half a minute")
+        say(
+            "computing the lowest possible loss of the data to "
+            f"{100 * embedded.floor_precision:g} %, which takes up to a minute"
+        )
     tokens = teacher_set(teacher, exact or floor(teacher, embedded.floor_precision))
     write_json(path, {"key": key, "exact": tokens.bayes})
     for split, count in (("train", embedded.train_samples), ("val", embedded.val_samples)):
