@@ -30,7 +30,7 @@ class Columns(NamedTuple):
 def study_columns(study: Path, x: list[str], y: str) -> Columns:
     """Columns of the runs that pass the gate, one row per run.
 
-    With one variable only the best points of a grid, as in the laws of the report; a surface takes
+    With one variable the runs that the laws of the report take (`best_of_variants`); a surface takes
     all of them.
 
     Args:
