@@ -30,8 +30,8 @@ class Columns(NamedTuple):
 def study_columns(study: Path, x: list[str], y: str) -> Columns:
     """Columns of the runs that pass the gate, one row per run.
 
-    With one variable the runs that the laws of the report take (`best_of_variants`); a surface takes
-    all of them.
+    With one variable the runs that the laws of the report take (`best_of_variants`); a surface
+    takes all of them.
 
     Args:
         study: a study folder with a report, or a table of records.
