@@ -3,6 +3,7 @@ running it, and reports everything that it leaves out."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 from tests.data.data_samples import hashes, image
 from tests.raises import raises
 from var_scale.cli import main
+from var_scale.data import convert
 from var_scale.data.convert import BROKEN_NAME, shard_images
 from var_scale.data.image_files import EXTENSIONS
 from var_scale.data.image_loader import ImageData
@@ -311,8 +314,17 @@ def test_all_of_imagenet_has_a_name() -> None:
 
 
 def command_in_a_session(arguments: list[str], output: int) -> None:
-    """In a forked process: run a command as the leader of a session, with its output in a pipe."""
+    """In a forked process: run a command as the leader of a session, with its output in a pipe.
+    Shards are written slowly, so that the command still runs when its signal arrives."""
     os.setsid()
+    shard = convert._shard
+
+    @functools.wraps(shard)
+    def slowly(job: Any) -> dict[str, Any]:
+        time.sleep(0.03)
+        return shard(job)
+
+    convert._shard = slowly
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout = sys.stderr = os.fdopen(output, "w")
@@ -341,7 +353,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         with os.fdopen(read) as stream:
             output = stream.read()  # until no process holds the other end
         process.join(30)
-        assert process.exitcode == (130 if number == signal.SIGINT else -number)
+        assert process.exitcode == (130 if number == signal.SIGINT else -number), output
         assert "Traceback" not in output and not (out / "manifest.json").exists()
     shard_images(root, out, samples_per_shard=4)
     assert hashes(out) == hashes(tmp_path / "whole")
