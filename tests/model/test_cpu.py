@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from var_scale.model import cpu as module
-from var_scale.model.cpu import Linear, linear, onednn, softmax_backward, softmax_backward_public
+from var_scale.model.cpu import (
+    Linear,
+    NormalisedHeads,
+    linear,
+    onednn,
+    softmax_backward,
+    softmax_backward_public,
+    writes_out,
+)
 from var_scale.model.networks import Upsample
 
 
@@ -59,6 +71,51 @@ def test_linear_where_it_must_be_the_plain_one() -> None:
         assert torch.equal(
             layer.double()(x.double()), F.linear(x.double(), layer.weight, layer.bias)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normalised_heads(dtype: torch.dtype) -> None:
+    """The same bits as F.normalize and a product, and its gradients, also of a zero vector, at
+    most twice as far from float64 as those of autograd."""
+    qkv = torch.randn(2, 7, 3, 5, 8, dtype=torch.float64)
+    qkv[0, 0, 0, 0], qkv[1, 2, 1, 3] = 0, 0
+    factor = torch.rand(5, dtype=torch.float64) + 1
+    grads = [torch.randn(2, 5, 7, 8, dtype=torch.float64) for _ in range(3)]
+
+    def plain(qkv: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = F.normalize(q, dim=-1) * factor.view(-1, 1, 1), F.normalize(k, dim=-1)
+        return q, k, v
+
+    def run(form: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> tuple[Any, Any]:
+        leaves = [t.to(dtype).requires_grad_() for t in (qkv, factor)]
+        heads = form(*leaves)
+        return heads, torch.autograd.grad(heads, leaves, [g.to(dtype) for g in grads])
+
+    (heads, ours), (expected, auto), (_, exact) = (
+        run(NormalisedHeads.apply, dtype),
+        run(plain, dtype),
+        run(plain, torch.float64),
+    )
+    for a, b in zip(heads, expected, strict=True):
+        assert torch.equal(a, b)
+    for a, b, c in zip(ours, auto, exact, strict=True):
+        # The gradient of a zero vector is 1e12 times that of the heads: compare it by itself.
+        zero = c.abs() > 1e6
+        for part in (zero, ~zero):
+            a1, b1, c1 = (t.double()[part] for t in (a, b, c))
+            room = {torch.float64: 1e-14, torch.float32: 1e-6}[dtype] * float(c1.norm())
+            assert float((a1 - c1).norm()) <= max(2 * float((b1 - c1).norm()), room)
+
+
+def test_where_the_backward_pass_is_written_out() -> None:
+    """Not without gradients, not in half precision and not under autocast."""
+    x = torch.zeros(1)
+    assert writes_out(x) and writes_out(x.double()) and not writes_out(x.bfloat16())
+    with torch.no_grad():
+        assert not writes_out(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not writes_out(x)
 
 
 @pytest.mark.parametrize(

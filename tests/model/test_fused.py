@@ -30,6 +30,7 @@ from var_scale.model.attention import (
 from var_scale.model.attention.biased import Flash, sdpa
 from var_scale.model.attention.blocks import blocks
 from var_scale.model.attention.choose import AUTOMATIC
+from var_scale.model.attention.dense import DenseAttention
 from var_scale.scales import PatchNum, length
 from var_scale.train.step import TrainStep
 
@@ -158,14 +159,25 @@ def test_triton_attention_and_norms_in_the_interpreter(
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("blocks", torch.float64),
+        ("blocks", torch.float32),
+        ("blocks", torch.bfloat16),
+        ("dense", torch.float64),
+        ("dense", torch.float32),
+    ],
+)
 @pytest.mark.parametrize(
     ("patch_nums", "scale"),
     [((1, 2, 3), 0.3), ((1,), 1.0), ((1, 3, 5, 9), 1.0), ((1, (2, 3)), 1.0)],
 )
-def test_blocks(patch_nums: tuple[PatchNum, ...], scale: float, dtype: torch.dtype) -> None:
-    """Attention scale by scale against attention with a mask: output and gradients. In bfloat16 it
-    is at most twice as far from float64."""
+def test_written_out_attention(
+    patch_nums: tuple[PatchNum, ...], scale: float, form: str, dtype: torch.dtype
+) -> None:
+    """The attention of CPUs against attention with a mask: output and gradients. It is at most
+    twice as far from float64 as the plain form of the same precision."""
     L = length(patch_nums)
     inputs, g = (
         [torch.randn(2, 3, L, 16, dtype=torch.float64) for _ in range(3)],
@@ -182,8 +194,15 @@ def test_blocks(patch_nums: tuple[PatchNum, ...], scale: float, dtype: torch.dty
     plain = run(
         lambda q, k, v: (q @ k.transpose(2, 3) * scale + bias.to(dtype)).softmax(-1) @ v, dtype
     )
-    ours = run(lambda q, k, v: blocks(q, k, v, patch_nums, scale), dtype)
-    again = run(lambda q, k, v: blocks(q, k, v, patch_nums, scale), dtype)
+
+    def written_out(q, k, v):
+        if form == "blocks":
+            return blocks(q, k, v, patch_nums, scale)
+        return DenseAttention.apply(*(t.flatten(0, 1) for t in (q, k, v)), bias[0], scale).view_as(
+            q
+        )
+
+    ours, again = run(written_out, dtype), run(written_out, dtype)
     for a, b, c, d in zip(ours, plain, exact, again, strict=True):
         room = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
         assert torch.equal(a, d) and float((a - c).norm()) <= max(
@@ -191,9 +210,10 @@ def test_blocks(patch_nums: tuple[PatchNum, ...], scale: float, dtype: torch.dty
         )
 
 
-def test_blocks_in_the_model() -> None:
-    """attention=blocks on a CPU: the same losses, gradients and samples as sdpa."""
-    plain, other = tiny(attention="sdpa"), tiny(attention="blocks")
+@pytest.mark.parametrize("form", ["blocks", "dense"])
+def test_attention_of_cpus_in_the_model(form: str) -> None:
+    """The same losses, gradients and samples as with sdpa."""
+    plain, other = tiny(attention="sdpa"), tiny(attention=form)
     other.load_state_dict(plain.state_dict())
     for a, b in zip(losses(plain.train()), losses(other.train()), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
@@ -207,7 +227,7 @@ def test_choices_and_wrong_ones() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     backend, reason = choose_backend("auto", cpu)
     assert "sdpa" in backend and "NVIDIA GPU" in reason
-    for name, device in (("triton", cpu), ("blocks", cuda)):
+    for name, device in (("triton", cpu), ("blocks", cuda), ("dense", cuda)):
         with raises("model.attention", f"attention={name}"):
             choose_backend(name, device)
     for name in ("triton", "flex"):
@@ -216,9 +236,8 @@ def test_choices_and_wrong_ones() -> None:
     assert Flash().trains_on(cpu)
     require_trainable("auto", cpu)
     choices = tiny().choices()
-    assert choices["attention"].startswith("blocks in half precision, else sdpa (") and choices[
-        "kernels"
-    ].startswith("off (asked: auto")
+    assert choices["attention"].startswith("blocks in half precision from 128 tokens on, dense in")
+    assert choices["kernels"].startswith("off (asked: auto")
     with raises("model.kernels", "'yes'"):
         tiny(kernels="yes")
     with raises("model.kernels", "target_BL", "kernels='on'"):
@@ -241,13 +260,15 @@ def test_what_flash_supports() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_auto_chooses_on_a_cpu(dtype: torch.dtype) -> None:
-    """In half precision one product per scale, for long schedules and for sampling; else sdpa."""
+    """In half precision one product per scale, for long schedules and for sampling; in float32 an
+    explicit softmax to train on short schedules; else sdpa."""
     half = dtype == torch.bfloat16
-    for patch_nums, cache, expected in (
-        ((1, 2, 3), None, "sdpa"),
-        ((1, 2, 3, 11), None, "blocks" if half else "sdpa"),
-        (None, KVCache(), "blocks" if half else "sdpa"),
-        (None, None, "sdpa"),
+    short = "sdpa" if half else "dense"
+    for patch_nums, cache, expected, training in (
+        ((1, 2, 3), None, "sdpa", short),
+        ((1, 2, 3, 11), None, *(2 * ["blocks" if half else "sdpa"])),
+        (None, KVCache(), "blocks" if half else "sdpa", "sdpa"),
+        (None, None, "sdpa", short),
     ):
         L = length(patch_nums) if patch_nums else 9
         mask = None if patch_nums is None else ScaleMask(patch_nums, torch.zeros(()), dtype)
@@ -255,10 +276,7 @@ def test_what_auto_chooses_on_a_cpu(dtype: torch.dtype) -> None:
         with torch.no_grad():
             found = next(backend for backend in AUTOMATIC if backend.preferable(call))
         assert found.name == expected
-        # With gradients.
-        assert next(b for b in AUTOMATIC if b.preferable(call)).name == (
-            expected if patch_nums else "sdpa"
-        )
+        assert next(b for b in AUTOMATIC if b.preferable(call)).name == training
 
 
 def test_bench_of_a_step(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 | flash | no | yes | flash-attn: no block-causal mask, so only the attention of sampling |
 | xformers | yes | yes | memory_efficient_attention with a mask tensor |
 | blocks | yes | yes | one product per scale over the keys that it sees; CPUs only |
+| dense | yes | yes | an explicit softmax, for short sequences; CPUs only |
 | sdpa | yes | yes | torch's scaled_dot_product_attention; the definition of the others |
 """
 

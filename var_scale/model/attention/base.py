@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_scale.model.attention.mask import ScaleMask
+from var_scale.model.cpu import NormalisedHeads, writes_out
 
 
 class KVCache:
@@ -54,6 +55,9 @@ class Call:
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, L, D), and k and v (B, H, L', D) with those of the cache; q and k normalised."""
+        if self.log_scale_H is not None and self.cache is None and writes_out(self.qkv_BL3HD):
+            factor_H = self.log_scale_H.clamp_max(MAX_LOG_SCALE).exp()
+            return NormalisedHeads.apply(self.qkv_BL3HD, factor_H)
         q_BHLD, k_BHLD, v_BHLD = self.qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale_H is not None:
             # Unlike the `normalised` of the kernels' reference, this follows autocast, which keeps

@@ -11,23 +11,25 @@ from var_scale.errors import UserError
 from var_scale.model.attention.base import Backend, Call, KVCache
 from var_scale.model.attention.biased import Attention, Biased, Flash, sdpa, xformers
 from var_scale.model.attention.blocks import SHORTEST, Blocks
+from var_scale.model.attention.dense import LONGEST, Dense
 from var_scale.model.attention.flex import Flex
 from var_scale.model.attention.mask import ScaleMask
 from var_scale.model.attention.triton import Triton
 
-TRITON, BLOCKS, SDPA = Triton(), Blocks(), Biased("sdpa", sdpa)
+TRITON, BLOCKS, DENSE, SDPA = Triton(), Blocks(), Dense(), Biased("sdpa", sdpa)
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         TRITON,
         Flex(),
         BLOCKS,
+        DENSE,
         SDPA,
         Flash(),
         Biased("xformers", xformers, "xformers"),
     )
 }
-AUTOMATIC: tuple[Backend, ...] = (TRITON, BLOCKS, SDPA)
+AUTOMATIC: tuple[Backend, ...] = (TRITON, BLOCKS, DENSE, SDPA)
 """what `auto` chooses from: the first that is preferable for a call"""
 
 
@@ -79,8 +81,9 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         return "triton", "the fused kernels run on this GPU"
     if not BLOCKS.runs_on(device):
         return (
-            "blocks in half precision, else sdpa",
-            f"and sdpa below {SHORTEST} tokens; {obstacle}",
+            f"blocks in half precision from {SHORTEST} tokens on, dense in float32 to {LONGEST}, "
+            "else sdpa",
+            obstacle,
         )
     return "sdpa", obstacle
 
