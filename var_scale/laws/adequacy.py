@@ -11,6 +11,7 @@ import numpy as np
 from var_scale.laws.design import information_rows
 from var_scale.laws.forms import LEVEL, t_factor
 from var_scale.laws.law import LawFit
+from var_scale.laws.nested import floor_test
 
 SIGNIFICANT = 0.05
 POWER = 0.8
@@ -27,7 +28,8 @@ class Adequacy:
     """Coefficient of (ln x)^2 beside a power law; positive if the points bend upwards, as a floor
     makes them."""
     p_bend: float
-    """Its two-sided p-value."""
+    """The p-value of this bend: upwards, that of `nested.floor_test`, which asks only for a floor;
+    downwards, or where no law with a floor converged, the two-sided one of the coefficient."""
     power: float
     """Probability with which this test would notice a floor of half the smallest value."""
     p_noise: float
@@ -45,15 +47,24 @@ class Adequacy:
         return self.p_bend < SIGNIFICANT or self.power >= POWER
 
 
-def adequacy(law: LawFit, counts: Sequence[int], noise: float, freedom: int) -> Adequacy:
+def adequacy(
+    law: LawFit,
+    counts: Sequence[int],
+    noise: float,
+    freedom: int,
+    with_floor: LawFit | None = None,
+) -> Adequacy:
     """Test the form of a converged `power` or `power_floor`.
 
     Args:
         counts: repeats of each point, of which `law.y` is the mean, (n,).
         noise: pooled standard deviation of ln y between repeats.
         freedom: its degrees of freedom; 0 without repeats.
+        with_floor: the form `power_floor` of the same points, for a `power`.
     """
     bend, p_bend = law.curvature()
+    if bend > 0 and with_floor and with_floor.converged:
+        p_bend = floor_test(law, with_floor)
     power = _power(law) if math.isfinite(p_bend) else math.nan
     return Adequacy(bend, p_bend, power, _lack_of_fit(law, counts, noise, freedom))
 
@@ -78,8 +89,9 @@ def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int)
 
 
 def _power(law: LawFit) -> float:
-    """Power of `LawFit.curvature` against a floor of SHARE of the smallest value, with the noise of
-    this fit (non-central t)."""
+    """Power of the test for a bend against a floor of SHARE of the smallest value, with the noise of
+    this fit (non-central t). The test for a floor is nearly that of the coefficient. With E = 0 it
+    is one-sided."""
     from scipy.special import nctdtr
 
     x, floor = np.asarray(law.x), law.params["E"]
@@ -93,4 +105,5 @@ def _power(law: LawFit) -> float:
     basis = np.stack([np.ones(n), u - u.mean(), (u - u.mean()) ** 2], axis=1) * root[:, None]
     q, _ = np.linalg.qr(basis)
     shift = abs(float((q.T @ (curved * root))[2])) / law.sd
-    return float(1 - nctdtr(n - 3, shift, t_factor(LEVEL, n - 3)))
+    level = LEVEL if floor > 0 else 2 * LEVEL - 1
+    return float(1 - nctdtr(n - 3, shift, t_factor(level, n - 3)))

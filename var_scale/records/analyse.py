@@ -190,11 +190,14 @@ def fit_study(
         }
         noise = noise_floor(kept, metric)
         for form in FORMS:
-            fits[metric, form] = law = fit_law(
+            fits[metric, form] = fit_law(
                 form, ns, values, excluded=left_out, noise_floor=noise, **common
             )
-            if law.converged:
-                tests[metric, form] = adequacy(law, points.counts, points.noise, points.freedom)
+        repeats = (points.counts, points.noise, points.freedom)
+        for form in FORMS:
+            if (law := fits[metric, form]).converged:
+                rival = fits[metric, "power_floor"] if form == "power" else None
+                tests[metric, form] = adequacy(law, *repeats, rival)
         broken[metric] = fit_law("broken_power", ns, values, **common)
         strips[metric] = floor_strip(ns, values) if values else []
     holdouts: dict[tuple[str, str], HoldOut] = {

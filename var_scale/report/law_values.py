@@ -82,7 +82,7 @@ def floor_row(fit: LawFit) -> list[object]:
 
 def bends(result: StudyResult) -> dict[str, Any] | None:
     """Whether the points bend away from the power law: local exponents, the largest residual of
-    each metric, and the p-values of a quadratic term."""
+    each metric, and the p-values of a bend."""
     fits = [fit for metric in METRICS if (fit := result.fits[metric, "power"]).converged]
     if not fits:
         return None
@@ -90,7 +90,7 @@ def bends(result: StudyResult) -> dict[str, Any] | None:
         fit.metric: max(zip(fit.residuals, fit.rows, strict=True), key=lambda item: abs(item[0]))
         for fit in fits
     }
-    tests = {fit.metric: fit.curvature()[1] for fit in fits}
+    tests = {fit.metric: result.adequacy[fit.metric, "power"].p_bend for fit in fits}
     return {
         "local": [
             f"{fit.metric} {', '.join(f'{a:.4f}' for a in fit.local_exponents())}" for fit in fits
