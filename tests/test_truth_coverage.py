@@ -43,6 +43,10 @@ def test_reports_become_rows_and_rows_become_a_table(
     assert rows[0] == Row(1, "E of scale 1", 1.8, 1.72, 1.76, 1.9, 1.95)
     assert math.isnan(rows[1].estimate) and math.isnan(rows[1].low)
     table = markdown(rows).splitlines()
+    # Without a surface of the smaller sizes, the largest has no prediction.
+    (tmp_path / "fit.json").write_text(json.dumps({"holdouts": holdouts[1:]}))
+    last = list(results(3, tmp_path))[-1]
+    assert last.interval == "average loss of d7" and math.isnan(last.estimate)
     assert table[2] == "| E of scale 1 | 2 | 0 | 1 | 0 | 1 | 0 | +2.33 % | 2.8 % |"
     assert table[3].startswith("| E of average | 2 | 2 | 0 | 0 | 0 | 0 |")
-    assert table[4] == "| average loss of d7 | 2 | 0 | 2 | 0 | 0 | 2 | +1.00 % | 4.0 % |"
+    assert table[4] == "| average loss of d7 | 2 | 0 | 2 | 0 | 0 | n/a | +1.00 % | 4.0 % |"

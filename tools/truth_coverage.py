@@ -104,7 +104,9 @@ def markdown(rows: list[Row]) -> str:
         low = sum(row.high < row.sampled for row in some)
         high = sum(row.low > row.sampled for row in some)
         exact = sum(row.low <= row.truth <= row.high for row in some)
-        counts = [len(every), len(every) - len(some), len(some) - low - high, low, high, exact]
+        # The loss of d7 has no exact value.
+        of_exact = exact if name.startswith("E of") else "n/a"
+        counts = [len(every), len(every) - len(some), len(some) - low - high, low, high, of_exact]
         error = np.median([row.estimate / row.sampled - 1 for row in some]) if some else math.nan
         width = np.median([(row.high - row.low) / row.truth for row in some]) if some else math.nan
         cells = [name, *map(str, counts), f"{100 * error:+.2f} %", f"{100 * width:.1f} %"]

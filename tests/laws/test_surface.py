@@ -14,7 +14,13 @@ from var_scale.laws import fit
 from var_scale.laws.api import to_json
 from var_scale.laws.forms import Form, effective_data, law_value
 from var_scale.laws.surface import fit_surface
-from var_scale.laws.surface_objective import Objective, ObjectiveName, Problem, huber_objective
+from var_scale.laws.surface_objective import (
+    BOUNDS,
+    Objective,
+    ObjectiveName,
+    Problem,
+    huber_objective,
+)
 from var_scale.laws.surface_refit import refit
 from var_scale.laws.surface_starts import starts
 
@@ -110,7 +116,8 @@ def test_intervals_allow_for_an_error_that_the_runs_of_a_size_share(trials: int)
 @pytest.mark.parametrize("form", ["chinchilla", "tied", "repeated"])
 def test_many_refits_end_where_single_ones_do(form: Form, name: ObjectiveName) -> None:
     """The same objective as a descent of each table alone, for noise far above Huber's threshold,
-    with weights, from a start of their own, and for a law that leaves E at its bound of 0."""
+    with weights, from a start of their own, also at E's bound of 0, and for a law that leaves E
+    there."""
     rng = np.random.default_rng(11)
     n, d = np.repeat(np.geomspace(5e7, 5e9, 5), 4), np.tile(np.geomspace(1e9, 1e11, 4), 5)
     us = np.full(20, 8e9 if form == "repeated" else np.inf)
@@ -122,7 +129,9 @@ def test_many_refits_end_where_single_ones_do(form: Form, name: ObjectiveName) -
         problem = Problem.of(form, n, d, np.exp(logs), us, np.ones(20), minimise)
         start = starts(problem)[0]
         v = logs + 4e-3 * rng.standard_normal((6, 20))
-        ends = refit(problem, start + 0.05 * rng.standard_normal((6, len(start))), v, weights)
+        first = start + 0.05 * rng.standard_normal((6, len(start)))
+        first[:2, 2] = BOUNDS["E"][0]
+        ends = refit(problem, first, v, weights)
         for end, one, weight in zip(ends, v, weights, strict=True):
             alone = problem._replace(v=one, weights=weight)
             best = min(alone.descend(start)[0], alone.descend(end)[0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from tests.synthetic_study import ladder, record
 from var_scale.records.analyse import StudyResult, fit_study
-from var_scale.records.gate import gate
-from var_scale.records.record import METRICS
+from var_scale.records.gate import best_of_variants, gate
+from var_scale.records.record import METRICS, RunRecord
 
 
 def test_gate_codes() -> None:
@@ -83,3 +84,30 @@ def test_laws_of_size_compare_equal_data() -> None:
     # Without a length that all sizes have, each size has its best run.
     alone = [replace(run, images=(k + 1) * run.images) for k, run in enumerate(runs)]
     assert fit_study(alone).gate.excluded == ()
+
+
+def test_equal_data_in_grids_and_several_lengths() -> None:
+    """A grid of rates competes within the shared length. Of several lengths, all are too short but
+    the longest that every size has. A seed without the shared length is named."""
+    runs = ladder(noise=0.001)
+
+    def variant(run: RunRecord, name: str, factor: float, loss: float, **values: Any) -> RunRecord:
+        images = int(factor * run.images)
+        new = replace(run, name=f"{run.name}-{name}", images=images, loss_avg=loss * run.loss_avg)
+        return replace(new, **values)
+
+    rates = [variant(run, "rate", 1, 1.01) for run in runs]
+    short = [variant(run, "short", 0.5, 1.05) for run in runs]
+    long = [variant(run, "long", 2, 0.95) for run in runs[:-1]]
+    seed = variant(runs[0], "seed", 2, 0.95, seed=7)
+    result = fit_study([*runs, *rates, *short, *long, seed])
+    assert [run.name for run in result.gate.kept] == [run.name for run in runs]
+    codes = {item.record.name: item.code for item in result.gate.excluded}
+    assert codes == {run.name: "beaten_variant" for run in rates} | {
+        run.name: "other_length" for run in (*short, *long, seed)
+    }
+    # Two lengths, neither of which all sizes have: every size has its best run, of any length.
+    apart = [variant(run, "long", 2 if k % 2 else 1, 1) for k, run in enumerate(runs)]
+    worse = [variant(run, "short", 0.5 if k % 2 else 0.25, 1.05) for k, run in enumerate(runs)]
+    kept, beaten = best_of_variants([*apart, *worse])
+    assert kept == tuple(apart) and {item.code for item in beaten} == {"beaten_variant"}

@@ -89,9 +89,9 @@ def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int)
 
 
 def _power(law: LawFit) -> float:
-    """Power of the test for a bend against a floor of SHARE of the smallest value, with the noise of
-    this fit (non-central t). The test for a floor is nearly that of the coefficient. With E = 0 it
-    is one-sided."""
+    """Power of the test for a bend against a floor of SHARE of the smallest value, with the noise
+    of this fit (non-central t). The test for a floor is nearly that of the coefficient. With E = 0
+    it is one-sided."""
     from scipy.special import nctdtr
 
     x, floor = np.asarray(law.x), law.params["E"]
