@@ -1,14 +1,17 @@
-"""The measured table of docs/reference/benchmarks.md, from bench/results/."""
+"""The measured tables of docs/reference/benchmarks.md, from bench/results/."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from var_scale.bench.campaign import HEAD, table
+from var_scale.bench.campaign_stages import STAGES
 from var_scale.files import read_json, replace_between
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference" / "benchmarks.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+CAMPAIGN = "<!-- campaign: begin -->", "<!-- campaign: end -->"
 
 
 def results_table(folder: Path) -> str:
@@ -30,6 +33,31 @@ def results_table(folder: Path) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Nothing measured yet."
 
 
+def campaign_tables(folder: Path) -> str:
+    """The tables of all machines on which a campaign ran, GPUs first."""
+    rows = [row for path in folder.glob("*.json") for row in read_json(path, "campaign")["rows"]]
+    devices = sorted({row["device"] for row in rows}, key=lambda name: (name[:3] == "CPU", name))
+    parts = []
+    if all(name.startswith("CPU") for name in devices):
+        parts.append("No campaign ran on a GPU yet.")
+    for device in devices:
+        mine = [row for row in rows if row["device"] == device]
+        gpu, known = not device.startswith("CPU"), {row["stage"] for row in mine}
+        days, codes = ({str(row[key])[:10] for row in mine} for key in ("date", "commit"))
+        stages = [stage for stage in STAGES if stage.gpu == gpu and (gpu or stage.name in known)]
+        lines = [
+            f"**{device}**, {', '.join(sorted(days))}, code {', '.join(sorted(codes))}:",
+            "",
+            f"| {' | '.join(HEAD)} |",
+            "|---|---|---:|---:|---:|---|",
+            *(f"| {' | '.join(line)} |" for line in table(stages, mine)),
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def page() -> str:
-    """docs/reference/benchmarks.md with its measured table rebuilt."""
-    return replace_between(PAGE.read_text(), START, END, results_table(ROOT / "bench" / "results"))
+    """docs/reference/benchmarks.md with its measured tables rebuilt."""
+    results = ROOT / "bench" / "results"
+    text = replace_between(PAGE.read_text(), START, END, results_table(results))
+    return replace_between(text, *CAMPAIGN, campaign_tables(results / "campaign"))

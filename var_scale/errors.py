@@ -267,6 +267,8 @@ CODES: dict[str, str] = {
     "bench.not-writable": "a result file cannot be written",
     "bench.no-result": "a benchmark process failed",
     "bench.not-square": "the official trainer needs square images",
+    "bench.campaign-stage": "the campaign has no stage of this name",
+    "bench.campaign-running": "another campaign is running in this folder",
     "bench.kernels": "kernels cannot be timed here, or the result cannot be written",
     # commands
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from var_kernels.bench import launches
 from var_kernels.bench.run import run, run_sweep
 
 from var_kernels.mlp.tune import cache_file
@@ -33,5 +34,18 @@ def bench_kernels(
                 run_sweep(operators, out)
             else:
                 run(operators, shapes, out, tune, forms)
+    except ValueError as error:
+        raise UserError(str(error), code="bench.kernels") from None
+
+
+def bench_launches(out: Path | None) -> None:
+    """Time the launch of one operation; see `var_kernels.bench.launches`.
+
+    Raises:
+        UserError: `out` cannot be written (code `bench.kernels`).
+    """
+    try:
+        with disk_errors(out or Path()):
+            launches.run(out)
     except ValueError as error:
         raise UserError(str(error), code="bench.kernels") from None

@@ -65,6 +65,18 @@ def timed(function: Callable[[], object], steps: int, world: World) -> list[floa
     return times
 
 
+def in_a_row(function: Callable[[], object], steps: int, world: World) -> float:
+    """Milliseconds per call of `steps` calls between two waits for the device: as in training, the
+    host prepares the next step while the device computes."""
+    world.barrier()
+    wait(world)
+    began = time.perf_counter()
+    for _ in range(steps):
+        function()
+    wait(world)
+    return 1e3 * (time.perf_counter() - began) / steps
+
+
 def exchange_seconds(function: Callable[[], object], world: World, trace: Path | None) -> float:
     """Seconds that one step spends in exchanges between ranks, by the profiler; they overlap with
     other work. Writes a trace of the step."""
@@ -105,6 +117,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
 
     timed(step, job["warmup"], world)
     times = sorted(timed(step, job["steps"], world))
+    together = in_a_row(step, job["steps"], world)
     timed(step_by_phases, job["steps"], world)
     trace = folder / "trace.json" if job["trace"] and world.main else None
     exchange = exchange_seconds(step, world, trace)
@@ -127,6 +140,8 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
         "stage": stage,
         "step_ms": 1e3 * seconds,
         "step_ms_range": [times[0], times[-1]],
+        "in_a_row_ms": together,
+        "host_ms": 1e3 * seconds - together,
         "images_per_second": batch / seconds,
         "tokens_per_second": batch * flops.tokens / seconds,
         "flops_per_second": rate,

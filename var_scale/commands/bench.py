@@ -13,6 +13,7 @@ from var_scale.commands.arguments import (
     argument,
     command,
     family,
+    folder_path,
     number_in,
     option,
     positive,
@@ -64,6 +65,14 @@ def bench_kernels(arguments: BenchKernels) -> None:
         tune=arguments.tune,
         sweep=arguments.sweep,
     )
+
+
+def bench_launches(arguments: BenchOutput) -> None:
+    """Time how long the host takes to launch one operation: of torch, of Triton, and one of the
+    fused operators with its gradients."""
+    from var_scale.bench.kernels import bench_launches
+
+    bench_launches(arguments.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +188,45 @@ def bench_train(arguments: BenchTrain) -> None:
         bench_train(config, arguments.steps, arguments.warmup, arguments.out, arguments.trace)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchCampaign:
+    out: Path = option(
+        "folder of the results; a call continues it", type=folder_path, metavar="DIR"
+    )
+    seconds: float = option("time for this call", 560.0, type=number_in(float, 1))
+    checkout: Path | None = option(
+        "folder of the official code, for the stages that compare with it", None, type=folder_path
+    )
+    only: Sequence[str] = option("names of stages; default: all", (), nargs="*", metavar="NAME")
+    list: bool = option("print the stages and run none", False)
+
+
+def bench_campaign(arguments: BenchCampaign) -> None:
+    """Measure this machine stage by stage within a bounded time; the next call goes on.
+
+    Each stage is a process of its own, and one that fails becomes a row of DIR/campaign.json."""
+    from var_scale.bench.campaign import campaign, show, show_stages
+    from var_scale.bench.campaign_stages import STAGES
+
+    if arguments.list:
+        show_stages(STAGES)
+        return
+    only, checkout = list(arguments.only), arguments.checkout
+    rows = campaign(STAGES, arguments.out, arguments.seconds, checkout, only)
+    show(STAGES, rows)
+
+
 def add(commands: Commands) -> None:
     """Add these commands."""
     bench = family(
-        commands, "bench", "timings of this machine: kernels, data, step, train, official, sample"
+        commands,
+        "bench",
+        "timings of this machine: campaign, kernels, launches, data, step, train, official, sample",
     )
+    command(bench, "campaign", bench_campaign, BenchCampaign)
     command(bench, "data", bench_data, BenchOutput)
     command(bench, "kernels", bench_kernels, BenchKernels)
+    command(bench, "launches", bench_launches, BenchOutput)
     command(bench, "step", bench_step, BenchStep)
     command(bench, "official", bench_official, BenchOfficial)
     command(bench, "sample", bench_sample, BenchSample)

@@ -1,0 +1,297 @@
+"""`var-scale bench campaign`: settles the open questions on a machine within a bounded time.
+
+Every stage is a process of its own. After each of them DIR/campaign.json is written, so that a call
+that is cut off loses one stage at most, and the next call with the same DIR goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from var_scale.errors import UserError
+from var_scale.files import canonical_hash, read_json, sha256_file, write_json
+from var_scale.locks import lock
+from var_scale.progress import duration, say
+from var_scale.train.telemetry import commit
+
+NAME = "campaign.json"
+LEAST = 20.0
+"""Seconds without which no stage is started."""
+GRACE = 5.0
+"""Seconds between the request to stop and the kill of a stage that takes too long."""
+TAIL = 2500
+"""Characters of a stage's output that are kept."""
+Row = dict[str, Any]
+
+
+class Value(NamedTuple):
+    """A number that a stage measures."""
+
+    name: str
+    read: Callable[[Any], float]
+    """Takes it from the JSON that the stage's command wrote."""
+    predicted: float | None = None
+    target: float | None = None
+    at_least: bool = True
+    """Whether the target is a lower limit."""
+
+
+class Stage(NamedTuple):
+    """One measurement."""
+
+    name: str
+    seconds: int
+    """Its time limit."""
+    command: str
+    """`var-scale ...` or `python ...`; {out} is the JSON file for its results, {work} a folder for
+    its other files, {checkout} the official code."""
+    question: str
+    values: tuple[Value, ...] = ()
+    gpu: bool = True
+    """Whether it runs only on a GPU; otherwise only where there is none."""
+
+
+def campaign(
+    stages: Sequence[Stage],
+    folder: Path,
+    seconds: float,
+    checkout: Path | None = None,
+    only: Sequence[str] = (),
+) -> list[Row]:
+    """Run the stages of this kind of machine in their order until the time is over.
+
+    A stage that `folder` holds as complete for this code and device is skipped. One that failed or
+    took too long is tried again.
+
+    Args:
+        seconds: time for the whole call. A stage gets the rest of it if its own limit is longer.
+        checkout: the official code; without it, stages that need it are not run.
+        only: names of stages; all if empty.
+
+    Returns:
+        The rows of `folder`, also those of other code and devices.
+
+    Raises:
+        UserError: an unknown name, or another campaign is running in `folder`.
+    """
+    if unknown := set(only) - {stage.name for stage in stages}:
+        raise UserError(
+            f"--only {min(unknown)}: no stage has this name; use some of "
+            f"{', '.join(stage.name for stage in stages)}",
+            code="bench.campaign-stage",
+        )
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock") as free:
+        if not free:
+            raise UserError(
+                f"{folder}: another campaign is running here; wait for it or use another folder",
+                code="bench.campaign-running",
+            )
+        rows, (device, gpu) = known(folder), this_device()
+        code = version()
+        say(f"{device}, code {code}: {duration(seconds)} for the stages that are missing")
+        todo = [
+            stage
+            for stage in stages
+            if stage.gpu == gpu
+            and (not only or stage.name in only)
+            and (checkout or "{checkout}" not in stage.command)
+            and not any(same(row, stage, code, device) and row["state"] == "ok" for row in rows)
+        ]
+        for place, stage in enumerate(todo):
+            left = seconds - (time.monotonic() - began) - GRACE
+            if left < LEAST:
+                say(f"no time left for {', '.join(s.name for s in todo[place:])}; call this again")
+                break
+            say(f"{place + 1}/{len(todo)} {stage.name}: {stage.question}")
+            row = run(stage, folder, min(stage.seconds, left), checkout)
+            row |= {"commit": code, "device": device}
+            rows = [old for old in rows if not same(old, stage, code, device)] + [row]
+            write_json(folder / NAME, {"version": 1, "rows": rows})
+            say(f"    {row['state']} after {duration(row['seconds'])}: {last_line(row)}")
+    return rows
+
+
+def known(folder: Path) -> list[Row]:
+    """The rows that earlier calls measured."""
+    path = folder / NAME
+    return list(read_json(path, "campaign")["rows"]) if path.exists() else []
+
+
+def same(row: Row, stage: Stage, code: str, device: str) -> bool:
+    """Whether a row is of this stage, code and device."""
+    return (row["stage"], row["commit"], row["device"]) == (stage.name, code, device)
+
+
+def this_device() -> tuple[str, bool]:
+    """Name of the device, and whether it is a GPU. Asked in another process, because CUDA would
+    keep memory of the GPU while the stages run."""
+    text = (
+        "import torch; from var_scale.machine import processor_name; "
+        "gpu = torch.cuda.is_available(); "
+        "print(int(gpu), torch.cuda.get_device_name() if gpu else f'CPU ({processor_name()})')"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    gpu, _, name = done.stdout.strip().splitlines()[-1].partition(" ")
+    return name, gpu == "1"
+
+
+def version() -> str:
+    """The commit of the checkout. Outside of one, or if files differ from it, with a hash of the
+    code."""
+    found = commit()
+    if found and not found.endswith("+changes"):
+        return found
+    import var_kernels
+    import var_scale
+
+    roots = [Path(str(package.__file__)).parent for package in (var_scale, var_kernels)]
+    files = [path for root in roots for path in sorted(root.rglob("*.py"))]
+    code = canonical_hash([sha256_file(path) for path in files])[:12]
+    return f"{found}-{code}" if found else f"files-{code}"
+
+
+def run(stage: Stage, folder: Path, limit: float, checkout: Path | None) -> Row:
+    """Run one stage for at most `limit` seconds. Whatever happens to it becomes a row."""
+    work = folder.resolve() / stage.name
+    work.mkdir(exist_ok=True)
+    out, log = work / "result.json", work / "log.txt"
+    out.unlink(missing_ok=True)
+    places = {"{out}": out, "{work}": work, "{checkout}": checkout and checkout.resolve()}
+    words = shlex.split(stage.command)
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    module = ["-m", "var_scale.cli"] if words[0] == "var-scale" else []
+    began = time.monotonic()
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *module, *words[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            stop(child)
+            code = None
+        except BaseException:
+            stop(child)
+            raise
+    result: Any = None
+    with suppress(UserError):  # none, or cut off
+        result = read_json(out)
+    state = "too long" if code is None else "ok" if code == 0 else f"failed ({code})"
+    if state == "ok" and "{out}" in stage.command and result is None:
+        state = "failed (no result)"
+    return {
+        "stage": stage.name,
+        "state": state,
+        "seconds": round(time.monotonic() - began, 1),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": stage.command,
+        "question": stage.question,
+        "tail": log.read_text(errors="replace")[-TAIL:],
+        "result": result,
+    }
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask a stage and its children to stop, then kill them."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(GRACE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+
+def last_line(row: Row) -> str:
+    """The end of a stage's output."""
+    lines = [line for line in row["tail"].splitlines() if line.strip()]
+    return lines[-1].strip()[:160] if lines else "no output"
+
+
+def table(stages: Iterable[Stage], rows: Sequence[Row], width: int = 0) -> list[list[str]]:
+    """Prediction, measurement, target and verdict of every value of every stage.
+
+    Args:
+        rows: of one device. Of several rows of a stage, the newest counts.
+        width: characters to which a reason why there is no value is cut; 0 for all.
+    """
+    lines = []
+    for stage in stages:
+        found = [row for row in rows if row["stage"] == stage.name]
+        row = max(found, key=lambda row: row["date"]) if found else None
+        state = row["state"] if row else "not run"
+        if row and state != "ok" and (reason := last_line(row)):
+            state = f"{state}: {reason[:width] if width else reason}"
+        for value in stage.values or (Value("passes", lambda _: 1.0),):
+            measured = number(value, row["result"]) if row else None
+            if measured is None:
+                cells = [state if not row or row["state"] != "ok" else "no such value", ""]
+            elif not stage.values:
+                cells = [state, ""]
+            else:
+                cells = [short(measured), verdict(value, measured)]
+            predicted = "" if value.predicted is None else short(value.predicted)
+            sign = "≥" if value.at_least else "≤"
+            target = "" if value.target is None else f"{sign} {short(value.target)}"
+            lines.append([stage.name, value.name, predicted, cells[0], target, cells[1]])
+    return lines
+
+
+HEAD = ["stage", "value", "predicted", "measured", "target", "verdict"]
+
+
+def number(value: Value, result: Any) -> float | None:
+    """The value in a stage's result, also in that of a stage that was stopped after it."""
+    try:
+        return float(value.read(result))
+    except (LookupError, TypeError, ValueError, StopIteration):
+        return None
+
+
+def verdict(value: Value, measured: float) -> str:
+    """Whether the target is met, and how far the prediction was off."""
+    parts = []
+    if value.target is not None:
+        met = measured >= value.target if value.at_least else measured <= value.target
+        parts.append("met" if met else "MISSED")
+    if value.predicted:
+        parts.append(f"{100 * (measured / value.predicted - 1):+.0f} % of the prediction")
+    return ", ".join(parts)
+
+
+def short(value: float) -> str:
+    """A number with three digits, or all digits before its point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def show(stages: Sequence[Stage], rows: Sequence[Row]) -> None:
+    """Print the table of this machine, in less than 12,000 characters."""
+    device, gpu = this_device()
+    mine = [row for row in rows if row["device"] == device]
+    lines = [HEAD, *table([s for s in stages if s.gpu == gpu], mine, width=60)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        say("  ".join(cell.ljust(size) for cell, size in cells).rstrip())
+
+
+def show_stages(stages: Sequence[Stage]) -> None:
+    """Print what would be run."""
+    for stage in stages:
+        machine = "GPU" if stage.gpu else "CPU"
+        say(f"{stage.name:22} {machine} {stage.seconds:4} s  {stage.question}\n    {stage.command}")

@@ -1,0 +1,257 @@
+"""The stages of `var-scale bench campaign`, in their order: what is asked, how, and what was
+predicted.
+
+Predictions for an H200 are arithmetic from measured times of single kernels, not measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from var_scale.bench.campaign import Stage, Value
+
+TRAIN = "var-scale bench train model/{} engine=single train.batch_size={} --out {{out}}"
+KERNELS = "var-scale bench kernels --operators {} --shapes {} --forms {} --out {{out}}"
+
+
+def _train(depth: int, batch: int, seconds: int, step: float, mfu: float, question: str) -> Stage:
+    """A training step; `step` in milliseconds and `mfu` are predictions."""
+    targets = {16: (500.0, 0.50), 30: (None, 0.55)} if batch == 32 else {}
+    rate, utilisation = targets.get(depth, (None, None))
+    return Stage(
+        f"train-d{depth}-b{batch}",
+        seconds,
+        TRAIN.format(f"d{depth}", batch),
+        question,
+        (
+            Value("step, ms", lambda r: r["step_ms"], step),
+            Value("images/s", lambda r: r["images_per_second"], 1e3 * batch / step, rate),
+            Value("MFU", lambda r: r["mfu"], mfu, utilisation),
+            Value("waiting for the host, ms", lambda r: r["host_ms"]),
+            Value("peak, GiB", lambda r: r["memory_bytes"] / 2**30),
+        ),
+    )
+
+
+def _ratio(predicted: float, target: float | None) -> tuple[Value, ...]:
+    return (Value("images/s, times official", lambda r: r["ratio"], predicted, target),)
+
+
+def _floor(name: str, operator: str, place: int, target: float) -> Value:
+    """Smallest share of the floor that an operator reaches at any of the shapes, forward (0) or
+    backward (1)."""
+
+    def read(result: Any) -> float:
+        from var_kernels.bench.run import floor_seconds
+
+        what = ("forward", "backward")[place]
+        rows = [row for row in result["rows"] if row["operator"] == operator]
+        return min(
+            floor_seconds(row, place, result["ceilings"])
+            / (1e-3 * row["forms"]["ours"][what]["p50"])
+            for row in rows
+        )
+
+    return Value(name, read, None, target)
+
+
+def _against(form: str, target: float | None = 1.0) -> Value:
+    """Largest time of ours, forward and backward, as a multiple of another form's."""
+
+    def read(result: Any) -> float:
+        pairs = [(row["forms"]["ours"], row["forms"][form]) for row in result["rows"]]
+        return max(
+            ours["both"]["p50"] / other["both"]["p50"]
+            for ours, other in pairs
+            if "both" in ours and "both" in other
+        )
+
+    return Value(f"time, times {form}", read, None, target, at_least=False)
+
+
+def _sampled(batch: int, target: float, rate: float) -> tuple[Value, ...]:
+    def of(result: Any) -> Any:
+        return next(row for row in result if row["batch"] == batch)
+
+    return (
+        Value(f"batch {batch}: images/s", lambda r: of(r)["images_per_second"]["ours"], None, rate),
+        Value(f"batch {batch}: times official", lambda r: of(r)["ratio"], None, target),
+    )
+
+
+def _launch(name: str) -> Value:
+    return Value(f"{name}, µs", lambda r: r["microseconds"][name])
+
+
+LAUNCHES = tuple(map(_launch, ("plain", "triton", "operator", "autograd")))
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "launches",
+        60,
+        "var-scale bench launches --out {out}",
+        "how long does the host take to launch an operation?",
+        LAUNCHES,
+    ),
+    Stage(
+        "tests-gpu",
+        240,
+        "python -m pytest -q -m gpu tests/kernels -p no:cacheprovider",
+        "are the kernels and a d16 step right on this GPU?",
+    ),
+    _train(16, 32, 60, 69.7, 0.42, "how fast is a step at d16?"),
+    _train(30, 32, 120, 376, 0.49, "how fast is a step at d30?"),
+    Stage(
+        "official-d16",
+        90,
+        "var-scale bench official {checkout} model/d16 engine=single train.batch_size=32 --out "
+        "{out}",
+        "how much faster than the official trainer, from images?",
+        _ratio(2.9, 3.0),
+    ),
+    Stage(
+        "official-d16-compiled",
+        150,
+        "var-scale bench official {checkout} model/d16 engine=single train.batch_size=32 "
+        "--compile-official --out {out}",
+        "the same with the official transformer compiled",
+        _ratio(2.0, None),
+    ),
+    Stage(
+        "official-d30",
+        150,
+        "var-scale bench official {checkout} model/d30 engine=single train.batch_size=32 --out "
+        "{out}",
+        "the same at d30",
+        _ratio(1.85, 2.0),
+    ),
+    _train(16, 96, 60, 200, 0.43, "does a larger batch help at d16?"),
+    _train(20, 32, 80, 125, 0.44, "how fast is a step at d20?"),
+    _train(24, 32, 90, 205, 0.46, "how fast is a step at d24?"),
+    _train(30, 96, 150, 1072, 0.51, "does a batch of 96 fit at d30?"),
+    Stage(
+        "attention-680",
+        90,
+        KERNELS.format("block_attention", "'d30 B=32'", "eager ours 'flex 128'"),
+        "which share of the product rate does attention reach at 680 tokens?",
+        (
+            _floor("forward, share of the product rate", "block_attention", 0, 0.30),
+            _floor("backward, share of the product rate", "block_attention", 1, 0.25),
+        ),
+    ),
+    Stage(
+        "attention-2240",
+        90,
+        KERNELS.format("block_attention", "'d30 B=8'", "eager ours 'flex 128'"),
+        "the same at 2,240 tokens",
+        (
+            _floor("forward, share of the product rate", "block_attention", 0, 0.44),
+            _floor("backward, share of the product rate", "block_attention", 1, 0.33),
+        ),
+    ),
+    Stage(
+        "adaln",
+        60,
+        KERNELS.format("gate_adaptive_layer_norm", "'d16 B=32' 'd30 B=32'", "eager compile ours"),
+        "which share of the copy rate does AdaLN with the gate reach?",
+        (
+            _floor("forward, share of the copy rate", "gate_adaptive_layer_norm", 0, 0.88),
+            _floor("backward, share of the copy rate", "gate_adaptive_layer_norm", 1, 0.84),
+            _against("compile"),
+        ),
+    ),
+    Stage(
+        "head",
+        60,
+        KERNELS.format("linear_cross_entropy", "'d16 B=32' 'd30 B=32'", "eager compile ours liger"),
+        "is the head ever slower than torch.compile?",
+        (_against("compile"),),
+    ),
+    Stage(
+        "mlp",
+        60,
+        KERNELS.format("gelu_mlp", "'d16 B=32' 'd30 B=32'", "eager compile ours products"),
+        "how near is the MLP to the time of its products?",
+        (_against("compile"), _against("products", 1 / 0.92)),
+    ),
+    Stage(
+        "sample-d16",
+        120,
+        "var-scale bench sample {checkout} --depth 16 --batch 1,64 --precision bf16 --out {out}",
+        "how fast is sampling against the official loop?",
+        (*_sampled(1, 3.0, 1e3 / 12), *_sampled(64, 2.0, 400.0)),
+    ),
+    Stage(
+        "sample-d30",
+        150,
+        "var-scale bench sample {checkout} --depth 30 --batch 1,64 --precision bf16 --out {out}",
+        "the same at d30",
+        (*_sampled(1, 3.0, 1e3 / 12), *_sampled(64, 2.0, 400.0)),
+    ),
+    Stage(
+        "train-d16-compiled",
+        120,
+        TRAIN.format("d16", 32) + " engine.compile=true",
+        "does torch.compile of the blocks help?",
+        (Value("step, ms", lambda r: r["step_ms"]),),
+    ),
+    Stage(
+        "tests-odd-sizes",
+        240,
+        "python -m pytest -q tests/kernels -n 8 -m 'not slow' -p no:cacheprovider",
+        "do all tests of the kernels pass with the real compiler?",
+    ),
+    Stage(
+        "study-tiny",
+        240,
+        "var-scale study run study/tiny engine=single study.parallel=1 --runs {work}",
+        "does the embedded study work on a GPU?",
+    ),
+    Stage(
+        "sweep-attention",
+        240,
+        "var-scale bench kernels --sweep --operators attention --out {out}",
+        "which launch settings of attention are fastest?",
+    ),
+    # Without a GPU: the same commands on what a CPU can do.
+    Stage(
+        "cpu-launches",
+        60,
+        "var-scale bench launches --out {out}",
+        "how long does the host take to call an operation?",
+        tuple(value for value in LAUNCHES if value.name != "triton, µs"),
+        gpu=False,
+    ),
+    Stage(
+        "cpu-step-short",
+        60,
+        "var-scale bench train study/truth engine=single engine.threads=1 --depth 5 --out {out}",
+        "how fast is a step of study/truth (d5) on one core?",
+        (Value("step, ms", lambda r: r["step_ms"]),),
+        gpu=False,
+    ),
+    Stage(
+        "cpu-step-d8",
+        120,
+        "var-scale bench train model/d8 engine=single engine.threads=2 train.batch_size=2 "
+        "train.precision=bf16 --steps 5 --out {out}",
+        "how fast is a step with 680 tokens (d8, batch 2, bf16) on two cores?",
+        (Value("step, ms", lambda r: r["step_ms"]),),
+        gpu=False,
+    ),
+    Stage(
+        "cpu-kernels",
+        120,
+        "var-scale bench kernels --forms eager ours --out {out}",
+        "do the operators run on a CPU, and how fast beside eager PyTorch?",
+        (_against("eager", None),),
+        gpu=False,
+    ),
+    Stage(
+        "cpu-data",
+        60,
+        "var-scale bench data --out {out}",
+        "how fast does one core read images and tokens?",
+        gpu=False,
+    ),
+)
