@@ -133,6 +133,10 @@ def steps_table(results: Results) -> str:
         "|---|---:|---|---:|---:|---:|---|---|",
     ]
     for row in results["rows"]:
+        if "failed" in row:
+            head = f"| {row['config']} | {row['batch']} | {row['form']} "
+            lines.append(f"{head}| {row['failed']} | | | | |")
+            continue
         peak = f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else ""
         lines.append(
             f"| {row['config']} | {row['batch']} | {row['form']} | {row['block_ms']:.3f} | "

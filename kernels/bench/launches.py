@@ -6,14 +6,13 @@ operation. The operations here are so small that only this time is left.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from var_kernels.bench.run import describe, require_writable
+from var_kernels.bench.run import describe, require_writable, write
 
 from var_kernels import adaptive_layer_norm
 from var_kernels.dispatch import use_triton
@@ -86,7 +85,7 @@ def run(out: Path | None) -> dict[str, Any]:
     result["timing"] = "whole calls"
     for name, time_us in result["microseconds"].items():
         print(f"{name:10} {time_us:8.2f} µs per call", flush=True)
+    write(out, result)
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {out}")
     return result

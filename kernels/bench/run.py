@@ -227,6 +227,14 @@ def require_writable(out: Path | None) -> None:
         ) from None
 
 
+def write(out: Path | None, result: dict[str, Any]) -> None:
+    """Write the results to `out`, which is complete at any time; nothing if `out` is None."""
+    if out:
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(out)
+
+
 def require_known(what: str, given: list[str], known: list[str]) -> None:
     """Raise ValueError for a given name that is not the beginning of a known name."""
     for name in given:
@@ -289,13 +297,11 @@ def run_sweep(names: list[str], out: Path | None) -> None:
         raise ValueError("--sweep: the settings are timed on a GPU, but this machine has none")
     device = torch.device("cuda")
     ceilings = ceilings_of(device, torch.bfloat16)
+    about = {**describe(device), "ceilings": ceilings}
+    chosen = [known for known in KERNELS if any(known.startswith(n) for n in names or KERNELS)]
     with torch.cuda.stream(torch.cuda.Stream()):
-        rows = sweep(
-            [known for known in KERNELS if any(known.startswith(name) for name in names or KERNELS)]
-        )
+        sweep(chosen, each=lambda rows: write(out, {**about, "sweep": rows}))
     if out:
-        result = {**describe(device), "ceilings": ceilings, "sweep": rows}
-        out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {out}")
 
 
@@ -340,7 +346,8 @@ def run(
         from torch._functorch import config as functorch
 
         functorch.donated_buffer = False
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {**about, "ceilings": ceilings, "rows": rows}
     # CUDA graphs can be recorded on a separate stream.
     with (
         torch.cuda.stream(torch.cuda.Stream())
@@ -363,11 +370,11 @@ def run(
                     # Each shape is compiled separately.
                     torch._dynamo.reset()
                     rows.append(run_problem(problem, device, ceilings, forms or []))
+                    write(out, result)  # what is measured stays if the benchmark is stopped
     if out:
         from var_kernels.bench.roofline import draw
 
-        result = {**about, "ceilings": ceilings, "rows": rows}
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write(out, result)
         draw(result, out.with_suffix(".png"))
         print(f"wrote {out} and {out.with_suffix('.png')}")
     return rows

@@ -241,15 +241,18 @@ KERNELS = {
 
 
 def sweep(
-    names: list[str], small: bool = False, milliseconds: float = 50.0
+    names: list[str],
+    small: bool = False,
+    milliseconds: float = 50.0,
+    each: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Time the settings of the given kernels, or of all kernels if none is given.
 
     Returns rows of the kernel, the shape, the setting and the milliseconds (median), or the error.
     On a GPU, the current stream must not be the default stream. `small` uses tiny shapes, which
-    test the sweep itself in Triton's interpreter.
+    test the sweep itself in Triton's interpreter. `each` gets the rows so far after every setting.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, tries in KERNELS.items():
         if names and name not in names:
             continue
@@ -272,4 +275,5 @@ def sweep(
                 f"{row.get('ms', row.get('failed'))}",
                 flush=True,
             )
+            each(rows)
     return rows

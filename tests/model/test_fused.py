@@ -12,11 +12,13 @@ import torch
 
 from tests.model.test_var import tiny
 from tests.raises import raises
+from tools.kernel_tables import steps_table
 from var_kernels.adaln import launch as adaln_launch
 from var_kernels.adaln import op as adaln_op
 from var_kernels.attention import op as attention_op
 from var_kernels.cross_entropy import op as cross_entropy_op
 from var_kernels.mlp import op as mlp_op
+from var_scale.config.load import load
 from var_scale.config.schema import TrainConfig
 from var_scale.model import VAR
 from var_scale.model.attention import (
@@ -31,7 +33,9 @@ from var_scale.model.attention.biased import Flash, sdpa
 from var_scale.model.attention.blocks import blocks
 from var_scale.model.attention.choose import AUTOMATIC
 from var_scale.model.attention.dense import DenseAttention
+from var_scale.model.load import new_tokenizer
 from var_scale.scales import PatchNum, length
+from var_scale.train.assemble import build_module
 from var_scale.train.step import TrainStep
 
 LABELS = torch.tensor([0, 3, 1])
@@ -295,6 +299,37 @@ def test_bench_of_a_step(tmp_path: Path) -> None:
         row["step_ms"] > row["block_ms"] > 0 for row in rows
     )
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == rows
+
+
+def test_a_form_without_memory_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory is the result of a form; the rows measured before are on disk by then."""
+    from var_scale.bench import step as module
+
+    def timed(config: object, batch: int, device: object) -> dict[str, object]:
+        if len(seen := json.loads(out.read_text())["rows"] if out.exists() else []) == 1:
+            assert seen[0]["form"] == "plain"
+            raise torch.OutOfMemoryError("no memory")
+        return {"block_ms": 1.0, "step_ms": 2.0, "attention": "a", "kernels": "k"}
+
+    out = tmp_path / "r.json"
+    monkeypatch.setattr(module, "time_config", timed)
+    monkeypatch.setattr(module, "check_writable", lambda out: None)
+    rows = module.bench_step(["model/d16", "model/d20"], 2, [], out)
+    assert [row.get("failed") for row in rows] == [None, "out of memory", None, None]
+    assert json.loads(out.read_text())["rows"] == rows
+    assert "| 2 | fused | out of memory |" in steps_table(json.loads(out.read_text()))
+
+
+def test_weights_are_drawn_on_the_device() -> None:
+    """Nothing of the model and its loss is built on the CPU when a device is chosen."""
+    config = load("model/d16", ["tokenizer.ch=32", "model.depth=1"])
+    device = torch.device("meta")
+    with device:
+        vae = new_tokenizer(config.tokenizer)
+        module = build_module(config, vae, device)
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}
 
 
 def test_a_compiled_block_has_no_graph_break() -> None:

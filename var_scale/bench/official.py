@@ -97,6 +97,9 @@ def measure(folder: Path) -> None:
     """Time the step in this process."""
     config, job = load(str(folder / "config.yaml")), read_json(folder / "bench.json")
     world = start_world(group=False, threads=config.engine.threads)
+    # As its arguments set them by default.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     try:
         step = OfficialStep(Path(job["official"]), config, world, job["compile"])
     except ImportError as error:

@@ -118,7 +118,8 @@ def bench_sample(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="var-scale-bench-") as name:
         torch.manual_seed(0)
-        vae, var = build_vae_var(depth=depth)
+        with torch.device(device):
+            vae, var = build_vae_var(depth=depth)
         for module, file in ((vae, "vae"), (var, "var")):
             write_weights(Path(name) / f"{file}.safetensors", module)
         del vae, var
@@ -164,6 +165,7 @@ def bench_sample(
                     ),
                 }
                 rows.append(row)
+                write_result(rows, out, quiet=True)
                 say(
                     f"d{depth} batch {batch} {precision}: ours {speed['ours']:.3g}, official "
                     f"{speed['official']:.3g} images/s, ratio {ratio:.2f}; pictures differ by at "

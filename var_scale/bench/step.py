@@ -44,27 +44,31 @@ def bench_step(
             "no GPU: both forms are plain PyTorch unless model.kernels=on is set, so the times "
             "tell nothing about the kernels"
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {**describe(device), "rows": rows}
     for name in names:
         for form, model in FORMS.items():
             keys = [f"model.{key}={value}" for key, value in model.items()]
             # A back-end that the user chose belongs to the fused form.
             changes = [*overrides, *keys] if form == "plain" else [*keys, *overrides]
             config = load(name, changes)
-            row = {
-                "config": name,
-                "form": form,
-                "batch": batch,
-                **time_config(config, batch, device),
-            }
+            row: dict[str, Any] = {"config": name, "form": form, "batch": batch}
             rows.append(row)
+            try:
+                row |= time_config(config, batch, device)
+            except torch.OutOfMemoryError:
+                row["failed"] = "out of memory"
+                say(f"{name} batch {batch} {form:6} out of memory")
+            write_result(result, out, quiet=True)
+            if "failed" in row:
+                continue
             memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in row else ""
             say(
                 f"{name} batch {batch} {form:6} block {row['block_ms']:.3f} ms  "
                 f"step {row['step_ms']:.2f} ms{memory}  "
                 f"attention {row['attention']}, kernels {row['kernels']}"
             )
-    write_result({**describe(device), "rows": rows}, out)
+    write_result(result, out)
     return rows
 
 

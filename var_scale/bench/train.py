@@ -111,11 +111,12 @@ def check_writable(file: Path | None) -> None:
         raise UserError(str(error), code="bench.not-writable") from None
 
 
-def write_result(result: Any, out: Path | None) -> None:
-    """Write a result as JSON, if a file is given."""
+def write_result(result: Any, out: Path | None, quiet: bool = False) -> None:
+    """Write a result as JSON, if a file is given; `quiet` for one that is not complete."""
     if out:
         write_json(out, result)
-        say(f"written: {out}")
+        if not quiet:
+            say(f"written: {out}")
 
 
 def _measure(
@@ -154,6 +155,10 @@ def show(result: dict[str, Any]) -> None:
         f"{result['images_per_second']:,.1f} images/s  {result['tokens_per_second']:,.0f} tokens/s"
         f"  {result['flops_per_second'] / 1e12:.3g} TFLOP/s{mfu}  "
         f"peak {result['memory_bytes'] / 2**30:.2f} GiB"
+    )
+    say(
+        f"steps in a row, without waiting for the device between them: {result['in_a_row_ms']:.2f} "
+        "ms each"
     )
     total = sum(result["phases_ms"].values())
     parts = "  ".join(
