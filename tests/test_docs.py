@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tools.bench_tables import campaign_tables
 from tools.docs import PAGES, ROOT
 from tools.kernel_tables import operators_table, target_of, verdict
 from var_scale.cli import build_parser
@@ -125,3 +127,30 @@ def test_kernel_tables_show_shares_and_targets() -> None:
         == "MISSED (90 %), MISSED (slower than torch.compile)"
     )
     assert verdict(named, "forward", 0.93, target_of(named, 0)).startswith("met (90 %)")
+
+
+def test_campaign_tables_show_what_missed_and_what_failed(tmp_path: Path) -> None:
+    """Every stage of a GPU has its row, with its verdict, its reason, or "not run"; the kernels of
+    a step follow. A CPU shows its own stages."""
+    row = {"commit": "c" * 40, "date": "2026-01-02 10:00:00", "tail": "", "state": "ok"}
+    step = {"step_ms": 80.0, "images_per_second": 400.0, "mfu": 0.37, "host_ms": 1.0}
+    step |= {"memory_bytes": 2**30, "top": [{"name": "gemm", "calls": 9, "ms": 40.0}]}
+    rows = [
+        row | {"stage": "train-d16-b32", "device": "H", "result": step},
+        row
+        | {"stage": "mlp", "device": "H", "state": "failed (1)", "tail": "no memory\n"}
+        | {"result": None},
+        row | {"stage": "cpu-step-short", "device": "CPU (x)", "result": {"step_ms": 17.0}},
+    ]
+    (tmp_path / "h.json").write_text(json.dumps({"version": 1, "rows": rows}))
+    shown = campaign_tables(tmp_path)
+    assert "| train-d16-b32 | images/s | 459 | 400 | ≥ 500 | MISSED, -13 % of the prediction |" in (
+        shown
+    )
+    assert "| mlp | time, times compile |  | failed (1): no memory | ≤ 1 |  |" in shown
+    assert "| head | time, times compile |  | not run | ≤ 1 |  |" in shown
+    assert "| `gemm` | 9 | 40.000 |" in shown and "No campaign" not in shown
+    assert shown.index("**H**") < shown.index("**CPU (x)**")
+    assert shown.count("cpu-step-short") == 1 and "cpu-data" not in shown
+    (tmp_path / "h.json").write_text(json.dumps({"version": 1, "rows": rows[2:]}))
+    assert campaign_tables(tmp_path).startswith("No campaign ran on a GPU yet.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from var_scale.bench.campaign import HEAD, table
 from var_scale.bench.campaign_stages import STAGES
@@ -11,6 +12,7 @@ from var_scale.files import read_json, replace_between
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference" / "benchmarks.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PROFILED = ("train-d16-b32", "train-d30-b32")
 CAMPAIGN = "<!-- campaign: begin -->", "<!-- campaign: end -->"
 
 
@@ -53,7 +55,22 @@ def campaign_tables(folder: Path) -> str:
             *(f"| {' | '.join(line)} |" for line in table(stages, mine)),
         ]
         parts.append("\n".join(lines))
+        parts += [top_table(row) for row in mine if row["stage"] in PROFILED and row["result"]]
     return "\n\n".join(parts)
+
+
+def top_table(row: dict[str, Any]) -> str:
+    """The operations that take most of a training step."""
+    result = row["result"]
+    lines = [
+        f"The largest {len(result['top'])} kernels of `{row['stage']}`, a step of "
+        f"{result['step_ms']:.1f} ms ({str(row['commit'])[:10]}):",
+        "",
+        "| kernel | calls | ms |",
+        "|---|---:|---:|",
+        *(f"| `{one['name']}` | {one['calls']} | {one['ms']:.3f} |" for one in result["top"]),
+    ]
+    return "\n".join(lines)
 
 
 def page() -> str:

@@ -102,6 +102,10 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["data"] == "token shards" and result["world"] == 2
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert result["images_per_second"] == pytest.approx(8 / result["step_ms"] * 1e3)
+    spent = [one["ms"] for one in result["top"]]
+    assert len(spent) == 30 and spent == sorted(spent, reverse=True) and sum(spent) > 0
+    assert any(one["name"] == "aten::addmm" and one["calls"] > 1 for one in result["top"])
+    assert result["host_ms"] == pytest.approx(result["step_ms"] - result["in_a_row_ms"])
     assert "exchanges between ranks" in capsys.readouterr().out
     with raises("bench.not-writable", "r.txt"):
         bench_train(config, 1, 1, tmp_path / "r.txt", None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from var_kernels.bench.run import describe
 
@@ -28,6 +29,8 @@ from var_scale.train.world import World, leave, start_world
 
 EXCHANGES = ("gloo:", "nccl:", "nccldevkernel")
 """How the profiler names exchanges between ranks."""
+TOP = 30
+"""Operations that are listed by their time."""
 
 
 class Phases:
@@ -77,24 +80,39 @@ def in_a_row(function: Callable[[], object], steps: int, world: World) -> float:
     return 1e3 * (time.perf_counter() - began) / steps
 
 
-def exchange_seconds(function: Callable[[], object], world: World, trace: Path | None) -> float:
-    """Seconds that one step spends in exchanges between ranks, by the profiler; they overlap with
-    other work. Writes a trace of the step."""
-    activities = [ProfilerActivity.CPU]
-    if world.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+def profiled(
+    function: Callable[[], object], world: World, trace: Path | None
+) -> tuple[float, list[dict[str, Any]]]:
+    """Profile one step, and write a trace of it.
+
+    Returns:
+        Seconds in exchanges between ranks, which overlap with other work; and the TOP operations
+        that take the most time of the device (without a GPU: of the host), each with its name, its
+        number of calls and their milliseconds.
+    """
+    on_gpu = world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         function()
         wait(world)
     if trace:
         profiler.export_chrome_trace(str(trace))
-    total = 0.0
+    exchange, times = 0.0, dict[str, list[float]]()
     for event in profiler.events() or ():
         if event.name.lower().startswith(EXCHANGES):
             # gloo exchanges on the host, where an event has no time on the device.
             host = event.time_range.elapsed_us() if event.name.startswith("gloo:") else 0
-            total += max(event.self_device_time_total, host)
-    return total / 1e6
+            exchange += max(event.self_device_time_total, host)
+        # On a GPU kernels have events of their own beside the operations that launch them.
+        if not on_gpu or event.device_type == DeviceType.CUDA:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            times.setdefault(event.name, []).append(own)
+    largest = sorted(times.items(), key=lambda item: -sum(item[1]))[:TOP]
+    top = [
+        {"name": name[:120], "calls": len(each), "ms": round(sum(each) / 1e3, 4)}
+        for name, each in largest
+    ]
+    return exchange / 1e6, top
 
 
 def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -120,7 +138,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
     together = in_a_row(step, job["steps"], world)
     timed(step_by_phases, job["steps"], world)
     trace = folder / "trace.json" if job["trace"] and world.main else None
-    exchange = exchange_seconds(step, world, trace)
+    exchange, top = profiled(step, world, trace)
     stage, _ = stepper.stage(first)
     seconds, flops = times[len(times) // 2] / 1e3, count_flops(shape_of(config).shown(stage))
     batch, module = config.train.batch_size, stepper.engine.train_step_module()
@@ -149,6 +167,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
         "memory_bytes": peak_memory(world.device),
         "phases_ms": {name: 1e3 * s / job["steps"] for name, s in phases.seconds.items()},
         "exchange_ms": 1e3 * exchange,
+        "top": top,
     }
 
 
