@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+NO_SCALE = {"log_scale": None}
+"""The argument of kernels that do not normalise."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -110,15 +113,28 @@ def cases(architecture: str) -> Iterator[Case]:
         "keys": (triton_backward.backward_keys, "BLOCK_N", "BLOCK_M"),
         "queries": (triton_backward.backward_queries, "BLOCK_M", "BLOCK_N"),
     }
-    for kind, D, spilled in (("bf16", 64, 0), ("fp16", 64, 40), ("fp32", 64, 32), ("bf16", 128, 8)):
+    # Channels of a head, whether q and k are normalised, the number of keys, and known spills.
+    # Sampling attends to keys that were normalised when they entered the cache.
+    for kind, D, norm, keys, spilled in (
+        ("bf16", 64, True, 680, 0),
+        ("bf16", 64, True, attention_config.LONG, 0),
+        ("bf16", 64, False, 680, 0),
+        ("bf16", 64, False, attention_config.LONG, 0),
+        ("fp16", 64, True, 680, 40),
+        ("fp32", 64, True, 680, 32),
+        ("bf16", 128, True, 680, 8),
+    ):
         c = attention_config.config_for(
-            D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2
+            D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2, keys
         )
         typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
         for name, (kernel, rows_name, inner_name) in kernels.items():
             t: attention_config.Tile = getattr(c, name)
+            # Only the forward pass has other tiles for many keys.
+            if keys >= attention_config.LONG and name != "forward":
+                continue
             settings: dict[str, Any] = {
-                "NORM": True,
+                "NORM": norm,
                 "D": D,
                 "BLOCK_D": D,
                 "UPCAST": False,
@@ -127,11 +143,12 @@ def cases(architecture: str) -> Iterator[Case]:
                 inner_name: t.inner,
                 "STAGES": t.stages,
             }
-            settings |= {"BOUND": kind == "bf16"} if name == "forward" else {}
+            settings |= {"BOUND": norm and kind == "bf16"} if name == "forward" else {}
+            settings |= {} if norm else NO_SCALE
             # At 128 channels Triton uses mma, not wgmma, on Hopper.
             matrix = kind != "fp32" and D == 64
             yield Case(
-                f"attention.{name} {kind} D={D}",
+                f"attention.{name} {kind} D={D} keys={keys}{'' if norm else ' no norm'}",
                 kernel,
                 typed,
                 settings,
@@ -146,13 +163,14 @@ def cases(architecture: str) -> Iterator[Case]:
         {"D": 64, "BLOCK_D": 64, "BLOCK": 64},
         4,
     )
-    yield Case(
-        "attention.append",
-        triton_tiles.append,
-        heads | dict.fromkeys(("q_out", "k_out", "v_out"), "bf16"),
-        {"NORM": True, "D": 64, "BLOCK_D": 64, "BLOCK": 32},
-        4,
-    )
+    for norm in (True, False):
+        yield Case(
+            f"attention.append{'' if norm else ' no norm'}",
+            triton_tiles.append,
+            heads | dict.fromkeys(("q_out", "k_out", "v_out"), "bf16"),
+            {"NORM": norm, "D": 64, "BLOCK_D": 64, "BLOCK": 32} | ({} if norm else NO_SCALE),
+            4,
+        )
     yield Case(
         "attention.weighted_dots",
         triton_tiles.weighted_dots,
