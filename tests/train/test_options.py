@@ -95,7 +95,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On two real processes the bench reports the step, where its time goes, and a trace of it."""
     config = small_config(tmp_path, engine=ENGINES["fsdp"])
     result = bench_train(
-        config, steps=3, warmup=1, out=tmp_path / "r.json", trace=tmp_path / "t.json"
+        config, steps=3, warmup=1, out=tmp_path / "r.json", trace=tmp_path / "t.json", save=True
     )
     assert set(result["phases_ms"]) == {"data", "forward", "backward", "optimiser"}
     assert all(ms > 0 for ms in result["phases_ms"].values()) and result["exchange_ms"] > 0
@@ -106,6 +106,8 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(spent) == 30 and spent == sorted(spent, reverse=True) and sum(spent) > 0
     assert any(one["name"] == "aten::addmm" and one["calls"] > 1 for one in result["top"])
     assert result["host_ms"] == pytest.approx(result["step_ms"] - result["in_a_row_ms"])
+    save = result["save"]
+    assert save["steps_ms"] > 0 and 0 < save["stall_ms"] < 1e3 * save["seconds"]
     assert "exchanges between ranks" in capsys.readouterr().out
     with raises("bench.not-writable", "r.txt"):
         bench_train(config, 1, 1, tmp_path / "r.txt", None)
@@ -122,7 +124,7 @@ def test_the_bench_takes_the_steps_of_training(tmp_path: Path) -> None:
     """In progressive training the benchmark times the scales that training uses at that step."""
     recipe = {"progressive": 0.5, "progressive_start": 0, "steps": 100}
     config = small_config(tmp_path, train=recipe)
-    job = {"steps": 1, "warmup": 1, "trace": False}
+    job = {"steps": 1, "warmup": 1, "trace": False, "save": False}
     found = {}
     for at in (0.0, 1.0):
         stepper = untrained(config, World(0, 1, torch.device("cpu")))

@@ -196,6 +196,17 @@ STAGES: tuple[Stage, ...] = (
         (Value("step, ms", lambda r: r["step_ms"]),),
     ),
     Stage(
+        "save-d30",
+        150,
+        TRAIN.format("d30", 32) + " --steps 3 --save",
+        "how long does training wait for a checkpoint of d30?",
+        (
+            Value("training waits, ms", lambda r: r["save"]["stall_ms"]),
+            Value("on disk after, s", lambda r: r["save"]["seconds"]),
+            Value("step meanwhile, ms", lambda r: r["save"]["steps_ms"]),
+        ),
+    ),
+    Stage(
         "tests-odd-sizes",
         240,
         "python -m pytest -q tests/kernels -n 8 -m 'not slow' -p no:cacheprovider",

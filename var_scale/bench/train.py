@@ -27,6 +27,7 @@ def bench_train(
     warmup: int,
     out: Path | None,
     trace: Path | None,
+    save: bool = False,
 ) -> dict[str, Any]:
     """Time training steps on this machine's processes and print the result.
 
@@ -34,6 +35,7 @@ def bench_train(
         steps, warmup: how many steps to time, and how many to take before.
         out: JSON file for the result.
         trace: file for a profiler trace of one step.
+        save: also time a checkpoint, in a temporary folder.
 
     Raises:
         UserError: the batch does not divide, a file cannot be written, or the ranks failed.
@@ -43,6 +45,7 @@ def bench_train(
         check_writable(file)
     # At the end of the run: progressive training then uses all scales.
     job = {"steps": steps, "warmup": warmup, "trace": trace is not None, "at": 1.0}
+    job["save"] = save
     with tempfile.TemporaryDirectory(prefix="var-scale-bench-") as name:
         folder = Path(name)
         command = launch_command(config, folder, "var_scale.bench.train_worker")
@@ -160,6 +163,12 @@ def show(result: dict[str, Any]) -> None:
         f"steps in a row, without waiting for the device between them: {result['in_a_row_ms']:.2f} "
         "ms each"
     )
+    if save := result["save"]:
+        say(
+            f"a checkpoint: training waits {save['stall_ms']:.0f} ms for it (the first one "
+            f"{save['first_stall_ms']:.0f} ms), it is on disk after {save['seconds']:.1f} s, and "
+            f"steps take {save['steps_ms']:.2f} ms meanwhile"
+        )
     total = sum(result["phases_ms"].values())
     parts = "  ".join(
         f"{name} {ms:.2f} ms ({ms / total:.1%})" for name, ms in result["phases_ms"].items()

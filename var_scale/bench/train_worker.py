@@ -20,9 +20,10 @@ from var_scale.config.load import load
 from var_scale.cost.flops import count_flops
 from var_scale.cost.from_config import shape_of
 from var_scale.cost.time import peak_of
-from var_scale.files import read_json, write_json
+from var_scale.files import read_json, remove_tree, write_json
 from var_scale.machine import processor_name
 from var_scale.train.assemble import untrained
+from var_scale.train.save import CheckpointWriter
 from var_scale.train.stepper import PHASES, Stepper
 from var_scale.train.telemetry import peak_memory
 from var_scale.train.world import World, leave, start_world
@@ -115,6 +116,33 @@ def profiled(
     return exchange / 1e6, top
 
 
+def saving(step: Callable[[], None], stepper: Stepper, folder: Path) -> dict[str, float]:
+    """Time a checkpoint: how long the loop waits for it, the median of the steps that are taken
+    until it is on disk (a GPU copies its weights within the first of them), and the time until
+    then. The first checkpoint of a run also allocates host memory, so the second one is timed."""
+    world, found = stepper.world, dict[str, float]()
+    writer = CheckpointWriter(folder, world.rank, world.size, "bench", keep=1)
+    for number, name in ((1, "first_stall_ms"), (2, "stall_ms")):
+        world.barrier()
+        wait(world)
+        began = time.perf_counter()
+        writer.save(stepper.engine, {"step": number})
+        found[name] = 1e3 * (time.perf_counter() - began)
+        times = timed(step, 1, world)
+        # Several ranks would not agree on when to stop.
+        while world.size == 1 and writer.thread and writer.thread.is_alive():
+            times += timed(step, 1, world)
+        writer.wait()
+        found |= {
+            "seconds": time.perf_counter() - began,
+            "steps_ms": sorted(times)[len(times) // 2],
+        }
+        world.barrier()
+        if world.main:  # two of a large model may not fit on the disk
+            remove_tree(folder / f"step-{number:08d}")
+    return found
+
+
 def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Time the optimiser steps from `job["at"]` on, a share of the whole run; every rank calls it.
 
@@ -139,6 +167,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
     timed(step_by_phases, job["steps"], world)
     trace = folder / "trace.json" if job["trace"] and world.main else None
     exchange, top = profiled(step, world, trace)
+    saved = saving(step, stepper, folder) if job["save"] else None
     stage, _ = stepper.stage(first)
     seconds, flops = times[len(times) // 2] / 1e3, count_flops(shape_of(config).shown(stage))
     batch, module = config.train.batch_size, stepper.engine.train_step_module()
@@ -168,6 +197,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
         "phases_ms": {name: 1e3 * s / job["steps"] for name, s in phases.seconds.items()},
         "exchange_ms": 1e3 * exchange,
         "top": top,
+        "save": saved,
     }
 
 

@@ -164,6 +164,7 @@ class BenchTrain(_Timed, ConfigArguments):
     trace: Path | None = option(
         "profiler trace of one step (chrome://tracing)", None, metavar="FILE.json"
     )
+    save: bool = option("also time a checkpoint, in a temporary folder", False)
     dry_run: bool = option("train no step; print what each of --world ranks would hold", False)
     world: int | None = option("ranks of the dry run; default: 1", None, type=positive)
 
@@ -185,7 +186,14 @@ def bench_train(arguments: BenchTrain) -> None:
     if arguments.dry_run:
         show_dry_run(config, arguments.world or 1)
     else:
-        bench_train(config, arguments.steps, arguments.warmup, arguments.out, arguments.trace)
+        bench_train(
+            config,
+            arguments.steps,
+            arguments.warmup,
+            arguments.out,
+            arguments.trace,
+            arguments.save,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
