@@ -75,10 +75,10 @@ def test_linear_where_it_must_be_the_plain_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_normalised_heads(dtype: torch.dtype) -> None:
-    """The same bits as F.normalize and a product, and its gradients, also of a zero vector, at
+    """The same bits as F.normalize and a product, and its gradients, also of vectors near zero, at
     most twice as far from float64 as those of autograd."""
     qkv = torch.randn(2, 7, 3, 5, 8, dtype=torch.float64)
-    qkv[0, 0, 0, 0], qkv[1, 2, 1, 3] = 0, 0
+    qkv[0, 0, 0, 0], qkv[1, 2, 1, 3], qkv[1, 3, 0, 2] = 0, 0, 1e-14 * qkv[1, 3, 0, 2]
     factor = torch.rand(5, dtype=torch.float64) + 1
     grads = [torch.randn(2, 5, 7, 8, dtype=torch.float64) for _ in range(3)]
 
@@ -106,6 +106,17 @@ def test_normalised_heads(dtype: torch.dtype) -> None:
             a1, b1, c1 = (t.double()[part] for t in (a, b, c))
             room = {torch.float64: 1e-14, torch.float32: 1e-6}[dtype] * float(c1.norm())
             assert float((a1 - c1).norm()) <= max(2 * float((b1 - c1).norm()), room)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 2, 8), (3, 1, 2, 5, 8)])
+def test_normalised_heads_leave_their_input(shape: tuple[int, ...]) -> None:
+    """Also where the order of the heads is that of the memory already."""
+    qkv = torch.randn(shape)
+    if shape[0] == 3:
+        qkv = qkv.permute(1, 3, 0, 2, 4)
+    before = qkv.clone()
+    NormalisedHeads.apply(qkv, torch.full((qkv.shape[3],), 2.0))
+    assert torch.equal(qkv, before)
 
 
 def test_where_the_backward_pass_is_written_out() -> None:

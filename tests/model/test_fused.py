@@ -25,13 +25,14 @@ from var_scale.model.attention import (
     Call,
     KVCache,
     ScaleMask,
+    attend,
     block_causal_bias,
     choose_backend,
     require_trainable,
 )
 from var_scale.model.attention.biased import Flash, sdpa
 from var_scale.model.attention.blocks import blocks
-from var_scale.model.attention.choose import AUTOMATIC
+from var_scale.model.attention.choose import AUTOMATIC, BACKENDS
 from var_scale.model.attention.dense import DenseAttention
 from var_scale.model.load import new_tokenizer
 from var_scale.scales import PatchNum, length
@@ -252,6 +253,33 @@ def test_choices_and_wrong_ones() -> None:
         block = tiny(attention=name).blocks[0]
         with raises("model.attention", f"attention={name}"):
             block(torch.randn(1, 5, 32), torch.randn(1, 32), torch.zeros(1, 1, 5, 5))
+
+
+def test_every_back_end_can_be_chosen_in_a_config() -> None:
+    for name in ("auto", *BACKENDS):
+        assert load("model/d16", [f"model.attention={name}"]).model.attention == name
+
+
+@pytest.mark.parametrize("kind", ["per sample", "bool", "learned", "constant"])
+def test_auto_computes_every_mask(kind: str) -> None:
+    """Training in float32 on a CPU gives the attention of sdpa for any mask, and the gradient of a
+    mask that has one."""
+    torch.manual_seed(0)
+    qkv, log_scale = torch.randn(2, 5, 3, 2, 8), torch.zeros(2)
+    bias = {
+        "per sample": torch.randn(2, 1, 5, 5),
+        "bool": torch.rand(1, 1, 5, 5) < 0.8,
+        "learned": torch.randn(1, 1, 5, 5, requires_grad=True),
+        "constant": torch.randn(1, 1, 5, 5),
+    }[kind]
+    if kind == "bool":
+        bias = bias | torch.eye(5, dtype=torch.bool)
+    auto, exact = (attend(qkv, bias, log_scale, 1.0, name, None) for name in ("auto", "sdpa"))
+    torch.testing.assert_close(auto, exact)
+    assert auto.requires_grad == (kind == "learned")
+    call = Call(qkv, bias, log_scale, 1.0, None)
+    chosen = next(backend for backend in AUTOMATIC if backend.preferable(call))
+    assert chosen.name == ("dense" if kind == "constant" else "sdpa")
 
 
 def test_what_flash_supports() -> None:

@@ -40,7 +40,13 @@ def ask(fitted_ladder: StudyResult):  # type: ignore[no-untyped-def]
             for form in FORMS
         }
         found = {
-            key: adequacy(law, points.counts, points.noise, points.freedom)
+            key: adequacy(
+                law,
+                points.counts,
+                points.noise,
+                points.freedom,
+                fits["loss_avg", "power_floor"] if key[1] == "power" else None,
+            )
             for key, law in fits.items()
             if law.converged
         }

@@ -134,10 +134,12 @@ class ModelConfig(Section):
     init_adaln_gamma: float = setting(1e-5, "factor of the initial gate weights of AdaLN")
     init_head: float = setting(0.02, "factor of the initial weights of the head")
     init_std: float = setting(-1.0, "initial standard deviation; negative: sqrt(1 / 3C)")
-    attention: Literal["auto", "triton", "flex", "flash", "xformers", "blocks", "sdpa"] = setting(
-        "auto",
-        "attention back-end; auto: triton on NVIDIA GPUs since Ampere, blocks on CPUs in half "
-        "precision, else sdpa",
+    attention: Literal["auto", "triton", "flex", "flash", "xformers", "blocks", "dense", "sdpa"] = (
+        setting(
+            "auto",
+            "attention back-end; auto: triton on NVIDIA GPUs since Ampere, on CPUs blocks in half "
+            "precision and dense for training on short sequences in float32, else sdpa",
+        )
     )
     kernels: Annotated[Literal["auto", "on", "off"], Switch] = setting(
         "auto",

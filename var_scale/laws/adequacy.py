@@ -62,11 +62,21 @@ def adequacy(
         freedom: its degrees of freedom; 0 without repeats.
         with_floor: the form `power_floor` of the same points, for a `power`.
     """
-    bend, p_bend = law.curvature()
-    if bend > 0 and with_floor and with_floor.converged:
-        p_bend = floor_test(law, with_floor)
-    power = _power(law) if math.isfinite(p_bend) else math.nan
+    bend, p_bend = bend_test(law, with_floor)
+    one_sided = with_floor is not None and with_floor.converged and law.params["E"] == 0
+    power = _power(law, one_sided) if math.isfinite(p_bend) else math.nan
     return Adequacy(bend, p_bend, power, _lack_of_fit(law, counts, noise, freedom))
+
+
+def bend_test(law: LawFit, with_floor: LawFit | None) -> tuple[float, float]:
+    """Coefficient and p-value of a bend of a power law; see `Adequacy`. NaN, NaN for other forms.
+
+    Of true power laws, 5 % seem to bend upwards with p < 0.05 and 2.5 % downwards.
+    """
+    bend, p = law.curvature()
+    if bend > 0 and with_floor and with_floor.converged:
+        p = floor_test(law, with_floor)
+    return bend, p
 
 
 def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int) -> float:
@@ -88,10 +98,9 @@ def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int)
     return float(fdtrc(law.freedom, freedom, ratio))
 
 
-def _power(law: LawFit) -> float:
+def _power(law: LawFit, one_sided: bool) -> float:
     """Power of the test for a bend against a floor of SHARE of the smallest value, with the noise
-    of this fit (non-central t). The test for a floor is nearly that of the coefficient. With E = 0
-    it is one-sided."""
+    of this fit (non-central t). The test for a floor is nearly that of the coefficient."""
     from scipy.special import nctdtr
 
     x, floor = np.asarray(law.x), law.params["E"]
@@ -105,5 +114,5 @@ def _power(law: LawFit) -> float:
     basis = np.stack([np.ones(n), u - u.mean(), (u - u.mean()) ** 2], axis=1) * root[:, None]
     q, _ = np.linalg.qr(basis)
     shift = abs(float((q.T @ (curved * root))[2])) / law.sd
-    level = LEVEL if floor > 0 else 2 * LEVEL - 1
+    level = 2 * LEVEL - 1 if one_sided else LEVEL
     return float(1 - nctdtr(n - 3, shift, t_factor(level, n - 3)))

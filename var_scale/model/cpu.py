@@ -83,6 +83,9 @@ def softmax_backward_public(grad: Tensor, p: Tensor) -> Tensor:
     return (probability * (grad - dot)).to(p.dtype)
 
 
+LEAST_NORM = 1e-12
+
+
 def writes_out(x: Tensor) -> bool:
     """Whether operators whose backward pass is written out compute `x`: with gradients on CPUs, in
     float32 or wider and not under autocast, whose rounding they would change."""
@@ -105,10 +108,11 @@ class NormalisedHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_BL3HD: Tensor, factor_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`factor_H`: f, (H,)."""
-        qkv_3BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).contiguous()
+        # A copy even where this order is contiguous already: what follows writes to it.
+        qkv_3BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
         qk_2BHLD = qkv_3BHLD[:2]
-        # The smallest norm is that of F.normalize.
-        norm_2BHL1 = torch.linalg.vector_norm(qk_2BHLD, dim=-1, keepdim=True).clamp_min_(1e-12)
+        # F.normalize has this least norm too, below which the quotient is linear in x.
+        norm_2BHL1 = torch.linalg.vector_norm(qk_2BHLD, dim=-1, keepdim=True).clamp_min_(LEAST_NORM)
         qk_2BHLD /= norm_2BHL1
         qkv_3BHLD[0] *= factor_H.view(-1, 1, 1)
         ctx.save_for_backward(qkv_3BHLD, norm_2BHL1, factor_H)
@@ -131,9 +135,11 @@ class NormalisedHeads(torch.autograd.Function):
         # q = f y and dy = f dq, so y (y . dy) = q (q . dq) / f.
         dot_BHL1 = (dq_BHLD * q_BHLD).sum(-1, keepdim=True)
         dfactor_H = dot_BHL1.sum((0, 2, 3)) / factor_H
+        dot_BHL1 *= norm_2BHL1[0] > LEAST_NORM
         torch.addcmul(dq_BHLD, q_BHLD, dot_BHL1 / f_H11**2, value=-1, out=out_q)
         out_q *= f_H11 / norm_2BHL1[0]
         dot_BHL1 = (dk_BHLD * k_BHLD).sum(-1, keepdim=True)
+        dot_BHL1 *= norm_2BHL1[1] > LEAST_NORM
         torch.addcmul(dk_BHLD, k_BHLD, dot_BHL1, value=-1, out=out_k)
         out_k /= norm_2BHL1[1]
         out_v.copy_(dv_BHLD)

@@ -9,6 +9,7 @@ from typing import Any
 
 from var_scale.errors import UserError
 from var_scale.files import write_json
+from var_scale.laws.adequacy import bend_test
 from var_scale.laws.api import fit, to_json
 from var_scale.laws.forms import SURFACES, Form
 from var_scale.laws.forms import VARIABLES as LAW_VARIABLES
@@ -250,13 +251,18 @@ def _break_lines(law: LawFit) -> list[str]:
 
 def _bend_lines(law: LawFit) -> list[str]:
     """What the form power leaves open."""
-    bend, p = law.curvature()
+    rival = None
+    # The test for a floor is for falling laws of points of equal weight.
+    if law.form == "power" and "exponent" not in law.params and len(set(law.given_weights())) == 1:
+        given: dict[str, Any] = {"noise_floor": law.noise_floor, "intervals": False}
+        rival = fit(law.x, law.y, "power_floor", outliers=False, **given)
+    bend, p = bend_test(law, rival)
     if p < 0.05:
         floor, steeper = "a floor? try --form power_floor", "it steepens; try --form broken_power"
         if "exponent" in law.params:
             return [f"  the points bend (p = {p:.2g}), so the interval is too narrow"]
         return [
-            f"  the points bend (quadratic term in ln {law.variable}: p = {p:.2g}), so the "
+            f"  the points bend (p = {p:.2g}), so the "
             f"interval is too narrow: {floor if bend > 0 else steeper}"
         ]
     if law.form == "power" and not law.params["E"] and "exponent" not in law.params:

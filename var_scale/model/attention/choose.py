@@ -81,8 +81,8 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         return "triton", "the fused kernels run on this GPU"
     if not BLOCKS.runs_on(device):
         return (
-            f"blocks in half precision from {SHORTEST} tokens on, dense in float32 to {LONGEST}, "
-            "else sdpa",
+            f"blocks in half precision from {SHORTEST} tokens on, dense in float32 up to "
+            f"{LONGEST} tokens, else sdpa",
             obstacle,
         )
     return "sdpa", obstacle

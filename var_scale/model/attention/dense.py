@@ -31,12 +31,17 @@ class Dense(Backend):
         return "" if device.type == "cpu" else "it is for CPUs"
 
     def supports(self, call: Call) -> str:
+        mask = call.mask
+        if isinstance(mask, Tensor) and (
+            mask.shape[:2] != (1, 1) or not mask.is_floating_point() or mask.requires_grad
+        ):
+            return "adds a constant mask (1, 1, L, L) of numbers; use sdpa for other masks"
         return ""
 
     def preferable(self, call: Call) -> bool:
         """Whether `auto` takes it: in float32, for training on short sequences."""
         return (
-            not self.runs_on(call.qkv_BL3HD.device)
+            not (self.runs_on(call.qkv_BL3HD.device) or self.supports(call))
             and compute_dtype(call.qkv_BL3HD).itemsize > 2
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
