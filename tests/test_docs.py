@@ -133,8 +133,12 @@ def test_campaign_tables_show_what_missed_and_what_failed(tmp_path: Path) -> Non
     """Every stage of a GPU has its row, with its verdict, its reason, or "not run"; the kernels of
     a step follow. A CPU shows its own stages."""
     row = {"commit": "c" * 40, "date": "2026-01-02 10:00:00", "tail": "", "state": "ok"}
-    step = {"step_ms": 80.0, "images_per_second": 400.0, "mfu": 0.37, "host_ms": 1.0}
-    step |= {"memory_bytes": 2**30, "top": [{"name": "gemm", "calls": 9, "ms": 40.0}]}
+    step = {"step_ms": 80.0, "images_per_second": 400.0, "mfu": 0.37, "in_a_row_ms": 80.0}
+    step |= {
+        "memory_bytes": 2**30,
+        "device_ms": 70.0,
+        "top": [{"name": "gemm", "calls": 9, "ms": 40.0}],
+    }
     rows = [
         row | {"stage": "train-d16-b32", "device": "H", "result": step},
         row
@@ -144,11 +148,15 @@ def test_campaign_tables_show_what_missed_and_what_failed(tmp_path: Path) -> Non
     ]
     (tmp_path / "h.json").write_text(json.dumps({"version": 1, "rows": rows}))
     shown = campaign_tables(tmp_path)
-    assert "| train-d16-b32 | images/s | 459 | 400 | ≥ 500 | MISSED, -13 % of the prediction |" in (
-        shown
+    assert (
+        "| train-d16-b32 | images/s | 459 | 400 | ≥ 500 | MISSED, 13 % below the prediction "
+        "| ccccccccc, 2026-01-02 |" in shown
     )
-    assert "| mlp | time, times compile |  | failed (1): no memory | ≤ 1 |  |" in shown
-    assert "| head | time, times compile |  | not run | ≤ 1 |  |" in shown
+    assert (
+        "| mlp | time, times compile |  | failed (1): no memory | ≤ 1 |  | ccccccccc, 2026-01-02 |"
+        in shown
+    )
+    assert "| head | time, times compile |  | not run | ≤ 1 |  |  |" in shown
     assert "| `gemm` | 9 | 40.000 |" in shown and "No campaign" not in shown
     assert shown.index("**H**") < shown.index("**CPU (x)**")
     assert shown.count("cpu-step-short") == 1 and "cpu-data" not in shown

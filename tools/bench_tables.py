@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from var_scale.bench.campaign import HEAD, table
+from var_scale.bench.campaign import HEAD, Row, newest, table
 from var_scale.bench.campaign_stages import STAGES
 from var_scale.files import read_json, replace_between
 
@@ -36,39 +35,56 @@ def results_table(folder: Path) -> str:
 
 
 def campaign_tables(folder: Path) -> str:
-    """The tables of all machines on which a campaign ran, GPUs first."""
+    """The tables of all machines on which a campaign ran, GPUs first: the newest row of each
+    stage."""
     rows = [row for path in folder.glob("*.json") for row in read_json(path, "campaign")["rows"]]
     devices = sorted({row["device"] for row in rows}, key=lambda name: (name[:3] == "CPU", name))
     parts = []
     if all(name.startswith("CPU") for name in devices):
         parts.append("No campaign ran on a GPU yet.")
     for device in devices:
-        mine = [row for row in rows if row["device"] == device]
-        gpu, known = not device.startswith("CPU"), {row["stage"] for row in mine}
-        days, codes = ({str(row[key])[:10] for row in mine} for key in ("date", "commit"))
-        stages = [stage for stage in STAGES if stage.gpu == gpu and (gpu or stage.name in known)]
+        gpu, mine = not device.startswith("CPU"), [row for row in rows if row["device"] == device]
         lines = [
-            f"**{device}**, {', '.join(sorted(days))}, code {', '.join(sorted(codes))}:",
+            f"**{device}**:",
             "",
-            f"| {' | '.join(HEAD)} |",
-            "|---|---|---:|---:|---:|---|",
-            *(f"| {' | '.join(line)} |" for line in table(stages, mine)),
+            f"| {' | '.join([*HEAD, 'code, date'])} |",
+            "|---|---|---:|---:|---:|---|---|",
         ]
+        for stage in STAGES:
+            row = newest(mine, stage.name)
+            if stage.gpu == gpu and (row or gpu):
+                made = f"{code(row)}, {row['date'][:10]}" if row else ""
+                lines += [line_of([*line, made]) for line in table([stage], mine)]
         parts.append("\n".join(lines))
-        parts += [top_table(row) for row in mine if row["stage"] in PROFILED and row["result"]]
+        profiled = [newest(mine, name) for name in PROFILED]
+        parts += [top_table(row) for row in profiled if row and row["result"]]
     return "\n\n".join(parts)
 
 
-def top_table(row: dict[str, Any]) -> str:
+def code(row: Row) -> str:
+    """What a row measured: the commit, `+changes` if the code differed from it, or a hash."""
+    commit, _, changes = row["commit"].partition("+")
+    return (commit[:9] if len(commit) == 40 else commit) + ("+changes" if changes else "")
+
+
+def line_of(cells: list[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def top_table(row: Row) -> str:
     """The operations that take most of a training step."""
     result = row["result"]
     lines = [
-        f"The largest {len(result['top'])} kernels of `{row['stage']}`, a step of "
-        f"{result['step_ms']:.1f} ms ({str(row['commit'])[:10]}):",
+        f"The largest {len(result['top'])} kernels of `{row['stage']}`, of a step of "
+        f"{result['in_a_row_ms']:.1f} ms ({code(row)}):",
         "",
         "| kernel | calls | ms |",
         "|---|---:|---:|",
-        *(f"| `{one['name']}` | {one['calls']} | {one['ms']:.3f} |" for one in result["top"]),
+        *(
+            line_of([f"`{one['name']}`", str(one["calls"]), f"{one['ms']:.3f}"])
+            for one in result["top"]
+        ),
     ]
     return "\n".join(lines)
 

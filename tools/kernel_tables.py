@@ -6,23 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from var_kernels.bench import targets
 from var_kernels.bench.run import floor_seconds
 
 from var_scale.files import replace_between
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-TARGETS = {
-    ("adaptive_layer_norm", 680): (0.90, 0.85),
-    ("gate_adaptive_layer_norm", 680): (0.90, 0.80),
-    ("block_attention", 680): (0.30, 0.25),
-    ("block_attention", 2240): (0.40, 0.33),
-    ("linear_cross_entropy", 680): (0.85, 0.85),
-}
-"""Share of the floor that an operator should reach on an H200 at a sequence length, in the forward
-and the backward pass."""
-MLP_TARGET = 0.92
-"""Share of the time of its matrix products alone that the MLP should reach."""
 Results = dict[str, Any]
 
 
@@ -101,7 +91,7 @@ def operator_row(row: Results, place: int, what: str, ceilings: dict[str, float]
 
 def target_of(row: Results, place: int) -> float | None:
     """The target of a row's forward (0) or backward (1) pass."""
-    found = TARGETS.get((row["operator"], int(row["shape"].rpartition("=")[2])))
+    found = targets.FLOOR.get((row["operator"], int(row["shape"].rpartition("=")[2])))
     return found[place] if found and place < 2 else None
 
 
@@ -109,18 +99,18 @@ def verdict(row: Results, what: str, reached: float | None, wanted: float | None
     """Which targets a pass meets: its share of the floor, for the MLP the share of its products'
     time, and that torch.compile is not faster."""
     ours = row["forms"]["ours"][what]["p50"]
-    targets = []
+    outcomes = []
     if wanted and reached is not None:
-        targets.append(f"{'met' if reached >= wanted else 'MISSED'} ({100 * wanted:.0f} %)")
+        outcomes.append(f"{'met' if reached >= wanted else 'MISSED'} ({100 * wanted:.0f} %)")
     if what in row["forms"].get("products", {}):
         share = row["forms"]["products"][what]["p50"] / ours
-        outcome = "met" if share >= MLP_TARGET else "MISSED"
-        limit = f"{100 * share:.0f} of {100 * MLP_TARGET:.0f} %"
-        targets.append(f"{outcome} ({limit} of its products)")
+        outcome = "met" if share >= targets.MLP else "MISSED"
+        limit = f"{100 * share:.0f} of {100 * targets.MLP:.0f} %"
+        outcomes.append(f"{outcome} ({limit} of its products)")
     compiled = row["forms"].get("compile", {}).get(what)
     if compiled and compiled["p50"] < ours:
-        targets.append("MISSED (slower than torch.compile)")
-    return ", ".join(targets)
+        outcomes.append("MISSED (slower than torch.compile)")
+    return ", ".join(outcomes)
 
 
 def steps_table(results: Results) -> str:

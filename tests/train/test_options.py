@@ -105,7 +105,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spent = [one["ms"] for one in result["top"]]
     assert len(spent) == 30 and spent == sorted(spent, reverse=True) and sum(spent) > 0
     assert any(one["name"] == "aten::addmm" and one["calls"] > 1 for one in result["top"])
-    assert result["host_ms"] == pytest.approx(result["step_ms"] - result["in_a_row_ms"])
+    assert result["in_a_row_ms"] > 0 and result["device_ms"] is None
     save = result["save"]
     assert save["steps_ms"] > 0 and 0 < save["stall_ms"] < 1e3 * save["seconds"]
     assert "exchanges between ranks" in capsys.readouterr().out

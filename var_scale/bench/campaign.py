@@ -1,7 +1,7 @@
-"""`var-scale bench campaign`: settles the open questions on a machine within a bounded time.
+"""`var-scale bench campaign`: measures a machine stage by stage within a bounded time.
 
 Every stage is a process of its own. After each of them DIR/campaign.json is written, so that a call
-that is cut off loses one stage at most, and the next call with the same DIR goes on.
+that is cut off loses one stage at most, and the next call with the same DIR continues.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from var_scale.errors import UserError
-from var_scale.files import canonical_hash, read_json, sha256_file, write_json
+from var_scale.files import canonical_hash, read_json, remove_tree, sha256_file, write_json
 from var_scale.locks import lock
 from var_scale.progress import duration, say
+from var_scale.train.stopping import process_fields
 from var_scale.train.telemetry import commit
 
 NAME = "campaign.json"
 LEAST = 20.0
 """Seconds without which no stage is started."""
-GRACE = 5.0
+GRACE = 10.0
 """Seconds between the request to stop and the kill of a stage that takes too long."""
 TAIL = 2500
 """Characters of a stage's output that are kept."""
+TOO_LONG = "too long"
+OTHER_MACHINE = ("it needs a GPU", "it is for machines without a GPU")
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
@@ -69,12 +73,12 @@ def campaign(
 ) -> list[Row]:
     """Run the stages of this kind of machine in their order until the time is over.
 
-    A stage that `folder` holds as complete for this code and device is skipped. One that failed or
-    took too long is tried again.
+    A stage that `folder` holds as complete for this code and device is skipped. Those that failed
+    follow after the others, and those that took too long if there is more time for them.
 
     Args:
         seconds: time for the whole call. A stage gets the rest of it if its own limit is longer.
-        checkout: the official code; without it, stages that need it are not run.
+        checkout: the official code; without it, stages that need it are left out.
         only: names of stages; all if empty.
 
     Returns:
@@ -100,37 +104,52 @@ def campaign(
         rows, (device, gpu) = known(folder), this_device()
         code = version()
         say(f"{device}, code {code}: {duration(seconds)} for the stages that are missing")
-        todo = [
-            stage
-            for stage in stages
-            if stage.gpu == gpu
-            and (not only or stage.name in only)
-            and (checkout or "{checkout}" not in stage.command)
-            and not any(same(row, stage, code, device) and row["state"] == "ok" for row in rows)
-        ]
+        asked = [stage for stage in stages if not only or stage.name in only]
+        mine = {
+            row["stage"]: row for row in rows if (row["commit"], row["device"]) == (code, device)
+        }
+        todo = []
+        for stage in asked:
+            if obstacle := why_not(stage, gpu, checkout, mine.get(stage.name)):
+                if only or obstacle not in OTHER_MACHINE:
+                    say(f"{stage.name} is left out: {obstacle}")
+            else:
+                todo.append(stage)
+        todo.sort(key=lambda stage: stage.name in mine)
         for place, stage in enumerate(todo):
-            left = seconds - (time.monotonic() - began) - GRACE
+            # A stage that does not stop when asked takes the grace twice.
+            left = seconds - (time.monotonic() - began) - 2 * GRACE
+            old, limit = mine.get(stage.name), min(stage.seconds, left)
             if left < LEAST:
                 say(f"no time left for {', '.join(s.name for s in todo[place:])}; call this again")
                 break
+            if old and old["state"] == TOO_LONG and limit <= old["limit"]:
+                say(f"{stage.name} is left out: {duration(old['limit'])} were too few before")
+                continue
             say(f"{place + 1}/{len(todo)} {stage.name}: {stage.question}")
-            row = run(stage, folder, min(stage.seconds, left), checkout)
+            row = run(stage, folder, limit, checkout, go_on=old is not None)
             row |= {"commit": code, "device": device}
-            rows = [old for old in rows if not same(old, stage, code, device)] + [row]
-            write_json(folder / NAME, {"version": 1, "rows": rows})
             say(f"    {row['state']} after {duration(row['seconds'])}: {last_line(row)}")
+            if old and old["result"] and not row["result"]:
+                continue  # a part of the results is better than none
+            rows = [other for other in rows if other is not old] + [row]
+            write_json(folder / NAME, {"version": 1, "rows": rows})
     return rows
+
+
+def why_not(stage: Stage, gpu: bool, checkout: Path | None, row: Row | None) -> str:
+    """Why a stage is not to be run; empty if it is. `row`: its row of this code and device."""
+    if stage.gpu != gpu:
+        return OTHER_MACHINE[gpu]
+    if not checkout and "{checkout}" in stage.command:
+        return "it compares with the official code, whose folder --checkout names"
+    return "it is complete for this code and device" if row and row["state"] == "ok" else ""
 
 
 def known(folder: Path) -> list[Row]:
     """The rows that earlier calls measured."""
     path = folder / NAME
     return list(read_json(path, "campaign")["rows"]) if path.exists() else []
-
-
-def same(row: Row, stage: Stage, code: str, device: str) -> bool:
-    """Whether a row is of this stage, code and device."""
-    return (row["stage"], row["commit"], row["device"]) == (stage.name, code, device)
 
 
 def this_device() -> tuple[str, bool]:
@@ -161,9 +180,16 @@ def version() -> str:
     return f"{found}-{code}" if found else f"files-{code}"
 
 
-def run(stage: Stage, folder: Path, limit: float, checkout: Path | None) -> Row:
-    """Run one stage for at most `limit` seconds. Whatever happens to it becomes a row."""
+def run(
+    stage: Stage, folder: Path, limit: float, checkout: Path | None, go_on: bool = False
+) -> Row:
+    """Run one stage for at most `limit` seconds. Whatever happens to it becomes a row.
+
+    `go_on`: keep the files of an earlier attempt, such as a part of a study.
+    """
     work = folder.resolve() / stage.name
+    if not go_on:
+        remove_tree(work)
     work.mkdir(exist_ok=True)
     out, log = work / "result.json", work / "log.txt"
     out.unlink(missing_ok=True)
@@ -180,6 +206,7 @@ def run(stage: Stage, folder: Path, limit: float, checkout: Path | None) -> Row:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=ROOT if (ROOT / "tests").is_dir() else None,
         )
         try:
             code = child.wait(limit)
@@ -192,13 +219,14 @@ def run(stage: Stage, folder: Path, limit: float, checkout: Path | None) -> Row:
     result: Any = None
     with suppress(UserError):  # none, or cut off
         result = read_json(out)
-    state = "too long" if code is None else "ok" if code == 0 else f"failed ({code})"
+    state = TOO_LONG if code is None else "ok" if code == 0 else f"failed ({code})"
     if state == "ok" and "{out}" in stage.command and result is None:
         state = "failed (no result)"
     return {
         "stage": stage.name,
         "state": state,
         "seconds": round(time.monotonic() - began, 1),
+        "limit": round(limit, 1),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": stage.command,
         "question": stage.question,
@@ -208,13 +236,29 @@ def run(stage: Stage, folder: Path, limit: float, checkout: Path | None) -> Row:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask a stage and its children to stop, then kill them."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(GRACE)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
+    """Ask a stage to stop, then kill it with all that it started, also in other sessions."""
+    family = descendants(child.pid)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    for pid in {*family, *descendants(child.pid)}:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it started, directly or not."""
+    parents: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if fields := process_fields(int(folder.name)):
+            parents.setdefault(int(fields[1]), []).append(int(folder.name))
+    found = [pid]
+    for one in found:  # which grows
+        found += parents.get(one, [])
+    return found
 
 
 def last_line(row: Row) -> str:
@@ -232,19 +276,18 @@ def table(stages: Iterable[Stage], rows: Sequence[Row], width: int = 0) -> list[
     """
     lines = []
     for stage in stages:
-        found = [row for row in rows if row["stage"] == stage.name]
-        row = max(found, key=lambda row: row["date"]) if found else None
+        row = newest(rows, stage.name)
         state = row["state"] if row else "not run"
-        if row and state != "ok" and (reason := last_line(row)):
-            state = f"{state}: {reason[:width] if width else reason}"
+        if row and state != "ok":
+            state = f"{state}: {last_line(row)}"[: width or None]
         for value in stage.values or (Value("passes", lambda _: 1.0),):
-            measured = number(value, row["result"]) if row else None
+            measured = number(value, row["result"]) if row and stage.values else None
             if measured is None:
-                cells = [state if not row or row["state"] != "ok" else "no such value", ""]
-            elif not stage.values:
-                cells = [state, ""]
-            else:
+                cells = ["no such value" if stage.values and state == "ok" else state, ""]
+            elif state == "ok":
                 cells = [short(measured), verdict(value, measured)]
+            else:  # a part of the results
+                cells = [short(measured), state]
             predicted = "" if value.predicted is None else short(value.predicted)
             sign = "≥" if value.at_least else "≤"
             target = "" if value.target is None else f"{sign} {short(value.target)}"
@@ -252,11 +295,17 @@ def table(stages: Iterable[Stage], rows: Sequence[Row], width: int = 0) -> list[
     return lines
 
 
+def newest(rows: Sequence[Row], stage: str) -> Row | None:
+    """The newest row of a stage."""
+    found = [row for row in rows if row["stage"] == stage]
+    return max(found, key=lambda row: row["date"]) if found else None
+
+
 HEAD = ["stage", "value", "predicted", "measured", "target", "verdict"]
 
 
 def number(value: Value, result: Any) -> float | None:
-    """The value in a stage's result, also in that of a stage that was stopped after it."""
+    """The value in a stage's result; None if it is not there."""
     try:
         return float(value.read(result))
     except (LookupError, TypeError, ValueError, StopIteration):
@@ -270,7 +319,8 @@ def verdict(value: Value, measured: float) -> str:
         met = measured >= value.target if value.at_least else measured <= value.target
         parts.append("met" if met else "MISSED")
     if value.predicted:
-        parts.append(f"{100 * (measured / value.predicted - 1):+.0f} % of the prediction")
+        off = 100 * (measured / value.predicted - 1)
+        parts.append(f"{abs(off):.0f} % {'above' if off > 0 else 'below'} the prediction")
     return ", ".join(parts)
 
 

@@ -122,7 +122,9 @@ def bench_sample(
             vae, var = build_vae_var(depth=depth)
         for module, file in ((vae, "vae"), (var, "var")):
             write_weights(Path(name) / f"{file}.safetensors", module)
-        del vae, var
+        del vae, var, module
+        if torch.cuda.is_initialized():  # the sides need the memory
+            torch.cuda.empty_cache()
         for batch in batches:
             for precision in precisions:
                 job = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def bench_step(
                 row |= time_config(config, batch, device)
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
+                gc.collect()
+                torch.cuda.empty_cache()
                 say(f"{name} batch {batch} {form:6} out of memory")
             write_result(result, out, quiet=True)
             if "failed" in row:

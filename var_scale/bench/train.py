@@ -159,9 +159,11 @@ def show(result: dict[str, Any]) -> None:
         f"  {result['flops_per_second'] / 1e12:.3g} TFLOP/s{mfu}  "
         f"peak {result['memory_bytes'] / 2**30:.2f} GiB"
     )
+    kernels = result["device_ms"]
+    busy = f", {kernels:.2f} ms of it in kernels" if kernels else ""
     say(
         f"steps in a row, without waiting for the device between them: {result['in_a_row_ms']:.2f} "
-        "ms each"
+        f"ms each{busy}"
     )
     if save := result["save"]:
         say(

@@ -198,8 +198,8 @@ def bench_train(arguments: BenchTrain) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCampaign:
-    out: Path = option(
-        "folder of the results; a call continues it", type=folder_path, metavar="DIR"
+    out: Path | None = option(
+        "folder of the results; a later call continues it", None, type=folder_path, metavar="DIR"
     )
     seconds: float = option("time for this call", 560.0, type=number_in(float, 1))
     checkout: Path | None = option(
@@ -208,15 +208,22 @@ class BenchCampaign:
     only: Sequence[str] = option("names of stages; default: all", (), nargs="*", metavar="NAME")
     list: bool = option("print the stages and run none", False)
 
+    def __post_init__(self) -> None:
+        if not (self.out or self.list):
+            raise UserError(
+                "--out: is missing; give a folder for the results, such as --out campaign/",
+                code="argument.combination",
+            )
+
 
 def bench_campaign(arguments: BenchCampaign) -> None:
-    """Measure this machine stage by stage within a bounded time; the next call goes on.
+    """Measure this machine stage by stage within a bounded time; a later call continues.
 
     Each stage is a process of its own, and one that fails becomes a row of DIR/campaign.json."""
     from var_scale.bench.campaign import campaign, show, show_stages
     from var_scale.bench.campaign_stages import STAGES
 
-    if arguments.list:
+    if arguments.out is None or arguments.list:
         show_stages(STAGES)
         return
     only, checkout = list(arguments.only), arguments.checkout

@@ -15,7 +15,7 @@ from types import FrameType
 PARENT_ENV = "VAR_SCALE_PARENT"  # pid:start-time of the process that started the run
 
 
-def _stat(pid: int) -> list[str]:
+def process_fields(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; empty if the process no longer exists."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -25,7 +25,7 @@ def _stat(pid: int) -> list[str]:
 
 def process_identity(pid: int) -> str | None:
     """pid:start-time, which a reused pid does not repeat; None if the process no longer exists."""
-    fields = _stat(pid)
+    fields = process_fields(pid)
     return None if not fields or fields[0] in "ZX" else f"{pid}:{fields[19]}"
 
 
@@ -38,7 +38,7 @@ def launchers() -> list[str]:
     found, pid = [], os.getppid()
     while identity := process_identity(pid):
         found.append(identity)
-        if not (fields := _stat(pid)):  # it has ended since
+        if not (fields := process_fields(pid)):  # it has ended since
             break
         pid = int(fields[1])
         try:
