@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_files_of_a_report(tmp_path: Path, fitted_ladder: StudyResult) -> None:
     with open(folder / "runs.csv") as file:
         assert len(list(csv.DictReader(file))) == 7
     assert len(read_runs_csv(folder / "runs.csv")) == 7
+
+
+@pytest.mark.parametrize("study", ["fitted_ladder", "fitted_grid"])
+def test_no_space_before_a_full_stop(study: str, request: pytest.FixtureRequest) -> None:
+    """Optional parts of sentences leave no gap behind."""
+    text = markdown("s", request.getfixturevalue(study), {}, {}, None)
+    sentences = re.sub(r"`[^`]*`|^\|.*$", "x", text, flags=re.MULTILINE)
+    assert not re.findall(r"\w +[.,;](?!\d)", sentences)
 
 
 def test_text_of_a_ladder(fitted_ladder: StudyResult) -> None:
