@@ -132,7 +132,13 @@ def test_kernel_tables_show_shares_and_targets() -> None:
 def test_campaign_tables_show_what_missed_and_what_failed(tmp_path: Path) -> None:
     """Every stage of a GPU has its row, with its verdict, its reason, or "not run"; the kernels of
     a step follow. A CPU shows its own stages."""
-    row = {"commit": "c" * 40, "date": "2026-01-02 10:00:00", "tail": "", "state": "ok"}
+    row = {
+        "commit": "c" * 40,
+        "code": "x",
+        "date": "2026-01-02 10:00:00",
+        "tail": "",
+        "state": "ok",
+    }
     step = {"step_ms": 80.0, "images_per_second": 400.0, "mfu": 0.37, "in_a_row_ms": 80.0}
     step |= {
         "memory_bytes": 2**30,

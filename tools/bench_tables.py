@@ -62,9 +62,9 @@ def campaign_tables(folder: Path) -> str:
 
 
 def code(row: Row) -> str:
-    """What a row measured: the commit, `+changes` if the code differed from it, or a hash."""
-    commit, _, changes = row["commit"].partition("+")
-    return (commit[:9] if len(commit) == 40 else commit) + ("+changes" if changes else "")
+    """What a row measured: the commit, `+changes` if files differed from it, or a hash."""
+    commit, _, changes = (row["commit"] or "").partition("+")
+    return commit[:9] + ("+changes" if changes else "") if commit else f"code {row['code']}"
 
 
 def line_of(cells: list[str]) -> str:

@@ -91,6 +91,9 @@ def test_every_end_of_a_stage_becomes_a_row(
 
     campaign(stages[4:], tmp_path, 120)
     assert "official is left out: it compares with the official code" in capsys.readouterr().out
+    with raises("bench.not-official", "trainer.py"):
+        campaign(stages[4:], tmp_path, 120, tmp_path)
+    (tmp_path / "trainer.py").touch()
     with_checkout = campaign(stages[4:], tmp_path, 120, tmp_path)
     assert str(tmp_path.resolve()) in with_checkout[-1]["tail"]
     campaign(stages, tmp_path, 120, only=["good"])

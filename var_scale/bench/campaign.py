@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from var_scale.bench.train import require_checkout
 from var_scale.errors import UserError
 from var_scale.files import canonical_hash, read_json, remove_tree, sha256_file, write_json
 from var_scale.locks import lock
@@ -85,7 +86,8 @@ def campaign(
         The rows of `folder`, also those of other code and devices.
 
     Raises:
-        UserError: an unknown name, or another campaign is running in `folder`.
+        UserError: an unknown name, `checkout` is not the official code, or another campaign is
+            running in `folder`.
     """
     if unknown := set(only) - {stage.name for stage in stages}:
         raise UserError(
@@ -93,6 +95,8 @@ def campaign(
             f"{', '.join(stage.name for stage in stages)}",
             code="bench.campaign-stage",
         )
+    if checkout:
+        require_checkout(checkout, "trainer.py")
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock") as free:
@@ -103,11 +107,9 @@ def campaign(
             )
         rows, (device, gpu) = known(folder), this_device()
         code = version()
-        say(f"{device}, code {code}: {duration(seconds)} for the stages that are missing")
+        say(f"{device}, code {code}: the stages that are missing, for at most {duration(seconds)}")
         asked = [stage for stage in stages if not only or stage.name in only]
-        mine = {
-            row["stage"]: row for row in rows if (row["commit"], row["device"]) == (code, device)
-        }
+        mine = {row["stage"]: row for row in rows if (row["code"], row["device"]) == (code, device)}
         todo = []
         for stage in asked:
             if obstacle := why_not(stage, gpu, checkout, mine.get(stage.name)):
@@ -128,7 +130,7 @@ def campaign(
                 continue
             say(f"{place + 1}/{len(todo)} {stage.name}: {stage.question}")
             row = run(stage, folder, limit, checkout, go_on=old is not None)
-            row |= {"commit": code, "device": device}
+            row |= {"code": code, "commit": commit(), "device": device}
             say(f"    {row['state']} after {duration(row['seconds'])}: {last_line(row)}")
             if old and old["result"] and not row["result"]:
                 continue  # a part of the results is better than none
@@ -166,18 +168,13 @@ def this_device() -> tuple[str, bool]:
 
 
 def version() -> str:
-    """The commit of the checkout. Outside of one, or if files differ from it, with a hash of the
-    code."""
-    found = commit()
-    if found and not found.endswith("+changes"):
-        return found
+    """A hash of the code, which other files of the checkout do not change."""
     import var_kernels
     import var_scale
 
     roots = [Path(str(package.__file__)).parent for package in (var_scale, var_kernels)]
     files = [path for root in roots for path in sorted(root.rglob("*.py"))]
-    code = canonical_hash([sha256_file(path) for path in files])[:12]
-    return f"{found}-{code}" if found else f"files-{code}"
+    return canonical_hash([sha256_file(path) for path in files])[:12]
 
 
 def run(

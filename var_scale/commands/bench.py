@@ -228,7 +228,7 @@ def bench_campaign(arguments: BenchCampaign) -> None:
         return
     only, checkout = list(arguments.only), arguments.checkout
     rows = campaign(STAGES, arguments.out, arguments.seconds, checkout, only)
-    show(STAGES, rows)
+    show([s for s in STAGES if s.name in only or not only], rows)
 
 
 def add(commands: Commands) -> None:

@@ -19,7 +19,7 @@ from var_scale.laws.outliers import find_outliers
 from var_scale.laws.surface import fit_surface
 from var_scale.laws.surface_objective import DELTA, OBJECTIVES, Objective, ObjectiveName
 
-DRAWS = 200
+DRAWS = 1000
 """Bootstrap draws of a surface."""
 
 

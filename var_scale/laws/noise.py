@@ -17,7 +17,7 @@ import numpy as np
 from var_scale.laws.adequacy import POWER, SIGNIFICANT
 from var_scale.laws.design import information_rows
 from var_scale.laws.forms import SURFACES, Array
-from var_scale.laws.law import LawFit
+from var_scale.laws.law import NOISE_FLOOR, LawFit
 from var_scale.laws.surface_draws import drawn_errors, surface_jacobian
 from var_scale.laws.surface_objective import Objective, Problem
 
@@ -55,8 +55,9 @@ def noise_trend(law: LawFit, counts: Sequence[int] = ()) -> NoiseTrend:
     that does not change, by simulation with the residuals that this law leaves. In a surface with
     repeated sizes, the runs of a size may share an error, also in the simulation.
 
-    NaN for broken_power, and for points on their law within `noise_floor`. With fewer than six
-    points the power is 0.
+    NaN for broken_power, and for points on their law within the least noise that is assumed. With
+    fewer than six points, and where the residuals are small beside the noise between seeds, the
+    power is 0.
 
     Args:
         counts: runs of which each point is the mean; 1 unless given.
@@ -64,9 +65,9 @@ def noise_trend(law: LawFit, counts: Sequence[int] = ()) -> NoiseTrend:
     n = len(law.x)
     if law.form == "broken_power" or not law.converged:
         return NoiseTrend(math.nan, math.nan, math.nan)
-    if law.residual_sd < max(0.5 * law.noise_floor, 1e-10):
+    if law.residual_sd < max(0.5 * min(law.noise_floor, NOISE_FLOOR), 1e-10):
         return NoiseTrend(math.nan, math.nan, math.nan)
-    if n < LEAST_POINTS:
+    if n < LEAST_POINTS or law.residual_sd < 0.5 * law.noise_floor:
         return NoiseTrend(math.nan, math.nan, 0.0)
     x, y = np.asarray(law.x), np.asarray(law.y)
     fitted = law.predict(*map(np.asarray, law.points))

@@ -10,12 +10,10 @@ from typing import Any
 from var_scale.laws.curve import fit_law
 from var_scale.laws.forms import PARAMETERS, Form
 from var_scale.laws.law import LawFit, Prediction, plain
+from var_scale.records import optimum
 from var_scale.records.optimum import surface_of
 from var_scale.records.record import RunRecord
 from var_scale.records.sizes import noise_floor, size_means
-
-DRAWS = 100
-"""Bootstrap draws of a surface."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def hold_out_surface(
     """
     largest = max((record.params_paper for record in records), default=0)
     train = [record for record in records if record.params_paper < largest]
-    fit = surface_of(train, metric, form, DRAWS, seed)
+    fit = surface_of(train, metric, form, optimum.DRAWS, seed)
     if not fit.converged:
         return None
     tokens = max(record.tokens for record in records if record.params_paper == largest)

@@ -19,7 +19,7 @@ from var_scale.laws.law import Interval, LawFit
 from var_scale.laws.surface import fit_surface
 from var_scale.records.record import RunRecord
 
-DRAWS = 200
+DRAWS = 1000
 REACH = 8.0
 """Sizes are searched beyond the study's smallest and largest by this factor."""
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from var_scale.errors import UserError
 from var_scale.files import write_json
-from var_scale.laws.adequacy import bend_test
+from var_scale.laws.adequacy import SIGNIFICANT, adequacy, bend_test
 from var_scale.laws.api import fit, to_json
 from var_scale.laws.forms import SURFACES, Form
 from var_scale.laws.forms import VARIABLES as LAW_VARIABLES
+from var_scale.laws.groups import group
 from var_scale.laws.hold_out import Along, HeldOut, hold_out_rows
 from var_scale.laws.law import LawFit
 from var_scale.laws.noise import GROWTH, noise_trend
@@ -103,7 +104,8 @@ def fit_table(
             code="records.no-law",
             exit_code=EXIT_NO_LAW,
         )
-    for line in (*(held_lines(held) if held else ()), *law_lines(law)):
+    of_held = held_lines(held) if held else []
+    for line in (*of_held, *law_lines(law), *misfit_lines(law, columns)):
         say(line)
     return law
 
@@ -222,6 +224,23 @@ def law_lines(law: LawFit) -> list[str]:
     return lines + _noise_lines(law) + _bend_lines(law)
 
 
+def misfit_lines(law: LawFit, columns: Columns) -> list[str]:
+    """A warning if a law of one variable misses the sizes by more than the noise between their
+    repeats."""
+    if law.form not in ("power", "power_floor") or columns.weights is not None:
+        return []
+    points = group(columns.names, columns.variables[0], columns.values)
+    if points.sizes != list(law.x):  # rows were left out
+        return []
+    p = adequacy(law, points.counts, points.noise, points.freedom).p_noise
+    if not p < SIGNIFICANT:
+        return []
+    return [
+        f"  the points contradict this form: it misses them by more than the noise between repeats "
+        f"(p = {p:.2g}), so its intervals are too narrow"
+    ]
+
+
 def _noise_lines(law: LawFit) -> list[str]:
     """A warning if the noise grows with size, or if the points could not show it."""
     trend, size = noise_trend(law), law.variable.partition(",")[0]
@@ -257,8 +276,9 @@ def _bend_lines(law: LawFit) -> list[str]:
         given: dict[str, Any] = {"noise_floor": law.noise_floor, "intervals": False}
         rival = fit(law.x, law.y, "power_floor", outliers=False, **given)
     bend, p = bend_test(law, rival)
-    if p < 0.05:
-        floor, steeper = "a floor? try --form power_floor", "it steepens; try --form broken_power"
+    if p < SIGNIFICANT:
+        floor = "--form power_floor fits a floor"
+        steeper = "the curve steepens; --form broken_power fits a break"
         if "exponent" in law.params:
             return [f"  the points bend (p = {p:.2g}), so the interval is too narrow"]
         return [
@@ -270,4 +290,6 @@ def _bend_lines(law: LawFit) -> list[str]:
             "  with E = 0: an irreducible part changes the exponent; --form power_floor fits it, "
             "--floor assumes one"
         ]
+    if law.form == "power_floor" and law.params["E"] == 0:
+        return ["  E is at its bound of 0: the points do not bend upwards"]
     return []
