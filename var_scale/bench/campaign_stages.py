@@ -247,7 +247,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "cpu-step-d8",
-        120,
+        240,
         "var-scale bench train model/d8 engine=single engine.threads=2 train.batch_size=2 "
         "train.precision=bf16 --steps 5 --out {out}",
         "how fast is a step with 680 tokens (d8, batch 2, bf16) on two cores?",
@@ -264,7 +264,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "cpu-data",
-        60,
+        120,
         "var-scale bench data --out {out}",
         "how fast does one core read images and tokens?",
         gpu=False,
