@@ -75,6 +75,7 @@ def test_every_end_of_a_stage_becomes_a_row(
         "slow": "too long",
     }
     assert json.loads((tmp_path / NAME).read_text())["rows"] == rows
+    assert str(tmp_path) not in (tmp_path / NAME).read_text()
     assert not alive(int((tmp_path / "slow" / "pid").read_text()))
     cells = {line[0]: line[1:] for line in table(stages, rows)}
     assert cells["good"] == ["step", "4", "5", "≤ 6", "met, 25 % above the prediction"]

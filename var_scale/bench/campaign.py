@@ -6,6 +6,7 @@ that is cut off loses one stage at most, and the next call with the same DIR con
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -215,7 +216,7 @@ def run(
             raise
     result: Any = None
     with suppress(UserError):  # none, or cut off
-        result = read_json(out)
+        result = json.loads(shared(json.dumps(read_json(out)), work))
     state = TOO_LONG if code is None else "ok" if code == 0 else f"failed ({code})"
     if state == "ok" and "{out}" in stage.command and result is None:
         state = "failed (no result)"
@@ -227,9 +228,14 @@ def run(
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": stage.command,
         "question": stage.question,
-        "tail": log.read_text(errors="replace")[-TAIL:],
+        "tail": shared(log.read_text(errors="replace"), work)[-TAIL:],
         "result": result,
     }
+
+
+def shared(text: str, work: Path) -> str:
+    """A text that can be published: without the place of this machine's folder."""
+    return text.replace(str(work), "{work}")
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

@@ -258,7 +258,7 @@ STAGES: tuple[Stage, ...] = (
         "cpu-kernels",
         120,
         "var-scale bench kernels --forms eager ours --out {out}",
-        "do the operators run on a CPU, and how fast beside eager PyTorch?",
+        "do the operators run on a CPU, and how long do calls of tiny shapes take beside eager?",
         (_against("eager", None),),
         gpu=False,
     ),
