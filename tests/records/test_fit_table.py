@@ -13,7 +13,7 @@ from tests.synthetic_study import record
 from var_scale.records.analyse import fit_study
 from var_scale.records.record import RunRecord
 from var_scale.records.runs_csv import write_runs_csv
-from var_scale.records.table import fit_table
+from var_scale.records.table import FitOptions, fit_table
 
 LENGTHS = {0.25: 1.08, 0.5: 1.03, 1.0: 1.0}
 """Share of the longest run and the factor of its loss."""
@@ -75,3 +75,36 @@ def test_rows_of_equal_x_are_one_point(tmp_path: Path) -> None:
         2 * 3.182 * law.residual_sd / np.sqrt(((u - u.mean()) ** 2).sum()), rel=1e-3
     )
     assert 0.0005 < law.noise_floor < 0.002
+
+
+def test_what_contradicts_a_law_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes that a law misses by more than their repeats differ; noise between repeats that hides
+    whether it grows; points that bend although the row held out lies in their wide interval; and
+    an E at its bound, where the points bend downwards. Points of a law have none of these marks
+    but the second."""
+    x, rng = np.geomspace(1e5, 1e8, 7), np.random.default_rng(4)
+
+    def printed(y: np.ndarray, form: str, repeats: float = 0.0, hold_out: bool = False) -> str:
+        rows = ["x,y"]
+        for _ in range(3 if repeats else 1):
+            wobble = np.exp(repeats * rng.standard_normal(7))
+            rows += [f"{a},{b}" for a, b in zip(x, y * wobble, strict=True)]
+        (tmp_path / "t.csv").write_text("\n".join(rows))
+        options = FitOptions(hold_out="size") if hold_out else FitOptions()
+        fit_table(tmp_path / "t.csv", "x", "y", form, 0.0, options=options)  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    line, floor = 3 * (x / 1e6) ** -0.1, 2 + (x / 1e6) ** -0.4
+    scatter = np.exp(0.02 * np.array([1, -1, 1, -1, 1, -1, 1]))
+    contradicts, bound = "the points contradict this form", "E is at its bound of 0"
+    for form in ("power", "power_floor"):
+        assert contradicts in printed(line * scatter, form, repeats=1e-3)
+        clean = printed(line * np.exp(1e-3 * scatter), form, repeats=5e-3)
+        assert contradicts not in clean and "cannot show whether the noise grows" in clean
+    held = printed(floor, "power", hold_out=True)
+    assert "% wide): inside" in held and "the other rows contradict this form" in held
+    assert "contradict" not in printed(line * (1 + 1e-3 * scatter), "power", hold_out=True)
+    steeper = line * np.exp(-0.01 * np.log(x / 1e5) ** 2)
+    assert bound in printed(steeper, "power_floor") and bound not in printed(floor, "power_floor")

@@ -170,12 +170,19 @@ def held_lines(held: HeldOut) -> list[str]:
         return [f"held out: the {what}, but there is no law of the others: {held.fit.reason}"]
     lines = []
     for row in held.rows:
+        width = 100 * (row.high - row.low) / row.measured
         hit = (
-            f", 95 % interval {row.low:.6g} to {row.high:.6g}: {'in' if row.inside else 'out'}side"
+            f", 95 % interval {row.low:.6g} to {row.high:.6g} ({width:.2g} % wide): "
+            f"{'in' if row.inside else 'out'}side"
         )
         lines.append(
             f"held out: {row.name}, measured {row.measured:.6g}, predicted {row.predicted:.6g} "
             f"({100 * row.relative_error:+.3f} %){hit if math.isfinite(row.low) else ''}"
+        )
+    if (p := _bend(held.fit)[1]) < SIGNIFICANT:
+        lines.append(
+            f"held out: the other rows contradict this form (they bend, p = {p:.2g}), so a value "
+            "inside means little"
         )
     return lines
 
@@ -268,14 +275,19 @@ def _break_lines(law: LawFit) -> list[str]:
     return [f"  {len(law.x)} points are too few to tell this from a power law without a break"]
 
 
-def _bend_lines(law: LawFit) -> list[str]:
-    """What the form power leaves open."""
+def _bend(law: LawFit) -> tuple[float, float]:
+    """Coefficient and p-value of a bend of the form power; NaN for other forms."""
     rival = None
     # The test for a floor is for falling laws of points of equal weight.
     if law.form == "power" and "exponent" not in law.params and len(set(law.given_weights())) == 1:
         given: dict[str, Any] = {"noise_floor": law.noise_floor, "intervals": False}
         rival = fit(law.x, law.y, "power_floor", outliers=False, **given)
-    bend, p = bend_test(law, rival)
+    return bend_test(law, rival)
+
+
+def _bend_lines(law: LawFit) -> list[str]:
+    """What the form power leaves open."""
+    bend, p = _bend(law)
     if p < SIGNIFICANT:
         floor = "--form power_floor fits a floor"
         steeper = "the curve steepens; --form broken_power fits a break"
