@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ GRACE = 10.0
 """Seconds between the request to stop and the kill of a stage that takes too long."""
 TAIL = 2500
 """Characters of a stage's output that are kept."""
+HEAD = ["stage", "value", "predicted", "measured", "target", "verdict"]
+"""What `table` returns."""
 TOO_LONG = "too long"
 OTHER_MACHINE = ("it needs a GPU", "it is for machines without a GPU")
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +111,7 @@ def campaign(
             )
         rows, (device, gpu) = known(folder), this_device()
         code = version()
+        about = {"code": code, "commit": commit(), "device": device}
         say(f"{device}, code {code}: the stages that are missing, for at most {duration(seconds)}")
         asked = [stage for stage in stages if not only or stage.name in only]
         mine = {row["stage"]: row for row in rows if (row["code"], row["device"]) == (code, device)}
@@ -131,7 +135,7 @@ def campaign(
                 continue
             say(f"{place + 1}/{len(todo)} {stage.name}: {stage.question}")
             row = run(stage, folder, limit, checkout, go_on=old is not None)
-            row |= {"code": code, "commit": commit(), "device": device}
+            row |= about
             say(f"    {row['state']} after {duration(row['seconds'])}: {last_line(row)}")
             if old and old["result"] and not row["result"]:
                 continue  # a part of the results is better than none
@@ -155,6 +159,7 @@ def known(folder: Path) -> list[Row]:
     return list(read_json(path, "campaign")["rows"]) if path.exists() else []
 
 
+@cache
 def this_device() -> tuple[str, bool]:
     """Name of the device, and whether it is a GPU. Asked in another process, because CUDA would
     keep memory of the GPU while the stages run."""
@@ -302,9 +307,6 @@ def newest(rows: Sequence[Row], stage: str) -> Row | None:
     """The newest row of a stage."""
     found = [row for row in rows if row["stage"] == stage]
     return max(found, key=lambda row: row["date"]) if found else None
-
-
-HEAD = ["stage", "value", "predicted", "measured", "target", "verdict"]
 
 
 def number(value: Value, result: Any) -> float | None:

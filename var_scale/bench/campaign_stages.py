@@ -14,6 +14,12 @@ from var_kernels.bench.targets import FLOOR, MLP
 from var_scale.bench.campaign import Stage, Value
 
 TRAIN = "var-scale bench train model/{} engine=single train.batch_size={} --out {{out}}"
+OFFICIAL = (
+    "var-scale bench official {{checkout}} model/{} engine=single train.batch_size=32 --out {{out}}"
+)
+SAMPLE = (
+    "var-scale bench sample {{checkout}} --depth {} --batch 1,64 --precision bf16 --out {{out}}"
+)
 PASSES = ("forward", "backward")
 KERNELS = "var-scale bench kernels --operators {} --shapes {} --forms {} --out {{out}}"
 
@@ -83,6 +89,17 @@ def _against(form: str, target: float | None = 1.0) -> Value:
     return Value(f"time, times {form}", read, None, target, at_least=False)
 
 
+def _attention(tokens: int, shape: str) -> Stage:
+    """Attention at a shape with this number of tokens."""
+    return Stage(
+        f"attention-{tokens}",
+        90,
+        KERNELS.format("block_attention", f"'{shape}'", "eager ours 'flex 128'"),
+        f"which share of the product rate does attention reach at {tokens:,} tokens?",
+        _floor("the product rate", "block_attention", tokens),
+    )
+
+
 def _sampled(batch: int, target: float, rate: float | None = None) -> tuple[Value, ...]:
     def of(result: Any) -> Any:
         return next(row for row in result if row["batch"] == batch)
@@ -97,6 +114,7 @@ def _launch(name: str) -> Value:
     return Value(f"{name}, µs", lambda r: r["microseconds"][name])
 
 
+STEP = Value("step, ms", lambda r: r["step_ms"])
 LAUNCHES = tuple(map(_launch, ("plain", "triton", "operator", "autograd")))
 
 STAGES: tuple[Stage, ...] = (
@@ -118,24 +136,21 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "official-d16",
         90,
-        "var-scale bench official {checkout} model/d16 engine=single train.batch_size=32 --out "
-        "{out}",
+        OFFICIAL.format("d16"),
         "how much faster than the official trainer, from images?",
         _ratio(2.9, 3.0),
     ),
     Stage(
         "official-d16-compiled",
         150,
-        "var-scale bench official {checkout} model/d16 engine=single train.batch_size=32 "
-        "--compile-official --out {out}",
+        OFFICIAL.format("d16") + " --compile-official",
         "how much faster than the official trainer with its transformer compiled?",
         _ratio(2.0, None),
     ),
     Stage(
         "official-d30",
         150,
-        "var-scale bench official {checkout} model/d30 engine=single train.batch_size=32 --out "
-        "{out}",
+        OFFICIAL.format("d30"),
         "how much faster than the official trainer at d30?",
         _ratio(1.85, 2.0),
     ),
@@ -143,20 +158,8 @@ STAGES: tuple[Stage, ...] = (
     _train(20, 32, 80, 125, 0.44, "how fast is a step at d20?"),
     _train(24, 32, 90, 205, 0.46, "how fast is a step at d24?"),
     _train(30, 96, 150, 1072, 0.51, "does a batch of 96 fit at d30?"),
-    Stage(
-        "attention-680",
-        90,
-        KERNELS.format("block_attention", "'d30 B=32'", "eager ours 'flex 128'"),
-        "which share of the product rate does attention reach at 680 tokens?",
-        _floor("the product rate", "block_attention", 680),
-    ),
-    Stage(
-        "attention-2240",
-        90,
-        KERNELS.format("block_attention", "'d30 B=8'", "eager ours 'flex 128'"),
-        "which share of the product rate does attention reach at 2,240 tokens?",
-        _floor("the product rate", "block_attention", 2240),
-    ),
+    _attention(680, "d30 B=32"),
+    _attention(2240, "d30 B=8"),
     Stage(
         "adaln",
         60,
@@ -181,14 +184,14 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "sample-d16",
         120,
-        "var-scale bench sample {checkout} --depth 16 --batch 1,64 --precision bf16 --out {out}",
+        SAMPLE.format(16),
         "how fast is sampling against the official loop?",
         (*_sampled(1, 3.0, 1e3 / 12), *_sampled(64, 2.0, 400.0)),
     ),
     Stage(
         "sample-d30",
         150,
-        "var-scale bench sample {checkout} --depth 30 --batch 1,64 --precision bf16 --out {out}",
+        SAMPLE.format(30),
         "how fast is sampling of d30 against the official loop?",
         (*_sampled(1, 3.0), *_sampled(64, 2.0)),
     ),
@@ -197,7 +200,7 @@ STAGES: tuple[Stage, ...] = (
         120,
         TRAIN.format("d16 engine.compile=true", 32),
         "does torch.compile of the blocks help?",
-        (Value("step, ms", lambda r: r["step_ms"]),),
+        (STEP,),
     ),
     Stage(
         "save-d30",
@@ -242,7 +245,7 @@ STAGES: tuple[Stage, ...] = (
         60,
         "var-scale bench train study/truth engine=single engine.threads=1 --depth 5 --out {out}",
         "how fast is a step of study/truth (d5) on one core?",
-        (Value("step, ms", lambda r: r["step_ms"]),),
+        (STEP,),
         gpu=False,
     ),
     Stage(
@@ -251,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
         "var-scale bench train model/d8 engine=single engine.threads=2 train.batch_size=2 "
         "train.precision=bf16 --steps 5 --out {out}",
         "how fast is a step with 680 tokens (d8, batch 2, bf16) on two cores?",
-        (Value("step, ms", lambda r: r["step_ms"]),),
+        (STEP,),
         gpu=False,
     ),
     Stage(

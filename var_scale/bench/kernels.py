@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from var_kernels.bench import launches
@@ -28,14 +30,11 @@ def bench_kernels(
     Raises:
         UserError: an argument names nothing that can be timed (code `bench.kernels`).
     """
-    try:
-        with disk_errors(out or cache_file()):  # the results, or with `tune` the choices
-            if sweep:
-                run_sweep(operators, out)
-            else:
-                run(operators, shapes, out, tune, forms)
-    except ValueError as error:
-        raise UserError(str(error), code="bench.kernels") from None
+    with _user_errors(out or cache_file()):  # the results, or with `tune` the choices
+        if sweep:
+            run_sweep(operators, out)
+        else:
+            run(operators, shapes, out, tune, forms)
 
 
 def bench_launches(out: Path | None) -> None:
@@ -44,8 +43,15 @@ def bench_launches(out: Path | None) -> None:
     Raises:
         UserError: `out` cannot be written (code `bench.kernels`).
     """
+    with _user_errors(out or Path()):
+        launches.run(out)
+
+
+@contextmanager
+def _user_errors(place: Path) -> Iterator[None]:
+    """Errors of var_kernels, which knows no UserError, and of the disk that `place` is on."""
     try:
-        with disk_errors(out or Path()):
-            launches.run(out)
+        with disk_errors(place):
+            yield
     except ValueError as error:
         raise UserError(str(error), code="bench.kernels") from None

@@ -228,10 +228,9 @@ def untrained(config: Config, world: World, random_data: bool = False) -> Steppe
     c, data = config.train, config.data
     set_matmul_precision(c)
     with world.device:  # on a GPU the weights are drawn there, which takes seconds less
-        vae = new_tokenizer(config.tokenizer).eval().requires_grad_(False)
-        module = build_module(config, vae, world.device)
-    engine = build_engine(config.engine, c, module.to(world.device))
-    vae = vae.to(world.device)
+        vae = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(world.device)
+        module = build_module(config, vae, world.device).to(world.device)
+    engine = build_engine(config.engine, c, module)
     batches: Batches
     if random_data or not (data.online or data.tokens_train):
         tokens: Tokens = (random := RandomTokens(config, world))

@@ -55,17 +55,18 @@ class Call:
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, L, D), and k and v (B, H, L', D) with those of the cache; q and k normalised."""
-        if self.log_scale_H is not None and self.cache is None and writes_out(self.qkv_BL3HD):
-            factor_H = self.log_scale_H.clamp_max(MAX_LOG_SCALE).exp()
+        factor_H = (
+            None if self.log_scale_H is None else self.log_scale_H.clamp_max(MAX_LOG_SCALE).exp()
+        )
+        if factor_H is not None and self.cache is None and writes_out(self.qkv_BL3HD):
             return NormalisedHeads.apply(self.qkv_BL3HD, factor_H)
         q_BHLD, k_BHLD, v_BHLD = self.qkv_BL3HD.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.log_scale_H is not None:
+        if factor_H is not None:
             # Unlike the `normalised` of the kernels' reference, this follows autocast, which keeps
             # half precision in the division on CPUs: recorded runs in bfloat16 rest on these bits.
             q_BHLD, k_BHLD = F.normalize(
                 self.qkv_BL3HD[:, :, :2].permute(2, 0, 3, 1, 4), dim=-1
             ).unbind(0)
-            factor_H = self.log_scale_H.clamp_max(MAX_LOG_SCALE).exp()
             # The scale is a float32 weight; the products below run in the dtype of v.
             q_BHLD = (q_BHLD * factor_H.view(1, -1, 1, 1)).to(v_BHLD.dtype)
             k_BHLD = k_BHLD.to(v_BHLD.dtype)

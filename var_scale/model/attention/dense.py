@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from var_kernels.dispatch import compute_dtype
-from var_scale.model.attention.base import Backend, Call, joined
-from var_scale.model.attention.mask import ScaleMask
-from var_scale.model.cpu import softmax_backward
+from var_scale.model.attention.base import Call
+from var_scale.model.attention.biased import Biased
+from var_scale.model.cpu import softmax_backward, writes_out
 
 LONGEST = 64
 """tokens up to which `auto` takes it"""
 
 
-class Dense(Backend):
+class Dense(Biased):
     """One product of all queries and keys; for CPUs."""
 
-    name = "dense"
+    def __init__(self) -> None:
+        super().__init__("dense", dense)
 
     def runs_on(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else "it is for CPUs"
@@ -41,20 +41,11 @@ class Dense(Backend):
     def preferable(self, call: Call) -> bool:
         """Whether `auto` takes it: in float32, for training on short sequences."""
         return (
-            not (self.runs_on(call.qkv_BL3HD.device) or self.supports(call))
-            and compute_dtype(call.qkv_BL3HD).itemsize > 2
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            writes_out(call.qkv_BL3HD)
+            and not self.supports(call)
             and call.cache is None
             and call.qkv_BL3HD.shape[1] <= LONGEST
         )
-
-    def __call__(self, call: Call) -> Tensor:
-        q_BHLD, k_BHLD, v_BHLD = call.heads()
-        bias_11LL = call.mask.bias_11LL if isinstance(call.mask, ScaleMask) else call.mask
-        flat = (t.flatten(0, 1) for t in (q_BHLD, k_BHLD, v_BHLD))
-        bias_1LL = None if bias_11LL is None else bias_11LL[0]
-        return joined(DenseAttention.apply(*flat, bias_1LL, call.scale).view(q_BHLD.shape))
 
 
 class DenseAttention(torch.autograd.Function):
@@ -84,3 +75,12 @@ class DenseAttention(torch.autograd.Function):
                 ds_NLM = ds_NLM * ctx.scale
             dq_NLD, dk_NMD = torch.bmm(ds_NLM, k_NMD), torch.bmm(ds_NLM.transpose(1, 2), q_NLD)
         return dq_NLD, dk_NMD, dv_NMD, None, None
+
+
+def dense(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias_11LL: Tensor | None, scale: float
+) -> Tensor:
+    """(B, H, L, D) each -> (B, H, L, D)."""
+    flat = (t.flatten(0, 1) for t in (q_BHLD, k_BHLD, v_BHLD))
+    bias_1LL = None if bias_11LL is None else bias_11LL[0]
+    return DenseAttention.apply(*flat, bias_1LL, scale).view(q_BHLD.shape)
