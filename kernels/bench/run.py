@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,10 +20,7 @@ from typing import Any
 
 import torch
 from var_kernels.bench.measure import copy_rate, measure, product_rate
-from var_kernels.bench.operators import OPERATORS, SHAPES, TRY, Problem, Shape, problems
-
-from var_kernels import gelu_mlp
-from var_kernels.mlp import tune
+from var_kernels.bench.operators import OPERATORS, SHAPES, TRY, Problem, problems
 
 TOLERANCE = 0.02
 
@@ -242,48 +238,6 @@ def require_known(what: str, given: list[str], known: list[str]) -> None:
             raise ValueError(f"--{what} {name}: not known; use one of {', '.join(known)}")
 
 
-def tune_mlp(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Time the two forms of the MLP at a shape and store the faster form for its widths.
-
-    The times include the forward and backward passes; see mlp/tune.py.
-    """
-    C, hidden = shape.C, 4 * shape.C
-    x, dy = (
-        torch.randn(shape.B, shape.L, C, device=device).to(dtype).requires_grad_() for _ in range(2)
-    )
-    sizes = ((hidden, C), (hidden,), (C, hidden), (C,))
-    weights = [
-        (torch.randn(*size, device=device) * size[-1] ** -0.5).requires_grad_() for size in sizes
-    ]
-
-    def form(name: str) -> Callable[[], object]:
-        os.environ["VAR_KERNELS_MLP"] = name
-        tune.choice.cache_clear()
-
-        def call() -> None:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                torch.autograd.grad(gelu_mlp(x, *weights), [x, *weights], dy)
-
-        return call
-
-    given = os.environ.get("VAR_KERNELS_MLP")
-    try:
-        return tune.tune(
-            form,
-            device,
-            dtype,
-            C,
-            hidden,
-            shape.B * shape.L,
-            lambda call: measure(call, device).p50,
-        )
-    finally:
-        os.environ.pop("VAR_KERNELS_MLP", None)
-        if given is not None:
-            os.environ["VAR_KERNELS_MLP"] = given
-        tune.choice.cache_clear()
-
-
 def run_sweep(names: list[str], out: Path | None) -> None:
     """Time the launch settings of the kernels one by one; see sweep.py.
 
@@ -309,13 +263,11 @@ def run(
     operators: list[str],
     shapes: list[str],
     out: Path | None,
-    tune_first: bool = False,
     forms: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Time the given operators at the given shapes in the given forms, or all where none is given.
 
-    On a CPU only a small shape is timed, and its times do not apply to a GPU. `tune_first` first
-    chooses the form of the MLP at each width and stores the choice on this machine.
+    On a CPU only a small shape is timed, and its times do not apply to a GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require_known("operators", operators, OPERATORS)
@@ -355,16 +307,6 @@ def run(
         else contextlib.nullcontext()
     ):
         for shape in chosen:
-            if tune_first:
-                entry = tune_mlp(shape, device, dtype)
-                times = ", ".join(
-                    f"{name} {ms:.4f} ms" for name, ms in entry["milliseconds"].items()
-                )
-                print(
-                    f"{shape.name}: the MLP uses the {entry['choice']} products ({times}); "
-                    f"the choice is stored in {tune.cache_file()}",
-                    flush=True,
-                )
             for problem in problems(shape, device, dtype):
                 if not operators or any(problem.name.startswith(name) for name in operators):
                     # Each shape is compiled separately.

@@ -2,9 +2,9 @@
 
 Run it as `python -m var_kernels.aot [sm_80 sm_90 sm_100] [--json]`, without TRITON_INTERPRET.
 
-It compiles every kernel ahead of time, without a GPU, with the settings that the official models
-launch it with. It reads the registers, the stack (spills), the shared memory and the kinds of
-instructions from the machine code with Triton's cuobjdump.
+It compiles every kernel ahead of time, without a GPU, exactly as the official models launch it
+(aot_cases.py records their launches). It reads the registers, the stack (spills), the shared memory
+and the kinds of instructions from the machine code with Triton's cuobjdump.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from var_kernels.aot_cases import Case, cases
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-POINTERS = {"fp16": "*fp16", "fp32": "*fp32", "bf16": "*bf16", "i64": "*i64", "i32": "*i32"}
 TENSOR_CORE = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\b(UTC[HQ]MMA|HMMA\.)"}
 
 
@@ -43,6 +42,15 @@ class Build:
     """Loads of 16 bits."""
     tensor_core: int
     """Instructions on tensor cores."""
+    loop: dict[str, int]
+    """Of the loop that takes most instructions on tensor cores: all instructions, wide loads,
+    narrow loads (of 32 bits or less), and accesses to spilled registers. Zeros without such a
+    loop."""
+
+
+WIDE = r"\b(LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b"
+NARROW = r"\bLDG(STS)?\.(?!\S*\.(64|128))\S*"
+SPILLS = r"\b(LDL|STL)\b"
 
 
 def build(case: Case, architecture: str) -> Build:
@@ -51,44 +59,55 @@ def build(case: Case, architecture: str) -> Build:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, attributes = {}, {}
-    for number, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
-            signature[name] = "constexpr"
-            continue
-        # The arguments without a declared type are strides.
-        kind = case.types.get(name, "i16")
-        signature[name] = (
-            kind
-            if kind.startswith("tensordesc")
-            else POINTERS.get(kind) or {"i": "i32", "i16": "i32", "f": "fp32"}[kind]
-        )
-        if kind in POINTERS or kind == "i16":
-            attributes[(number,)] = [["tt.divisibility", 16]]
+    given = case.specialisation()
     source = ASTSource(
-        case.kernel, signature=signature, constexprs=case.constants, attrs=attributes
+        case.kernel, signature=given.signature, constexprs=given.constants, attrs=given.attributes
     )
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": case.warps, "num_stages": case.stages}
-    )
+    compiled = triton.compile(source, target=target, options=case.options)
     usage, code = _inspect(compiled.asm["cubin"])
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    wide, narrow = count(r"\b(LDG|LDGSTS)\S*\.128\b|\bUTMALDG\b"), count(r"\bLDG\S*\.[US]16\b")
     return Build(
         case.name,
         architecture,
         numbers["REG"],
         numbers["STACK"],
         int(compiled.metadata.shared),
-        wide,
-        narrow,
+        count(WIDE),
+        count(r"\bLDG\S*\.[US]16\b"),
         count(TENSOR_CORE[architecture]),
+        main_loop(code, TENSOR_CORE[architecture]),
     )
+
+
+def main_loop(code: str, tensor_core: str) -> dict[str, int]:
+    """Count the instructions of the first loop with most instructions on tensor cores: the one
+    without masks, which does most of the work."""
+    lines = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    ]
+    best = {"instructions": 0, "wide": 0, "narrow": 0, "spills": 0}
+    most = 0
+    for address, text in lines:
+        jump = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if not jump or int(jump[1], 16) > address:
+            continue
+        body = [t for a, t in lines if int(jump[1], 16) <= a <= address]
+        products = sum(bool(re.search(tensor_core, t)) for t in body)
+        if products > most:
+            most = products
+            best = {
+                "instructions": len(body),
+                "wide": sum(bool(re.search(WIDE, t)) for t in body),
+                "narrow": sum(bool(re.search(NARROW, t)) for t in body),
+                "spills": sum(bool(re.search(SPILLS, t)) for t in body),
+            }
+    return best
 
 
 def _inspect(cubin: bytes) -> tuple[str, str]:
@@ -124,15 +143,20 @@ def main(arguments: list[str]) -> None:
                 print(
                     json.dumps(
                         asdict(result)
-                        | {"matrix": case.matrix, "warps": case.warps, "known_stack": case.stack}
+                        | {
+                            "matrix": case.matrix,
+                            "warps": case.options.get("num_warps", 4),
+                            "known_stack": case.stack,
+                        }
                     ),
                     flush=True,
                 )
             else:
                 print(
-                    f"{architecture:7} {result.name:30} {result.registers:4} registers "
+                    f"{architecture:7} {result.name:48} {result.registers:4} registers "
                     f"{result.stack:4} stack {result.shared:7} shared {result.wide_loads:3} wide "
-                    f"{result.narrow_loads:3} narrow {result.tensor_core:4} matrix",
+                    f"{result.narrow_loads:3} narrow {result.tensor_core:4} matrix; main loop: "
+                    + ", ".join(f"{n} {what}" for what, n in result.loop.items()),
                     flush=True,
                 )
 

@@ -1,293 +1,276 @@
-"""Every kernel with the settings that the official models launch it with, for `var_kernels.aot`."""
+"""Every kernel as the official models launch it, for `var_kernels.aot`.
+
+The cases are recorded, not listed: the functions that launch the kernels run on tensors without
+memory (the meta device), and every launch that they make is one case, with its data types, strides,
+constants, warps and stages. So a launch and its case cannot differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-NO_SCALE = {"log_scale": None}
-"""The argument of kernels that do not normalise."""
+import torch
+from torch import Tensor
+
+from var_kernels import dispatch
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+KNOWN_STACK = {"attention.backward_keys float16": 40}
+"""Bytes of spills that are known and small, by the beginning of the name of a case."""
+
+Call = tuple[str, Callable[[], object]]
+"""A label, and a call that launches kernels."""
+
+
+def specialised(value: Any) -> tuple[str, bool]:
+    """Return the type of an argument as Triton names it, and whether Triton may assume that it is a
+    multiple of 16, as its launches do. Triton also takes None and 1 as constants."""
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], True  # torch's allocator aligns all tensors
+    if isinstance(value, int):
+        return "i32", value % 16 == 0
+    assert isinstance(value, float), value
+    return "fp32", False
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """What one compiled kernel depends on, in the form of triton.compiler.ASTSource."""
+
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with the settings it is launched with.
-
-    `types` maps the names of its arguments to their types; `16` after an integer type states that
-    the value is a multiple of 16.
-    """
+    """One launch of one kernel."""
 
     name: str
     kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int = 3
-    matrix: bool = False
-    """Whether the kernel uses tensor cores."""
-    stack: int = 0
-    """Bytes of spills that are known and small."""
+    arguments: dict[str, Any]
+    """The arguments by name; the tensors have no memory."""
+    options: dict[str, Any]
+    """Those of OPTIONS that the launch sets."""
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the kernel has to use tensor cores.
+
+        Products of float32 are exact, without them. With heads of 128 channels Triton uses mma
+        instead of wgmma on Hopper.
+        """
+        if self.name.startswith("vq."):
+            return True
+        wide = self.arguments.get("D") == 128 or " float32" in self.name
+        return self.name.startswith(("attention.forward", "attention.backward")) and not wide
+
+    def specialisation(self) -> Specialisation:
+        """Return what Triton specialises the kernel for in this launch."""
+        found = Specialisation({}, {}, {})
+        for number, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                found.signature[parameter.name] = "constexpr"
+                found.constants[number,] = value
+                continue
+            types = []
+            for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
+                place = (number, i) if isinstance(value, tuple) else (number,)
+                kind, aligned = specialised(part)
+                types.append(kind)
+                if kind == "constexpr":
+                    found.constants[place] = part
+                if aligned:
+                    found.attributes[place] = [["tt.divisibility", 16]]
+            whole = tuple(types) if isinstance(value, tuple) else types[0]
+            found.signature[parameter.name] = whole
+        return found
+
+    @property
+    def stack(self) -> int:
+        """Bytes of spills that are known."""
+        return next((n for start, n in KNOWN_STACK.items() if self.name.startswith(start)), 0)
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Yield every kernel at the widths of d16, d24, d30 and d36.
+    """Yield the launches of `calls` on an architecture, each machine code once."""
+    stand_in = dispatch.STAND_IN
+    dispatch.STAND_IN = dispatch.Hardware(
+        int(architecture.removeprefix("sm_")) // 10, MULTIPROCESSORS[architecture]
+    )
+    seen = set()
+    try:
+        for label, call in calls():
+            with recorded() as launches:
+                call()
+            for kernel, arguments in launches:
+                name = f"{kernel.fn.__module__.split('.')[1]}.{kernel.fn.__name__}"
+                options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
+                case = Case(f"{name} {label}", kernel, arguments, options)
+                key = repr((name, case.specialisation(), options))
+                if key not in seen:
+                    seen.add(key)
+                    yield case
+    finally:
+        dispatch.STAND_IN = stand_in
 
-    The data type is bfloat16 and heads have 64 channels, unless the name of the case states
-    otherwise.
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Record the launches of Triton kernels, as (kernel, arguments by name), instead of making
+    them."""
+    from triton.runtime import JITFunction
+
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    original = JITFunction.run
+
+    def run(self: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launches.append((self, dict(zip(self.arg_names, given, strict=False)) | named))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def calls() -> Iterator[Call]:
+    """Yield calls at the sizes of d16, d24, d30 and d36, with their labels.
+
+    The data type is bfloat16 unless the label states otherwise.
     """
-    from var_kernels.adaln import config as adaln_config
-    from var_kernels.adaln import triton as adaln
-    from var_kernels.attention import config as attention_config
-    from var_kernels.attention import triton_backward, triton_forward, triton_tiles
-    from var_kernels.cross_entropy import config as ce_config
-    from var_kernels.cross_entropy import triton as ce
-    from var_kernels.group_norm import config as norm_config
-    from var_kernels.group_norm import triton as norms
-    from var_kernels.mlp import config as mlp_config
-    from var_kernels.mlp import triton as mlp
-    from var_kernels.vq import config as vq_config
-    from var_kernels.vq import triton as vq
+    yield from adaln()
+    yield from attention()
+    yield from cross_entropy()
+    yield from mlp()
+    yield from group_norm()
+    yield from vq()
 
-    names = (
-        "x",
-        "y",
-        "gamma",
-        "scale",
-        "shift",
-        "x_new",
-        "h",
-        "dh",
-        "dx_new",
-        "dx",
-        "dy",
-        "dscale",
-        "dshift",
-        "dgamma",
-    )
-    half = dict.fromkeys(names, "bf16")
-    rows = (
-        half
-        | dict.fromkeys(("keep", "mean", "rstd", "partial", "eps"), "fp32")
-        | {"eps": "f", "L": "i", "rows": "i", "splits": "i"}
-    )
-    rows |= dict.fromkeys(("C", "gamma_b", "scale_b", "shift_b"), "i16")
-    for C in (1024, 1536, 1920, 2304):
-        s = adaln_config.config_for(C)
-        flags = {"GATED": True, "KEEP": True, "BLOCK_C": s.block_c}
-        yield Case(
-            f"adaln.forward C={C}",
-            adaln.forward,
-            rows,
-            flags | {"A_ROW_EACH": True, "STAGES": s.gated.stages},
-            s.gated.warps,
-        )
-        alone = flags | {"GATED": False, "A_ROW_EACH": False, "STAGES": s.forward.stages}
-        yield Case(f"adaln.forward C={C} no gate", adaln.forward, rows, alone, s.forward.warps)
-        more = flags | {"RESIDUAL": True, "STAGES": s.backward.stages}
-        yield Case(f"adaln.backward C={C}", adaln.backward, rows, more, s.backward.warps)
-    # A float32 residual stream, and the widest row.
-    for C, kind, itemsize in (
-        (2304, "fp32", 4),
-        (4096, "bf16", 2),
-    ):
-        s, flags = (
-            adaln_config.config_for(C, itemsize),
-            {"GATED": True, "KEEP": True, "RESIDUAL": True},
-        )
-        typed = rows | {name: kind for name, given in rows.items() if given == "bf16"}
-        constants = flags | {"BLOCK_C": s.block_c, "STAGES": s.backward.stages}
-        yield Case(
-            f"adaln.backward C={C} {kind}", adaln.backward, typed, constants, s.backward.warps
-        )
-    yield Case("adaln.finish", adaln.finish, rows, {"GATED": True, "BLOCK": 256}, 4)
 
-    heads = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "x", "y"), "bf16")
-    heads |= dict.fromkeys(("lse", "delta", "inv_q", "inv_k", "log_scale", "dscale", "out"), "fp32")
-    heads |= dict.fromkeys(("tiles", "row_lo", "row_hi", "key_lo", "key_hi"), "i32") | {
-        "sm_scale": "f"
-    }
-    heads |= dict.fromkeys(("count", "H", "L", "Lq", "Lk"), "i")
-    kernels = {
-        "forward": (triton_forward.forward, "BLOCK_M", "BLOCK_N"),
-        "keys": (triton_backward.backward_keys, "BLOCK_N", "BLOCK_M"),
-        "queries": (triton_backward.backward_queries, "BLOCK_M", "BLOCK_N"),
-    }
-    # Channels of a head, whether q and k are normalised, the number of keys, and known spills.
-    # Sampling attends to keys that were normalised when they entered the cache.
-    for kind, D, norm, keys, spilled in (
-        ("bf16", 64, True, 680, 0),
-        ("bf16", 64, True, attention_config.LONG, 0),
-        ("bf16", 64, False, 680, 0),
-        ("bf16", 64, False, attention_config.LONG, 0),
-        ("fp16", 64, True, 680, 40),
-        ("fp32", 64, True, 680, 32),
-        ("bf16", 128, True, 680, 8),
+def adaln() -> Iterator[Call]:
+    """Yield the passes with a gate; without one for the first block; a float32 residual stream; and
+    the widest row."""
+    from var_kernels.adaln import launch
+
+    for C, kind, gated in (
+        *((C, torch.bfloat16, gated) for C in (1024, 1536, 1920, 2304) for gated in (True, False)),
+        (2304, torch.float32, True),
+        (4096, torch.bfloat16, True),
     ):
-        c = attention_config.config_for(
-            D, int(architecture.removeprefix("sm_")) // 10, 4 if kind == "fp32" else 2, keys
-        )
-        typed = heads | {name: kind for name, given in heads.items() if given == "bf16"}
-        for name, (kernel, rows_name, inner_name) in kernels.items():
-            t: attention_config.Tile = getattr(c, name)
-            # Only the forward pass has other tiles for many keys.
-            if keys >= attention_config.LONG and name != "forward":
-                continue
-            settings: dict[str, Any] = {
-                "NORM": norm,
-                "D": D,
-                "BLOCK_D": D,
-                "UPCAST": False,
-                "PRECISION": "ieee",
-                rows_name: t.rows,
-                inner_name: t.inner,
-                "STAGES": t.stages,
-            }
-            settings |= {"BOUND": norm and kind == "bf16"} if name == "forward" else {}
-            settings |= {} if norm else NO_SCALE
-            # At 128 channels Triton uses mma, not wgmma, on Hopper.
-            matrix = kind != "fp32" and D == 64
-            yield Case(
-                f"attention.{name} {kind} D={D} keys={keys}{'' if norm else ' no norm'}",
-                kernel,
-                typed,
-                settings,
-                t.warps,
-                matrix=matrix,
-                stack=spilled,
-            )
-    yield Case(
-        "attention.inverse_norms",
-        triton_tiles.inverse_norms,
-        heads,
-        {"D": 64, "BLOCK_D": 64, "BLOCK": 64},
-        4,
-    )
+        x, dh = (random(32, 680, C, dtype=kind) for _ in range(2))
+        y = random(32, 680, C, dtype=kind) if gated else None
+        scale, shift, gamma = random(32, 6, C, dtype=kind).unbind(1)[:3]
+        gate = (gamma, random(32, dtype=torch.float32)) if gated else (None, None)
+        mean, rstd = (random(32 * 680, dtype=torch.float32) for _ in range(2))
+
+        def both(x=x, y=y, gate=gate, scale=scale, shift=shift, dh=dh, m=mean, r=rstd) -> None:  # type: ignore[no-untyped-def]
+            launch.launch_forward(x, y, *gate, scale, shift, 1e-6, x.dtype)
+            launch.launch_backward(dh, x, x, y, *gate, scale, scale.dtype, m, r)
+
+        yield f"C={C}{'' if gated else ' no gate'}{named(kind)}", both
+
+
+def named(kind: torch.dtype) -> str:
+    """Return the data type as part of a label; nothing for bfloat16."""
+    return "" if kind == torch.bfloat16 else f" {str(kind).removeprefix('torch.')}"
+
+
+def attention() -> Iterator[Call]:
+    """Yield training at 256 and 512 pixels, other data types, wide heads, and sampling, whose keys
+    are normalised when they enter the cache."""
+    from var_kernels.attention import launch
+    from var_kernels.attention.schedule import everything, scales
+
+    patches = {
+        680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    }
+    for kind, D, L in (
+        (torch.bfloat16, 64, 680),
+        (torch.bfloat16, 64, 2240),
+        (torch.float16, 64, 680),
+        (torch.float32, 64, 680),
+        (torch.bfloat16, 128, 680),
+    ):
+        for norm in (True, False) if D == 64 and kind == torch.bfloat16 else (True,):
+            qkv, grads = (random(32, L, 3, 16, D, dtype=kind) for _ in range(2))
+            log_scale = random(16, dtype=torch.float32) if norm else None
+
+            def both(qkv=qkv, grads=grads, log_scale=log_scale, L=L) -> None:  # type: ignore[no-untyped-def]
+                (q, k, v), visible = qkv.unbind(2), scales(patches[L])
+                out = launch.launch_forward(q, k, v, log_scale, visible, 1.0)
+                o = out[0]
+                launch.launch_backward(o, q, k, v, *out, log_scale, visible, 1.0, *grads.unbind(2))
+
+            # The data type comes first: KNOWN_STACK reads it there.
+            kind_of = str(kind).removeprefix("torch.")
+            yield f"{kind_of} D={D} L={L}{'' if norm else ' no norm'}", both
     for norm in (True, False):
-        yield Case(
-            f"attention.append{'' if norm else ' no norm'}",
-            triton_tiles.append,
-            heads | dict.fromkeys(("q_out", "k_out", "v_out"), "bf16"),
-            {"NORM": norm, "D": 64, "BLOCK_D": 64, "BLOCK": 32} | ({} if norm else NO_SCALE),
-            4,
-        )
-    yield Case(
-        "attention.weighted_dots",
-        triton_tiles.weighted_dots,
-        heads,
-        {"D": 64, "BLOCK_D": 64, "BLOCK": 64},
-        4,
-    )
+        qkv, cache = random(32, 256, 3, 16, 64), random(2, 32, 16, 680, 64)
+        log_scale = random(16, dtype=torch.float32) if norm else None
 
-    tokens = {
-        "logits": "bf16",
-        "target": "i64",
-        "loss": "fp32",
-        "ce": "fp32",
-        "best": "i64",
-        "V": "i16",
-        "row_stride": "i16",
-        "smoothing": "f",
-        "z_loss": "f",
-    }
+        def sample(qkv=qkv, cache=cache, log_scale=log_scale) -> None:  # type: ignore[no-untyped-def]
+            q = launch.launch_append(qkv, cache, 424, log_scale)
+            k, v = cache.transpose(2, 3).unbind(0)
+            launch.launch_forward(q, k, v, None, everything(256, 680), 1.0)
+
+        yield f"bfloat16 D=64 cache{'' if norm else ' no norm'}", sample
+
+
+def cross_entropy() -> Iterator[Call]:
+    """Yield the official vocabulary and the largest one."""
+    from var_kernels.cross_entropy import op
+
     for V in (4096, 16384):
-        flags = {"SMOOTH": True, "GRADIENT": True, "BLOCK_V": V}
-        yield Case(f"cross_entropy V={V}", ce.cross_entropy, tokens, flags, ce_config.warps_for(V))
-
-    yield Case(
-        "cross_entropy.scale_rows",
-        ce.scale_rows,
-        {"x": "bf16", "factor": "fp32", "out": "bf16", "C": "i16", "x_stride": "i16"},
-        {"BLOCK_C": ce_config.SCALE_BLOCK},
-        4,
-    )
-
-    hidden = dict.fromkeys(("h", "a", "da", "dh"), "bf16") | {
-        "partial": "fp32",
-        "rows": "i",
-        "group": "i",
-        "hidden": "i16",
-        "count": "i16",
-    }
-    yield Case(
-        "mlp.gelu", mlp.gelu, hidden, {"BLOCK": mlp_config.FORWARD_BLOCK}, mlp_config.FORWARD_WARPS
-    )
-    flags = {"WRITE_A": True, "BLOCK": mlp_config.COLUMNS, "STAGES": mlp_config.BACKWARD_STAGES}
-    yield Case("mlp.gelu_backward", mlp.gelu_backward, hidden, flags, mlp_config.BACKWARD_WARPS)
-
-    for name, kernel, backward, flag in (
-        ("linear_gelu", mlp.linear_gelu, False, "KEEP_H"),
-        ("linear_gelu_backward", mlp.linear_gelu_backward, True, "WRITE_A"),
-    ):
-        g = mlp_config.product_config(int(architecture.removeprefix("sm_")) // 10, backward)
-        sizes = {
-            "BLOCK_M": g.block_m,
-            "BLOCK_N": g.block_n,
-            "BLOCK_K": g.block_k,
-            "GROUP": g.group,
-            "DESCRIPTOR": g.descriptor,
-            "UPCAST": False,
-            "PRECISION": "ieee",
-            "STAGES": g.stages,
-            flag: True,
-        }
-        w_tile = (g.block_k, g.block_n) if backward else (g.block_n, g.block_k)
-        first, second = (
-            f"tensordesc<bf16[{rows},{cols}]>" if g.descriptor else "bf16"
-            for rows, cols in ((g.block_m, g.block_k), w_tile)
+        logits, target = random(21760, V), random(21760, dtype=torch.int64)
+        yield (
+            f"V={V}",
+            lambda logits=logits, target=target: op.launch(logits, target, 0.1, 0.0, True),
         )
-        kinds = dict.fromkeys(("h", "a", "dh", "bias"), "bf16") | {
-            "partial": "fp32",
-            "M": "i",
-            "x": first,
-            "dy": first,
-            "w": second,
-        }
-        yield Case(f"mlp.{name}", kernel, kinds, sizes, g.warps, g.stages, matrix=True)
+    x, factor = random(21760, 1920), random(21760, dtype=torch.float32)
+    yield "C=1920", lambda: op.scale_rows(x, factor)
 
-    maps = {
-        "x": "bf16",
-        "y": "bf16",
-        "weight": "bf16",
-        "bias": "bf16",
-        "partial": "fp32",
-        "affine": "fp32",
-        "rows": "i",
-        "group": "i",
-        "splits": "i",
-        "width": "i",
-        "eps": "f",
-    }
-    for name, constants in (
-        ("sums", {"R": 8, "BLOCK_C": 512}),
-        ("apply", {"R": 8, "BLOCK_C": 512, "SILU": True}),
-        ("finish", {"BLOCK_S": 512, "BLOCK_W": 8}),
-    ):
-        yield Case(f"group_norm.{name}", getattr(norms, name), maps, constants, norm_config.WARPS)
 
-    codes = {
-        "z": "fp32",
-        "codes": "fp32",
-        "squares": "fp32",
-        "index": "i64",
-        "N": "i",
-        "V": "i16",
-        "Z": "i16",
-        "z_stride": "i16",
-        "code_stride": "i16",
-    }
-    for precision in vq_config.PRECISIONS.values():
-        sizes = {
-            "BLOCK_N": vq_config.BLOCK_N,
-            "BLOCK_V": vq_config.BLOCK_V,
-            "BLOCK_Z": 32,
-            "PRECISION": precision,
-        }
-        yield Case(
-            f"vq.nearest_code {precision}",
-            vq.nearest_code,
-            codes,
-            sizes,
-            vq_config.WARPS,
-            matrix=True,
-        )
+def mlp() -> Iterator[Call]:
+    """Yield both passes of the GELU."""
+    from var_kernels.mlp import op
+
+    h, da = random(21760, 7680), random(21760, 7680)
+    yield "C=1920", lambda: (op.gelu(h), op.gelu_backward(da, h, True))
+
+
+def group_norm() -> Iterator[Call]:
+    """Yield the widest maps of the decoder."""
+    from var_kernels.group_norm import op
+
+    x = random(8, 640, 16, 16).to(memory_format=torch.channels_last)
+    w = random(640)
+    yield "C=640", lambda: op.launch(x, w, w, 32, 1e-6, True)
+
+
+def vq() -> Iterator[Call]:
+    """Yield both precisions of the search."""
+    from var_kernels.vq import config, op
+
+    z, codes = random(21760, 32, dtype=torch.float32), random(4096, 32, dtype=torch.float32)
+    for precision in config.PRECISIONS:
+        yield precision, lambda precision=precision: op.launch(z, codes, precision)

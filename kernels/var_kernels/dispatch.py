@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -65,17 +66,40 @@ def use_triton(x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and not why_not(x.device)
 
 
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors of a GPU.
+@dataclass(frozen=True)
+class Hardware:
+    """What the launch settings depend on."""
 
-    Without a GPU (in tests in the interpreter) the number is 4.
-    """
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    generation: int
+    """The major compute capability: 8 for Ampere and Ada, 9 for Hopper, 10 for Blackwell."""
+    multiprocessors: int
+    """The number of streaming multiprocessors."""
+
+
+STAND_IN = Hardware(generation=9, multiprocessors=4)
+"""The hardware of a device that is not a GPU: in the interpreter, and while launches are recorded
+(`var_kernels.aot`)."""
+
+
+@lru_cache(maxsize=16)
+def _gpu(device: torch.device) -> Hardware:
+    properties = torch.cuda.get_device_properties(device)
+    return Hardware(properties.major, properties.multi_processor_count)
+
+
+def hardware(device: torch.device) -> Hardware:
+    """Return the hardware of a GPU, or the stand-in for another device."""
+    return _gpu(device) if device.type == "cuda" else STAND_IN
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors."""
+    return hardware(device).multiprocessors
+
+
+def generation(device: torch.device) -> int:
+    """Return the major compute capability."""
+    return hardware(device).generation
 
 
 def launches(function: Callable[P, R]) -> Callable[P, R]:
@@ -138,15 +162,6 @@ def eager(
             return backward(ctx, *gradients)
 
     return Function.apply
-
-
-@lru_cache(maxsize=16)
-def generation(device: torch.device) -> int:
-    """Return the major compute capability of a GPU, or 9 without a GPU.
-
-    It is 8 for Ampere and Ada, 9 for Hopper, and 10 for Blackwell.
-    """
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def precision(dtype: torch.dtype) -> str:

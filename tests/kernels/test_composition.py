@@ -251,14 +251,6 @@ def test_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from var_kernels.bench import run
     from var_kernels.bench.operators import TRY, Problem
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("VAR_KERNELS_MLP", raising=False)
-    # Without a GPU both forms are the same PyTorch code.
-    entry = run.tune_mlp(TRY[0], torch.device("cpu"), torch.float32)
-    assert (
-        set(entry["milliseconds"]) == {"vendor", "triton"}
-        and (tmp_path / "var-scale" / "mlp.json").exists()
-    )
     out = tmp_path / "r.json"
     rows = run.run(["nearest_code"], ["d16 B=32 L=680"], out)
     assert (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.kernels.compare import DEVICE, DTYPES, check
-from var_kernels.mlp import config, op, reference, tune
+from var_kernels.mlp import op, reference
 
 SHAPES = [(1, 1, 16, 64), (3, 14, 20, 130), (1, 5, 4, 1100)]
 """The last shape needs two programs across the columns backward."""
@@ -82,64 +80,3 @@ def test_gelu_of_large_values() -> None:
     torch.testing.assert_close(
         op.gelu(h), torch.nn.functional.gelu(h, approximate="tanh"), rtol=1e-6, atol=1e-6
     )
-
-
-@pytest.mark.parametrize("descriptor", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_own_products(
-    dtype: torch.dtype, descriptor: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The MLP with the GELU inside our products matches, with tensor descriptors and with pointers.
-
-    The sizes are odd and need several tiles.
-    """
-    monkeypatch.setenv("VAR_KERNELS_MLP", "triton")
-    tune.choice.cache_clear()
-    small = config.ProductConfig(block_m=32, block_n=64, block_k=16, group=2, descriptor=descriptor)
-    monkeypatch.setattr(config, "product_config", lambda *_, **__: small)
-    for save, (L, C, F) in (
-        ("preact", (70, 24, 72)),
-        ("input", (3, 40, 72)),
-        ("both", (3, 40, 72)),
-    ):
-        x, g = (torch.randn(1, L, C, device=DEVICE).to(dtype) for _ in range(2))
-        check(
-            lambda *t, save=save: op.gelu_mlp(*t, save=save),
-            reference.mlp,
-            [x, *weights(C, F, dtype)],
-            [g],
-        )
-    tune.choice.cache_clear()
-
-
-def test_the_choice_is_measured_once_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a measurement or with a tie, the vendor's products run.
-
-    If ours are clearly faster, they run, also in the next process.
-    """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("VAR_KERNELS_MLP", raising=False)
-    where = (torch.device("cpu"), torch.bfloat16, 1024, 4096, 21760)
-    tune.choice.cache_clear()
-    tune._measured.cache_clear()
-    assert tune.choice(*where) == "vendor"
-    for ours, expected in ((0.8, "triton"), (0.99, "vendor")):
-        entry = tune.tune(
-            lambda form: lambda: form,
-            *where,
-            time=lambda call, ours=ours: ours if call() == "triton" else 1.0,
-        )
-        assert entry["choice"] == tune.choice(*where) == expected
-        assert tune.choice(*where[:2], 1536, 6144, 21760) == "vendor"
-        assert (
-            tune.choice(*where[:4], 65280) == "vendor"
-            and tune.choice(*where[:4], 20000) == expected
-        )
-    monkeypatch.setenv("VAR_KERNELS_MLP", "fast")
-    tune.choice.cache_clear()
-    with pytest.raises(ValueError, match="VAR_KERNELS_MLP='fast' is not known"):
-        tune.choice(*where)
-    tune.choice.cache_clear()
-    tune._measured.cache_clear()

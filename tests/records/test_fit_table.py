@@ -108,3 +108,19 @@ def test_what_contradicts_a_law_is_printed(
     assert "contradict" not in printed(line * (1 + 1e-3 * scatter), "power", hold_out=True)
     steeper = line * np.exp(-0.01 * np.log(x / 1e5) ** 2)
     assert bound in printed(steeper, "power_floor") and bound not in printed(floor, "power_floor")
+
+
+def test_n_is_what_the_study_counts(tmp_path: Path) -> None:
+    """Fit and report take the parameters that the study counts as N."""
+    runs = [replace(run, counted="params_total") for run in grid()]
+    write_runs_csv(runs, tmp_path / "runs.csv")
+    law = fit_table(tmp_path / "runs.csv", "N", "loss_avg", "power", 0.0)
+    named = fit_table(tmp_path / "runs.csv", "params_total", "loss_avg", "power", 0.0)
+    result = fit_study(runs)
+    reported = result.fits["loss_avg", "power"]
+    assert law.params == named.params == reported.params
+    assert law.x == reported.x == tuple(sorted({float(run.params_total) for run in runs}))
+    assert result.holdouts["loss_avg", "power"].n == max(law.x)
+    assert result.to_json()["size"] == "params_total"
+    with raises("records.table-column", "N"):
+        fit_table(tmp_path / "runs.csv", "N", "N", "power", 0.0)

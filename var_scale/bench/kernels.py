@@ -9,7 +9,6 @@ from pathlib import Path
 from var_kernels.bench import launches
 from var_kernels.bench.run import run, run_sweep
 
-from var_kernels.mlp.tune import cache_file
 from var_scale.errors import UserError
 from var_scale.files import disk_errors
 
@@ -20,7 +19,6 @@ def bench_kernels(
     forms: list[str],
     *,
     out: Path | None,
-    tune: bool,
     sweep: bool,
 ) -> None:
     """Time the fused operators, or with `sweep` the launch settings of their kernels.
@@ -30,11 +28,11 @@ def bench_kernels(
     Raises:
         UserError: an argument names nothing that can be timed (code `bench.kernels`).
     """
-    with _user_errors(out or cache_file()):  # the results, or with `tune` the choices
+    with _user_errors(out or Path()):
         if sweep:
             run_sweep(operators, out)
         else:
-            run(operators, shapes, out, tune, forms)
+            run(operators, shapes, out, forms)
 
 
 def bench_launches(out: Path | None) -> None:

@@ -46,9 +46,6 @@ class BenchKernels:
         "first letters of forms, such as eager; default: all", (), nargs="*", metavar="START"
     )
     out: Path | None = option("write the results and a roofline plot", None, metavar="FILE.json")
-    tune: bool = option(
-        "first choose the fastest form of the MLP at each width, and save it", False
-    )
     sweep: bool = option("time the launch settings of each kernel instead", False)
 
 
@@ -62,7 +59,6 @@ def bench_kernels(arguments: BenchKernels) -> None:
         list(arguments.shapes),
         list(arguments.forms),
         out=arguments.out,
-        tune=arguments.tune,
         sweep=arguments.sweep,
     )
 

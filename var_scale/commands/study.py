@@ -221,8 +221,9 @@ class Fit:
     table: Path = argument("CSV file, or a study's folder such as runs/tiny")
     x: str = option(
         "column of the size; two columns for chinchilla and tied (N,D), three for repeated "
-        "(N,D,U); in a study: params_paper (the paper's N), params_total, flops_exact, ...",
-        "params_paper",
+        "(N,D,U); in a study: N (as study.count counts it), params_paper, params_total, "
+        "flops_exact, ...",
+        "N",
     )
     y: str = option(
         "column of the loss, in a study loss_last, loss_avg, err_last, err_avg", "loss_avg"

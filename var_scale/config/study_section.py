@@ -22,6 +22,11 @@ class StudySpec(Section):
     depth_seeds: dict[int, tuple[Annotated[int, Field(ge=0)], ...]] = setting(
         {}, "seeds of single depths, in place of study.seeds: {2: [0, 1, 2]}"
     )
+    count: Literal["paper", "total"] = setting(
+        "paper",
+        "the parameters that N counts in the laws: paper (18 d C^2, the matrices of the blocks) or "
+        "total (also embeddings and head, for small models in which they are a large share)",
+    )
     parallel: Positive = setting(
         1, "runs that train at the same time on this machine, each in one process"
     )

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from var_kernels import linear_cross_entropy, why_not
 from var_kernels.dispatch import compute_dtype
-from var_kernels.mlp.tune import summary as form_of_mlp
 from var_scale.errors import UserError, require_grids, require_positive
 from var_scale.model.attention import (
     ScaleMask,
@@ -285,7 +284,6 @@ class Transformer(nn.Module):
             "attention": f"{backend} ({because})",
             "kernels": f"{'on' if on else 'off'} (asked: {self.kernels}; "
             f"{obstacle or 'they run here'})",
-            "mlp": f"{form_of_mlp()} products" if on and not obstacle else "PyTorch",
         }
 
     def _checked_input(self, label_B: Tensor, x_BlZ: Tensor | None, end: int) -> Tensor:

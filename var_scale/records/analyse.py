@@ -98,6 +98,11 @@ class StudyResult:
         return tests is not None and tests.rejected
 
     @property
+    def counted(self) -> str:
+        """The field of the records that is N: params_paper or params_total."""
+        return self.records[0].counted if self.records else "params_paper"
+
+    @property
     def surface(self) -> LawFit | None:
         """The better surface of size and data, where one converged."""
         return best_surface(self.surfaces)
@@ -111,7 +116,7 @@ class StudyResult:
         """Content of fit.json."""
         return {
             "version": 1,
-            "size": "params_paper",
+            "size": self.counted,
             "floors": plain(self.floors),
             "gate": {
                 "kept": [run.name for run in self.gate.kept],
@@ -291,7 +296,7 @@ def by_scale(kept: Sequence[RunRecord], name: str) -> tuple[LawFit, ...]:
     """The power law of every scale of the token pyramid with E = 0; `name` is loss or err."""
     runs = [run for run in kept if getattr(run, f"{name}_per_scale")]
     columns = zip(*(getattr(run, f"{name}_per_scale") for run in runs), strict=False)
-    names, sizes = [run.name for run in runs], [float(run.params_paper) for run in runs]
+    names, sizes = [run.name for run in runs], [float(run.n) for run in runs]
     return tuple(
         power_law(group(names, sizes, values), f"{name}_scale_{scale}")
         for scale, values in enumerate(columns, 1)

@@ -50,8 +50,7 @@ def collect(
             + "; ".join(assumed)
         )
     lines.append(
-        f"{out}: {len(runs)} runs; `var-scale fit {out} --x params_paper --y loss_avg` fits those "
-        "that pass the gate"
+        f"{out}: {len(runs)} runs; `var-scale fit {out} --y loss_avg` fits those that pass the gate"
     )
     return lines
 

@@ -13,6 +13,9 @@ from var_scale.records.gate import Exclusion, best_of_variants, gate
 from var_scale.records.record import METRICS, RunRecord
 from var_scale.records.runs_csv import FIELDS, read_rows, read_runs_csv, require_column
 
+N = "N"
+"""Name of the column of records that their study takes as N."""
+
 
 class Columns(NamedTuple):
     """Points of a fit, each list (n,), and the runs that the gate excluded."""
@@ -35,6 +38,7 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
 
     Args:
         study: a study folder with a report, or a table of records.
+        x: columns of numbers, or N for what the study takes as N.
 
     Raises:
         UserError: code `records.table-missing`, `records.table-column` or `records.sizes-mixed`.
@@ -47,10 +51,10 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
             code="records.table-missing",
         )
     numbers = [field.name for field in FIELDS if field.type in ("int", "float")]
-    for name in (*x, y):
-        if name not in numbers:
+    for name, known in (*((name, [N, *numbers]) for name in x), (y, numbers)):
+        if name not in known:
             raise UserError(
-                f"{study}: there is no column {name} of numbers; columns: {', '.join(numbers)}",
+                f"{study}: there is no column {name} of numbers; columns: {', '.join(known)}",
                 code="records.table-column",
             )
     result = gate(read_runs_csv(table), metrics=(y,) if y in METRICS else METRICS)
@@ -60,7 +64,7 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
         excluded += beaten
         _require_one_size(study, kept, x[0])
     return Columns(
-        [[float(getattr(run, name)) for run in kept] for name in x],
+        [[_count(run, name) for run in kept] for name in x],
         [run.metric(y) for run in kept],
         [run.name for run in kept],
         excluded,
@@ -68,15 +72,20 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
     )
 
 
+def _count(run: RunRecord, name: str) -> float:
+    """A column of a record, or what its study takes as N."""
+    return float(run.n if name == N else getattr(run, name))
+
+
 def _require_one_size(study: Path, runs: Sequence[RunRecord], x: str) -> None:
     """Runs of equal x are repeats of one size, of which a law of x takes the mean."""
     sizes: dict[float, RunRecord] = {}
     for run in runs:
-        other = sizes.setdefault(getattr(run, x), run)
+        other = sizes.setdefault(_count(run, x), run)
         if other.params_paper != run.params_paper:
             raise UserError(
                 f"{study}: {other.name} and {run.name} have the same {x} and different sizes, so "
-                f"there is no law of {x} alone; use --x params_paper, or --form chinchilla with "
+                f"there is no law of {x} alone; use --x N, or --form chinchilla with "
                 "--x N,D",
                 code="records.sizes-mixed",
             )

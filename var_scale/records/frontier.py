@@ -88,7 +88,7 @@ def evaluations(
         for at, value in curve or [(total, record.metric(metric))]:
             x = at if along == "C" else round(record.tokens * at / record.flops_exact)
             if at > 0 and value > 0:
-                point = FrontierPoint(record.name, float(x), float(value), record.params_paper)
+                point = FrontierPoint(record.name, float(x), float(value), record.n)
                 points.append(point)
     return points
 

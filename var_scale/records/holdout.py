@@ -105,14 +105,14 @@ def hold_out(
         floor: E of the form power.
         seed: seed of the bootstrap.
     """
-    sizes = sorted({record.params_paper for record in records})
+    sizes = sorted({record.n for record in records})
     if len(sizes) < 2:
         counted = f"{len(sizes)} healthy size{'' if len(sizes) == 1 else 's'}"
         reason = f"{counted}: nothing is left to predict from"
         nan = math.nan
         return HoldOut(metric, form, (), nan, nan, None, nan, None, reason, "too_few")
-    held = [record for record in records if record.params_paper == sizes[-1]]
-    train = [record for record in records if record.params_paper < sizes[-1]]
+    held = [record for record in records if record.n == sizes[-1]]
+    train = [record for record in records if record.n < sizes[-1]]
     points = size_means(train, metric)
     measured = size_means(held, metric).values[0]
     why = "the largest size, kept out to test the law"
@@ -152,15 +152,15 @@ def hold_out_surface(
         form: chinchilla or repeated.
         seed: seed of the bootstrap.
     """
-    largest = max((record.params_paper for record in records), default=0)
-    train = [record for record in records if record.params_paper < largest]
+    largest = max((record.n for record in records), default=0)
+    train = [record for record in records if record.n < largest]
     fit = surface_of(train, metric, form, optimum.DRAWS, seed)
     if not fit.converged:
         return None
-    tokens = max(record.tokens for record in records if record.params_paper == largest)
-    held = [r for r in records if r.params_paper == largest and r.tokens == tokens]
-    smaller = max(record.params_paper for record in train)
-    before = [r for r in train if r.params_paper == smaller and r.tokens == tokens]
+    tokens = max(record.tokens for record in records if record.n == largest)
+    held = [r for r in records if r.n == largest and r.tokens == tokens]
+    smaller = max(record.n for record in train)
+    before = [r for r in train if r.n == smaller and r.tokens == tokens]
     # In a design without a common length the smaller size has only its law at this length.
     unique = held[0].unique_tokens if form == "repeated" else None
     guess = (
@@ -185,10 +185,10 @@ def budget_curve(
 ) -> tuple[HoldOut, ...]:
     """The largest size predicted by the law of ever more of the smallest sizes: what each step up
     the ladder added."""
-    sizes = sorted({record.params_paper for record in records})
+    sizes = sorted({record.n for record in records})
     curve = []
     for count in range(PARAMETERS[form] + 1, len(sizes)):
         used = (*sizes[:count], sizes[-1])
-        runs = [record for record in records if record.params_paper in used]
+        runs = [record for record in records if record.n in used]
         curve.append(hold_out(runs, metric, form, floor=floor))
     return tuple(curve)

@@ -89,7 +89,7 @@ def budgets(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
 def curve(group: Sequence[RunRecord]) -> Curve:
     """The parabola of one budget, by least squares; each seed of a size counts."""
     runs = sorted(group, key=lambda run: run.params_paper)
-    n = np.array([float(run.params_paper) for run in runs])
+    n = np.array([float(run.n) for run in runs])
     loss = np.array([run.loss_avg for run in runs])
     u = np.log(n) - float(np.log(n).mean())
     inside, c = _windowed(u, loss)

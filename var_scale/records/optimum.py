@@ -73,7 +73,7 @@ def surface_of(
         seed: of the bootstrap.
     """
     return fit_surface(
-        [run.params_paper for run in runs],
+        [run.n for run in runs],
         [run.tokens for run in runs],
         [run.metric(metric) for run in runs],
         [run.unique_tokens for run in runs] if form == "repeated" else None,
@@ -100,7 +100,7 @@ def optimum(surface: LawFit, records: Sequence[RunRecord], flops: float) -> Opti
         surface: a converged surface with draws.
         records: the runs to which it was fitted.
     """
-    sizes = {run.params_paper: run for run in sorted(records, key=lambda run: run.params_paper)}
+    sizes = {run.n: run for run in sorted(records, key=lambda run: run.n)}
     known = np.log(np.array(list(sizes), dtype=float))
     grid = np.linspace(known[0] - math.log(REACH), known[-1] + math.log(REACH), 2000)
     outside = np.clip(grid - known[-1], 0, None) + np.clip(grid - known[0], None, 0)

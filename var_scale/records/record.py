@@ -93,6 +93,13 @@ class RunRecord:
     split: str = "validation"
     """Data of METRICS: validation, or training where a log has no other numbers. Those are running
     means of the last epoch, so they are not comparable with validation."""
+    counted: str = "params_paper"
+    """The field that the laws take as N: params_paper, or params_total with study.count=total."""
+
+    @property
+    def n(self) -> int:
+        """N of the laws."""
+        return int(getattr(self, self.counted))
 
     @property
     def epochs(self) -> float:

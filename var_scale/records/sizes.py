@@ -10,7 +10,7 @@ from var_scale.laws.law import NOISE_FLOOR
 from var_scale.records.record import RunRecord
 
 
-def size_means(records: Sequence[RunRecord], metric: str, count: str = "params_paper") -> Groups:
+def size_means(records: Sequence[RunRecord], metric: str, count: str = "n") -> Groups:
     """The geometric mean of a metric at each N, or at another count of the record."""
     return group(
         [run.name for run in records],

@@ -24,6 +24,7 @@ from var_scale.records.columns import Columns, read_columns, study_columns
 from var_scale.records.runs_csv import is_runs_csv
 
 VARIABLES = {
+    "N": "N",
     "params_paper": "N",
     "params_total": "N",
     "params_per_token": "N",
@@ -32,8 +33,8 @@ VARIABLES = {
     "flops_paper": "C",
 }
 """Columns of records whose unit the paper's beta knows."""
-SURFACE_COLUMNS = {"N": "params_paper", "D": "tokens", "U": "unique_tokens"}
-"""Short names of the columns of records that a surface takes."""
+SURFACE_COLUMNS = {"D": "tokens", "U": "unique_tokens"}
+"""Short names of the columns of records that a surface takes. N is a name of its own."""
 
 
 @dataclass(frozen=True)

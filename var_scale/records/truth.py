@@ -95,7 +95,7 @@ def _law(
     runs: Sequence[RunRecord], losses: Sequence[float], name: str, seed: int, draws: int
 ) -> LawFit:
     """The surface of size and data, or with one length the law of size with a floor."""
-    names, sizes = [run.name for run in runs], [float(run.params_paper) for run in runs]
+    names, sizes = [run.name for run in runs], [float(run.n) for run in runs]
     tokens = [float(run.tokens) for run in runs]
     if len(set(tokens)) > 1:
         return fit_surface(

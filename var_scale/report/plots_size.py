@@ -40,7 +40,7 @@ def _law_panel(axis: Any, result: StudyResult, metric: str) -> None:
     fit, floor = result.law(metric), result.floors[metric]
     held = result.holdouts[metric, fit.form]
     runs = result.gate.kept
-    n = np.array([run.params_paper for run in runs], dtype=float)
+    n = np.array([run.n for run in runs], dtype=float)
     y = np.array([run.metric(metric) for run in runs]) - floor
     is_held = np.array([run.name in held.held for run in runs])
     if fit.converged:

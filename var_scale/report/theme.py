@@ -17,7 +17,7 @@ LABELS = {
     "err_last": "$Err_{last}$: error rate of the last scale",
     "err_avg": "$Err_{avg}$: error rate of all scales",
 }
-SIZE_LABEL = "parameters N = 18 d C²"
+SIZE_LABEL = "parameters N"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,

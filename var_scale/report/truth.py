@@ -103,7 +103,7 @@ def truth_figure(truths: Sequence[Truth], runs: Sequence[RunRecord]) -> Any:
     fitted law. `runs` are those of the fit."""
     average = truths[-1]
     fig, axes = figure(1, 2, (9.2, 4.2))
-    n, d = (np.array([float(getattr(r, key)) for r in runs]) for key in ("params_paper", "tokens"))
+    n, d = (np.array([float(getattr(r, key)) for r in runs]) for key in ("n", "tokens"))
     above = np.array(average.losses) - average.exact
     for axis, x, other, label in (
         (axes[0, 0], n, d, SIZE_LABEL),

@@ -69,7 +69,7 @@ def verdict(held: HoldOut) -> str:
 
 def octaves(result: StudyResult) -> float:
     """Range of N of the kept runs as a power of two: log2 of the largest over the smallest."""
-    sizes = [run.params_paper for run in result.gate.kept]
+    sizes = [run.n for run in result.gate.kept]
     return math.log2(max(sizes) / min(sizes)) if sizes else 0.0
 
 
@@ -82,6 +82,7 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
     counts = sorted({run.eval_samples for run in result.records if run.eval_samples})
     return {
         "octaves": octaves(result),
+        "counted": result.counted,
         "sizes": len({run.params_paper for run in kept}),
         "kept": len(kept),
         "total": len(result.records),
@@ -304,7 +305,7 @@ def run_rows(result: StudyResult) -> list[list[object]]:
     return [
         [
             run.name,
-            short(run.params_paper),
+            short(run.n),
             short(run.params_total),
             short(run.images),
             f"{run.flops_exact:.3g}",

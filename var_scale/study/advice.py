@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from var_scale.config.load import run_config, run_name, variants
@@ -40,7 +41,12 @@ def fitted(study: Study, records: Sequence[RunRecord]) -> StudyResult:
     """All fits of these runs, with the floors, the exclusions and the exceptions of the study."""
     spec = study.spec
     floors = {str(metric): floor for metric, floor in spec.floors.items()}
-    return fit_study(records, floors=floors, exclude=spec.exclude, keep=spec.keep)
+    return fit_study(counted(study, records), floors=floors, exclude=spec.exclude, keep=spec.keep)
+
+
+def counted(study: Study, records: Sequence[RunRecord]) -> list[RunRecord]:
+    """These runs with N as the study counts it."""
+    return [replace(run, counted=f"params_{study.spec.count}") for run in records]
 
 
 def hours_per_flop(study: Study, result: StudyResult) -> tuple[list[tuple[float, float]], str]:
@@ -157,7 +163,8 @@ def _candidate(study: Study, depth: int, seen: Sequence[tuple[float, float]]) ->
         config = run_config(base, depth, study.spec.seeds[0], point)
         flops = point.flops or flops_of(config)
         cost += flops * rate_at(flops, seen)
-    return Candidate(short_name(depth), float(count_params(shape_of(config)).paper), cost)
+    size = float(getattr(count_params(shape_of(config)), study.spec.count))
+    return Candidate(short_name(depth), size, cost)
 
 
 def short_name(depth: int) -> str:

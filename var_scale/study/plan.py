@@ -41,6 +41,12 @@ COLUMNS = [
 ]
 
 
+MEANING_OF_N = {
+    "paper": "N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN)",
+    "total": "N: all parameters",
+}
+
+
 @dataclass(frozen=True)
 class PlanRow:
     """One run of the plan."""
@@ -49,7 +55,8 @@ class PlanRow:
     depth: int
     width: int
     params_total: int
-    params_paper: int
+    n: int
+    """N of the laws, as study.count counts it"""
     images: int
     tokens: int
     flops: int
@@ -84,7 +91,8 @@ def plan_table(study: Study, save: bool = False) -> list[PlanRow]:
         UserError: the study cannot run on this machine, or is over its budget.
     """
     plan = make_plan(study)
-    print_plan(plan.rows, plan.basis, study.spec.parallel)
+    basis = f"{MEANING_OF_N[study.spec.count]}; memory: activations estimated\ntimes: {plan.basis}"
+    print_plan(plan.rows, basis, study.spec.parallel)
     named = {*study.spec.overrides, *study.spec.depth_seeds, *study.spec.depth_grid}
     if unused := sorted(named - set(study.spec.depths)):
         say(
@@ -114,7 +122,7 @@ def make_plan(study: Study) -> Plan:
     configs, spec = [config for config, _ in study.runs()], study.spec
     if spec.device != "auto":
         devices = [c.cluster.devices if c.cluster.gpus_per_node else spec.devices for c in configs]
-        rows = plan_rows(configs, devices, device=spec.device, mfu=spec.mfu)
+        rows = plan_rows(configs, devices, device=spec.device, mfu=spec.mfu, count=spec.count)
         return Plan(rows, _named_device(study, devices))
     check_machine(study)
     world = process_count(configs[0].engine)
@@ -125,7 +133,8 @@ def make_plan(study: Study) -> Plan:
         f"one step of each size, timed here; number of processes per run: {world}; "
         "training only, without images and tokens"
     )
-    return Plan(plan_rows(configs, [world] * len(configs), run_seconds=expected), basis, times)
+    rows = plan_rows(configs, [world] * len(configs), run_seconds=expected, count=spec.count)
+    return Plan(rows, basis, times)
 
 
 def _named_device(study: Study, devices: Sequence[int]) -> str:
@@ -199,20 +208,22 @@ def plan_rows(
     device: str = "cpu",
     mfu: float | None = None,
     run_seconds: Sequence[float] | None = None,
+    count: str = "paper",
 ) -> list[PlanRow]:
     """One row per run; the largest of at least two sizes is held out.
 
     Args:
         devices: number of devices of each run, which is also its number of ranks.
         device: for the expected times, at the share `mfu` of its peak.
+        count: the parameters that N counts, paper or total.
         run_seconds: times that follow from measured steps, in place of those of the device.
     """
     rows = []
-    for i, (config, count) in enumerate(zip(configs, devices, strict=True)):
+    for i, (config, ranks) in enumerate(zip(configs, devices, strict=True)):
         shape, train, engine = shape_of(config), config.train, config.engine
         params, flops = count_params(shape), count_flops(shape)
         images = Schedule.of(train, config.train_samples).total_steps * train.batch_size
-        micro = max(1, train.batch_size // train.accumulate // count)
+        micro = max(1, train.batch_size // train.accumulate // ranks)
         precision: Precision = "bf16" if train.precision in ("bf16", "auto") else "fp32"
         stage = engine.sharded_stage
         work = flops.training * images
@@ -222,27 +233,25 @@ def plan_rows(
                 depth=shape.depth,
                 width=shape.width,
                 params_total=params.total,
-                params_paper=params.paper,
+                n=getattr(params, count),
                 images=images,
                 tokens=flops.tokens * images,
                 flops=work,
                 flops_6nd=flops.training_6nd * images,
-                memory=count_memory(shape, micro, precision, count, stage).total,
-                seconds=run_seconds[i] if run_seconds else seconds(work, device, count, mfu),
+                memory=count_memory(shape, micro, precision, ranks, stage).total,
+                seconds=run_seconds[i] if run_seconds else seconds(work, device, ranks, mfu),
                 measured=run_seconds is not None,
-                devices=count,
+                devices=ranks,
                 held_out=False,
             )
         )
-    sizes = {row.params_paper for row in rows}
-    return [
-        replace(row, held_out=len(sizes) > 1 and row.params_paper == max(sizes)) for row in rows
-    ]
+    sizes = {row.n for row in rows}
+    return [replace(row, held_out=len(sizes) > 1 and row.n == max(sizes)) for row in rows]
 
 
 def print_plan(rows: Sequence[PlanRow], basis: str, lanes: int = 1) -> None:
-    """Print the plan as a table with its totals; `basis` states where the times come from, and
-    `lanes` how many runs train at the same time here.
+    """Print the plan as a table with its totals; `basis` states what N is and where the times come
+    from, and `lanes` how many runs train at the same time here.
 
     Times that were not measured here come with the device-hours that they cost.
     """
@@ -267,10 +276,7 @@ def print_plan(rows: Sequence[PlanRow], basis: str, lanes: int = 1) -> None:
     table.add_section()
     table.add_row(*(totals.get(COLUMNS[i], "") for i in shown), "")
     print_table(table)
-    say(
-        "N: the paper's parameters, 18 d C^2 (12 d C^2 with shared AdaLN); memory: activations "
-        f"estimated\ntimes: {basis}"
-    )
+    say(basis)
 
 
 def cells_of(row: PlanRow) -> list[str]:
@@ -280,7 +286,7 @@ def cells_of(row: PlanRow) -> list[str]:
         row.name,
         str(row.depth),
         short(row.params_total),
-        short(row.params_paper),
+        short(row.n),
         short(row.images),
         short(row.tokens),
         f"{row.flops:.2e}",

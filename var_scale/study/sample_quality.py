@@ -35,6 +35,7 @@ from var_scale.report.plots import figure_data
 from var_scale.report.quality_figure import quality_figure, quality_section
 from var_scale.report.theme import look, save
 from var_scale.run_folder import RunFolder
+from var_scale.study.advice import counted
 from var_scale.study.checks import require_folder
 from var_scale.study.study import QUALITY_NAME, Study, local
 from var_scale.train.checkpoint import checkpoints
@@ -72,7 +73,11 @@ def study_quality(
     torch.set_num_threads(cores())
     device = choose_device(None)
     kept = _first_seeds(
-        gate(read_study(study.folder), exclude=study.spec.exclude, keep=study.spec.keep).kept
+        gate(
+            counted(study, read_study(study.folder)),
+            exclude=study.spec.exclude,
+            keep=study.spec.keep,
+        ).kept
     )
     if not kept:
         raise UserError(
@@ -108,7 +113,7 @@ def study_quality(
         say(f"{name}: " + ", ".join(f"{key} {v:.4g}" for key, v in numbers.items()))
         row = Quality(
             record.name,
-            float(record.params_paper),
+            float(record.n),
             record.loss_avg,
             found[extractor.distance],
             share * record.flops_exact,

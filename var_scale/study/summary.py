@@ -76,7 +76,7 @@ def contents(study: Study, result: StudyResult, wandb: Any) -> dict[str, Any]:
             run.name,
             run.depth,
             run.seed,
-            run.params_paper,
+            run.n,
             run.images,
             run.flops_exact,
             *(run.metric(metric) for metric in METRICS),

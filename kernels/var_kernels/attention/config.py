@@ -16,12 +16,13 @@ def max_width(itemsize: int) -> int:
 @dataclass(frozen=True)
 class Tile:
     """One kernel: rows of the tile that a program owns, rows of the tiles that it loops over,
-    warps, and stages of the pipeline."""
+    warps, stages of the pipeline, and the most registers per thread (None: as many as it takes)."""
 
     rows: int = 64
     inner: int = 64
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ def config_for(D: int, generation: int, itemsize: int = 2, keys: int = 0) -> Att
     Tiles of 64 rows end where scales end: at L = 680 1.13 pairs are computed for each useful one,
     with 128 rows 1.29 to 1.60. Wide heads and float32 get smaller pipelines, so that tiles and
     accumulators fit, also into the 99 KiB of shared memory of small GPUs. Without wgmma and tcgen05
-    (Ampere, Ada, sm_120) the operands of a product are in registers, and 64 inner rows spill.
+    (Ampere, Ada, sm_120) the operands of a product are in registers, and 64 inner rows spill. A
+    tile of 64 float32 queries spills 368 bytes, one of 32 none.
     """
     if D > 64 or itemsize > 2:
         small = Tile(rows=32, inner=32, warps=8, stages=1)
-        return AttentionConfig(Tile(inner=32, warps=8), small, Tile(inner=32, warps=8, stages=1))
+        queries = small if itemsize > 2 else Tile(inner=32, warps=8, stages=1)
+        return AttentionConfig(Tile(inner=32, warps=8), small, queries)
     if generation not in (9, 10):
         return AttentionConfig(Tile(inner=32, stages=3), Tile(inner=32), Tile(inner=32, stages=1))
     return AttentionConfig(Tile(inner=128, stages=3)) if keys >= LONG else AttentionConfig()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_kernels.attention.config import config_for, max_width
+from var_kernels.attention.config import Tile, config_for, max_width
 from var_kernels.attention.reference import MAX_LOG_SCALE
 from var_kernels.attention.schedule import Visible, tiles_on
 from var_kernels.dispatch import INTERPRETED, generation, launches, precision, require
@@ -30,30 +30,29 @@ def launch_append(qkv: Tensor, cache: Tensor, start: int, log_scale: Tensor | No
     from var_kernels.attention import triton_tiles
 
     B, l, _, H, D = qkv.shape
-    q = torch.empty(B, l, H, D, dtype=qkv.dtype, device=qkv.device)
-    block, norm = 32, log_scale is not None
-    place = cache[0, :, :, start:]
+    out = torch.empty(B, l, H, D, dtype=qkv.dtype, device=qkv.device)
+    (q, k, v), block = split(qkv), 32
+    keys, values = (kv.transpose(1, 2)[:, start:] for kv in cache)
     triton_tiles.append[(-(-l // block), B * H)](
-        *split(qkv),
-        q,
-        place,
-        cache[1, :, :, start:],
-        None if log_scale is None else log_scale.contiguous(),
-        qkv.stride(0),
-        qkv.stride(1),
-        qkv.stride(3),
-        place.stride(0),
-        place.stride(1),
-        place.stride(2),
-        H,
-        l,
-        NORM=norm,
+        q=q,
+        k=k,
+        v=v,
+        q_out=out,
+        k_out=keys,
+        v_out=values,
+        log_scale=None if log_scale is None else log_scale.contiguous(),
+        strides=strides(q),
+        out_strides=strides(out),
+        cache_strides=strides(keys),
+        H=H,
+        L=l,
+        NORM=log_scale is not None,
         D=D,
         BLOCK=block,
         BLOCK_D=block_d(D),
         num_warps=4,
     )
-    return q
+    return out
 
 
 def settings_of(D: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,13 +65,16 @@ def settings_of(D: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Batch, token and head stride of each; the channels of a head must lie side by side."""
-    out: tuple[int, ...] = ()
-    for t in tensors:
-        require(t.stride(3) == 1, "attention: the channels of a head must be contiguous")
-        out += (t.stride(0), t.stride(1), t.stride(2))
-    return out
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Batch, token and head stride of (B, L, H, D); the channels of a head must lie side by
+    side."""
+    require(x.stride(3) == 1, "attention: the channels of a head must be contiguous")
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def tile_settings(tile: Tile) -> dict[str, Any]:
+    """The settings of one kernel that are not sizes of its tiles."""
+    return {"STAGES": tile.stages, "num_warps": tile.warps, "maxnreg": tile.registers}
 
 
 @launches
@@ -107,33 +109,41 @@ def launch_forward(
     tiles = tiles_on(visible, mine.rows, q.device)
     if norm:
         triton_tiles.inverse_norms[(B * H, -(-Lk // 64))](
-            k, inv_k, *strides(k), H, Lk, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"]
+            x=k,
+            out=inv_k,
+            strides=strides(k),
+            H=H,
+            L=Lk,
+            D=D,
+            BLOCK=64,
+            BLOCK_D=settings["BLOCK_D"],
         )
-    count = len(tiles.table)
-    triton_forward.forward[(count * B * H,)](
-        q,
-        k,
-        v,
-        o,
-        lse,
-        inv_q,
-        inv_k,
-        log_scale,
-        tiles.table,
-        tiles.lo,
-        tiles.hi,
-        sm_scale,
-        *strides(q, k, v),
-        count,
-        H,
-        Lq,
-        Lk,
+    triton_forward.forward[(len(tiles.table) * B * H,)](
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        lse=lse,
+        inv_q=inv_q,
+        inv_k=inv_k,
+        log_scale=log_scale,
+        tiles=tiles.table,
+        row_lo=tiles.lo,
+        row_hi=tiles.hi,
+        sm_scale=sm_scale,
+        q_strides=strides(q),
+        k_strides=strides(k),
+        v_strides=strides(v),
+        o_strides=strides(o),
+        count=len(tiles.table),
+        H=H,
+        Lq=Lq,
+        Lk=Lk,
         NORM=norm,
         BOUND=norm and q.dtype == torch.bfloat16,
         BLOCK_M=mine.rows,
         BLOCK_N=mine.inner,
-        STAGES=mine.stages,
-        num_warps=mine.warps,
+        **tile_settings(mine),
         **settings,
     )
     return o, lse, inv_q, inv_k
@@ -158,80 +168,69 @@ def launch_backward(
 ) -> Tensor:
     """The Triton backward pass: writes dq, dk and dv, any views with contiguous channels, and
     returns the gradient of `log_scale` (H,) float32."""
-    from var_kernels.attention import triton_backward, triton_tiles
+    from var_kernels.attention import triton_backward
 
     B, Lq, H, D = q.shape
     Lk = k.shape[1]
     config, norm = config_for(D, generation(q.device), q.element_size(), Lk), log_scale is not None
-    settings, log_scale = (
-        settings_of(D, q.dtype),
-        None if log_scale is None else log_scale.contiguous(),
-    )
+    log_scale = None if log_scale is None else log_scale.contiguous()
     do = do if do.stride(3) == 1 and 0 not in do.stride() else do.contiguous()
     delta = torch.empty(B, H, Lq, dtype=torch.float32, device=q.device)
-    triton_tiles.weighted_dots[(B * H, -(-Lq // 64))](
-        o, do, delta, *strides(o, do), H, Lq, D=D, BLOCK=64, BLOCK_D=settings["BLOCK_D"]
+    parts = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
+    shared = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "do": do,
+        "lse": lse,
+        "delta": delta,
+        "inv_q": inv_q,
+        "inv_k": inv_k,
+        "log_scale": log_scale,
+        "sm_scale": sm_scale,
+        "q_strides": strides(q),
+        "k_strides": strides(k),
+        "v_strides": strides(v),
+        "do_strides": strides(do),
+        "H": H,
+        "Lq": Lq,
+        "Lk": Lk,
+        "NORM": norm,
+        **settings_of(D, q.dtype),
+    }
+    mine = config.queries
+    by_query = tiles_on(visible, mine.rows, q.device)
+    # First, because it computes delta.
+    triton_backward.backward_queries[(len(by_query.table) * B * H,)](
+        o=o,
+        dq=dq,
+        dscale=parts,
+        tiles=by_query.table,
+        row_lo=by_query.lo,
+        row_hi=by_query.hi,
+        o_strides=strides(o),
+        dq_strides=strides(dq),
+        count=len(by_query.table),
+        BLOCK_M=mine.rows,
+        BLOCK_N=mine.inner,
+        **shared,
+        **tile_settings(mine),
     )
     mine = config.keys
     by_key = tiles_on(visible.transposed, mine.rows, q.device)
     triton_backward.backward_keys[(len(by_key.table) * B * H,)](
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        inv_q,
-        inv_k,
-        log_scale,
-        dk,
-        dv,
-        by_key.table,
-        by_key.lo,
-        by_key.hi,
-        sm_scale,
-        *strides(q, k, v, do, dk, dv),
-        len(by_key.table),
-        H,
-        Lq,
-        Lk,
-        NORM=norm,
+        dk=dk,
+        dv=dv,
+        tiles=by_key.table,
+        key_lo=by_key.lo,
+        key_hi=by_key.hi,
+        dk_strides=strides(dk),
+        dv_strides=strides(dv),
+        count=len(by_key.table),
         BLOCK_N=mine.rows,
         BLOCK_M=mine.inner,
-        STAGES=mine.stages,
-        num_warps=mine.warps,
-        **settings,
-    )
-    mine = config.queries
-    by_query = tiles_on(visible, mine.rows, q.device)
-    parts = torch.empty(B, H, Lq if norm else 0, dtype=torch.float32, device=q.device)
-    triton_backward.backward_queries[(len(by_query.table) * B * H,)](
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        inv_q,
-        inv_k,
-        log_scale,
-        dq,
-        parts,
-        by_query.table,
-        by_query.lo,
-        by_query.hi,
-        sm_scale,
-        *strides(q, k, v, do, dq),
-        len(by_query.table),
-        H,
-        Lq,
-        Lk,
-        NORM=norm,
-        BLOCK_M=mine.rows,
-        BLOCK_N=mine.inner,
-        STAGES=mine.stages,
-        num_warps=mine.warps,
-        **settings,
+        **shared,
+        **tile_settings(mine),
     )
     if log_scale is None:
         return parts.new_zeros(H)

@@ -18,6 +18,7 @@ from var_kernels.attention.triton_tiles import (
     NORM_EPS,
     dot,
     head_factor,
+    matrix,
     parts,
     put,
     tile,
@@ -40,10 +41,8 @@ def attend(
     hi,
     n,
     kv_hi,
-    k_base,
-    v_base,
-    k_l,
-    v_l,
+    k_head,
+    v_head,
     inv_k,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -58,7 +57,7 @@ def attend(
     BOUNDED: `top` is an upper bound of all logits and stays."""
     keys = n + tl.arange(0, BLOCK_N)
     valid = keys < kv_hi
-    k = tile(k_base, keys, k_l, valid, D, BLOCK_D, not MASKED)
+    k = tile(k_head, keys, valid, D, BLOCK_D, not MASKED)
     s = dot(q, tl.trans(k), UPCAST, PRECISION)
     if NORM:
         s *= (tl.load(inv_k + keys, mask=valid, other=0.0) if MASKED else tl.load(inv_k + keys))[
@@ -78,7 +77,7 @@ def attend(
     if not BOUNDED:
         fade = tl.exp2(top - safe)
         acc, total = acc * fade[:, None], total * fade
-    v = tile(v_base, keys, v_l, valid, D, BLOCK_D, not MASKED)
+    v = tile(v_head, keys, valid, D, BLOCK_D, not MASKED)
     return acc + dot(p.to(v.dtype), v, UPCAST, PRECISION), new, total + tl.sum(p, axis=1)
 
 
@@ -95,10 +94,8 @@ def sweep(
     kv_hi,
     full_lo,
     full_hi,
-    k_base,
-    v_base,
-    k_l,
-    v_l,
+    k_head,
+    v_head,
     inv_k,
     BOUNDED: tl.constexpr,
     NORM: tl.constexpr,
@@ -123,10 +120,8 @@ def sweep(
             hi,
             middle + i * BLOCK_N,
             kv_hi,
-            k_base,
-            v_base,
-            k_l,
-            v_l,
+            k_head,
+            v_head,
             inv_k,
             False,
             BOUNDED,
@@ -149,10 +144,8 @@ def sweep(
             hi,
             n,
             kv_hi,
-            k_base,
-            v_base,
-            k_l,
-            v_l,
+            k_head,
+            v_head,
             inv_k,
             True,
             BOUNDED,
@@ -174,8 +167,7 @@ def highest(
     hi,
     kv_lo,
     kv_hi,
-    k_base,
-    k_l,
+    k_head,
     inv_k,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,7 +180,7 @@ def highest(
     for n in tl.range(kv_lo, kv_hi, BLOCK_N, num_stages=1):
         keys = n + tl.arange(0, BLOCK_N)
         valid = keys < kv_hi
-        s = dot(q, tl.trans(tile(k_base, keys, k_l, valid, D, BLOCK_D)), UPCAST, PRECISION)
+        s = dot(q, tl.trans(tile(k_head, keys, valid, D, BLOCK_D)), UPCAST, PRECISION)
         s *= tl.load(inv_k + keys, mask=valid, other=0.0)[None, :]
         s = tl.where(
             (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf")
@@ -211,15 +203,10 @@ def forward(
     row_lo,
     row_hi,
     sm_scale,
-    q_b,
-    q_l,
-    q_h,
-    k_b,
-    k_l,
-    k_h,
-    v_b,
-    v_l,
-    v_h,
+    q_strides,
+    k_strides,
+    v_strides,
+    o_strides,
     count,
     H,
     Lq,
@@ -239,7 +226,7 @@ def forward(
     rows = start + tl.arange(0, BLOCK_M)
     mine = rows < stop
     lo, hi = tl.load(row_lo + rows, mask=mine, other=0), tl.load(row_hi + rows, mask=mine, other=0)
-    q_tile = tile(q + b * q_b + h * q_h, rows, q_l, mine, D, BLOCK_D)
+    q_tile = tile(matrix(q, q_strides, b, h), rows, mine, D, BLOCK_D)
     scale = head_factor(log_scale, h, sm_scale, NORM)
     factor = tl.full([BLOCK_M], LOG2E, tl.float32) * scale
     if NORM:
@@ -247,7 +234,7 @@ def forward(
         inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), NORM_EPS)
         tl.store(inv_q + bh * Lq + rows, inverse, mask=mine)
         factor *= inverse
-    k_base, v_base, norms = k + b * k_b + h * k_h, v + b * v_b + h * v_h, inv_k + bh * Lk
+    k_head, v_head, norms = matrix(k, k_strides, b, h), matrix(v, v_strides, b, h), inv_k + bh * Lk
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -263,8 +250,7 @@ def forward(
                 hi,
                 kv_lo,
                 kv_hi,
-                k_base,
-                k_l,
+                k_head,
                 norms,
                 D,
                 BLOCK_N,
@@ -284,10 +270,8 @@ def forward(
         kv_hi,
         full_lo,
         full_hi,
-        k_base,
-        v_base,
-        k_l,
-        v_l,
+        k_head,
+        v_head,
         norms,
         BOUND,
         NORM,
@@ -298,5 +282,5 @@ def forward(
         PRECISION,
         STAGES,
     )
-    put(o + (b * Lq * H + h) * D, rows, H * D, mine, acc / total[:, None], D, BLOCK_D)
+    put(matrix(o, o_strides, b, h), rows, mine, acc / total[:, None], D, BLOCK_D)
     tl.store(lse + bh * Lq + rows, top + tl.log2(total), mask=mine)

@@ -1,5 +1,5 @@
 """What the attention kernels share: tiles in memory, products, and the kernels that read every
-vector once (norms, the cache of sampling, the dot products of the backward pass).
+vector once (norms, the cache of sampling).
 
 UPCAST casts the operands of tl.dot to float32: for Triton's interpreter, whose bfloat16 arithmetic
 is wrong.
@@ -24,13 +24,18 @@ def dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile(
-    base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False
-):
-    """Rows of a (L, D) matrix as (rows, BLOCK_D); rows that are not `valid` and channels past D are
-    0. WHOLE: all rows are valid."""
+def matrix(x, strides, b, h):
+    """The matrix (L, D) of one head, as (pointer, stride of its rows). `strides` are those of
+    batch, token and head; the channels of a head lie side by side."""
+    return x + b * strides[0] + h * strides[2], strides[1]
+
+
+@triton.jit
+def tile(x, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of a `matrix` as (rows, BLOCK_D); rows that are not `valid` and channels past D are 0.
+    WHOLE: all rows are valid."""
     d = tl.arange(0, BLOCK_D)
-    place = base + rows[:, None] * stride + d[None, :]
+    place = x[0] + rows[:, None] * x[1] + d[None, :]
     if WHOLE and BLOCK_D == D:
         return tl.load(place)
     if WHOLE:
@@ -41,12 +46,12 @@ def tile(
 
 
 @triton.jit
-def put(base, rows, stride, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The counterpart of `tile`, in the type of `base`."""
+def put(x, rows, valid, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of `tile`, in the type of the matrix."""
     d = tl.arange(0, BLOCK_D)
     tl.store(
-        base + rows[:, None] * stride + d[None, :],
-        values.to(base.dtype.element_ty),
+        x[0] + rows[:, None] * x[1] + d[None, :],
+        values.to(x[0].dtype.element_ty),
         mask=valid[:, None] & (d[None, :] < D),
     )
 
@@ -86,18 +91,14 @@ def parts(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
 
 @triton.jit
 def inverse_norms(
-    x, out, x_b, x_l, x_h, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    x, out, strides, H, L, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out (B, H, L) = 1 / max(|x|, 1e-12) of each head's vector."""
     bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    v = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
-    tl.store(
-        out + bh * L + rows,
-        1.0 / tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), NORM_EPS),
-        mask=rows < L,
-    )
+    v = tile(matrix(x, strides, bh // H, bh % H), rows, rows < L, D, BLOCK_D).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), NORM_EPS)
+    tl.store(out + bh * L + rows, 1.0 / norm, mask=rows < L)
 
 
 @triton.jit
@@ -109,12 +110,9 @@ def append(
     k_out,
     v_out,
     log_scale,
-    b_stride,
-    l_stride,
-    h_stride,
-    cache_b,
-    cache_h,
-    cache_l,
+    strides,
+    out_strides,
+    cache_strides,
     H,
     L,
     NORM: tl.constexpr,
@@ -123,58 +121,25 @@ def append(
     BLOCK_D: tl.constexpr,
 ):
     """One block of tokens of one head: q, normalised and scaled, to q_out (B, L, H, D), and k and v
-    to their places in the cache."""
+    to their places in the cache. q, k and v share `strides`."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid, here, there = rows < L, b * b_stride + h * h_stride, b * cache_b + h * cache_h
-    q_tile, k_tile = (
-        tile(q + here, rows, l_stride, valid, D, BLOCK_D),
-        tile(k + here, rows, l_stride, valid, D, BLOCK_D),
-    )
+    valid = rows < L
+    q_tile = tile(matrix(q, strides, b, h), rows, valid, D, BLOCK_D)
+    k_tile = tile(matrix(k, strides, b, h), rows, valid, D, BLOCK_D)
+    v_tile = tile(matrix(v, strides, b, h), rows, valid, D, BLOCK_D)
+    q_place = matrix(q_out, out_strides, b, h)
+    k_place, v_place = matrix(k_out, cache_strides, b, h), matrix(v_out, cache_strides, b, h)
     if NORM:
         q_wide, k_wide = q_tile.to(tl.float32), k_tile.to(tl.float32)
         factor = head_factor(log_scale, h, 1.0, NORM) / tl.maximum(
             tl.sqrt(tl.sum(q_wide * q_wide, axis=1)), NORM_EPS
         )
-        put(q_out + (b * L * H + h) * D, rows, H * D, valid, q_wide * factor[:, None], D, BLOCK_D)
+        put(q_place, rows, valid, q_wide * factor[:, None], D, BLOCK_D)
         norm = tl.maximum(tl.sqrt(tl.sum(k_wide * k_wide, axis=1)), NORM_EPS)
-        put(k_out + there, rows, cache_l, valid, k_wide / norm[:, None], D, BLOCK_D)
+        put(k_place, rows, valid, k_wide / norm[:, None], D, BLOCK_D)
     else:
-        put(q_out + (b * L * H + h) * D, rows, H * D, valid, q_tile, D, BLOCK_D)
-        put(k_out + there, rows, cache_l, valid, k_tile, D, BLOCK_D)
-    put(
-        v_out + there,
-        rows,
-        cache_l,
-        valid,
-        tile(v + here, rows, l_stride, valid, D, BLOCK_D),
-        D,
-        BLOCK_D,
-    )
-
-
-@triton.jit
-def weighted_dots(
-    x,
-    y,
-    out,
-    x_b,
-    x_l,
-    x_h,
-    y_b,
-    y_l,
-    y_h,
-    H,
-    L,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out (B, H, L) = sum over D of x y: a term of the backward pass of softmax, of o and do."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    a = tile(x + b * x_b + h * x_h, rows, x_l, rows < L, D, BLOCK_D).to(tl.float32)
-    c = tile(y + b * y_b + h * y_h, rows, y_l, rows < L, D, BLOCK_D).to(tl.float32)
-    tl.store(out + bh * L + rows, tl.sum(a * c, axis=1), mask=rows < L)
+        put(q_place, rows, valid, q_tile, D, BLOCK_D)
+        put(k_place, rows, valid, k_tile, D, BLOCK_D)
+    put(v_place, rows, valid, v_tile, D, BLOCK_D)

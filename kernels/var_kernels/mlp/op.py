@@ -14,18 +14,14 @@ from torch.nn import functional as F
 
 from var_kernels import dispatch
 from var_kernels.dispatch import (
-    INTERPRETED,
     compute_dtype,
     eager,
-    generation,
     launches,
     multiprocessors,
-    precision,
     require,
     use_triton,
 )
 from var_kernels.mlp import config, reference
-from var_kernels.mlp.tune import choice
 
 SAVE = ("preact", "both", "input")
 
@@ -71,7 +67,11 @@ def gelu(h: Tensor) -> Tensor:
 
     a = torch.empty_like(h)
     kernels.gelu[(-(-h.numel() // config.FORWARD_BLOCK),)](
-        h, a, h.numel(), BLOCK=config.FORWARD_BLOCK, num_warps=config.FORWARD_WARPS
+        h=h,
+        a=a,
+        count=h.numel(),
+        BLOCK=config.FORWARD_BLOCK,
+        num_warps=config.FORWARD_WARPS,
     )
     return a
 
@@ -89,14 +89,14 @@ def gelu_backward(da: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, 
     groups = config.row_blocks(rows, hidden, multiprocessors(h.device))
     partial = torch.empty(groups, hidden, dtype=torch.float32, device=h.device)
     kernels.gelu_backward[(-(-hidden // config.COLUMNS), groups)](
-        da.contiguous(),
-        h,
-        dh,
-        a,
-        partial,
-        rows,
-        -(-rows // groups),
-        hidden,
+        da=da.contiguous(),
+        h=h,
+        dh=dh,
+        a=a,
+        partial=partial,
+        rows=rows,
+        group=-(-rows // groups),
+        hidden=hidden,
         WRITE_A=want_a,
         BLOCK=config.COLUMNS,
         STAGES=config.BACKWARD_STAGES,
@@ -105,113 +105,13 @@ def gelu_backward(da: Tensor, h: Tensor, want_a: bool) -> tuple[Tensor, Tensor, 
     return dh, a, partial.sum(0)
 
 
-def _product_arguments(
-    x: Tensor, w: Tensor, w_by_row: bool
-) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """Return x and w in the form that a kernel takes, and the settings of the kernel."""
-    settings = config.product_config(generation(x.device), backward=not w_by_row)
-    tiles = {"BLOCK_M": settings.block_m, "BLOCK_N": settings.block_n, "BLOCK_K": settings.block_k}
-    # The hardware requires this alignment for tensor descriptors.
-    aligned = all(
-        t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w)
-    )
-    operands: tuple[Any, Any] = (x, w)
-    if settings.descriptor and aligned:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        shape = (
-            [settings.block_n, settings.block_k]
-            if w_by_row
-            else [settings.block_k, settings.block_n]
-        )
-        operands = (
-            TensorDescriptor.from_tensor(x, [settings.block_m, settings.block_k]),
-            TensorDescriptor.from_tensor(w, shape),
-        )
-    return operands, tiles | {
-        "GROUP": settings.group,
-        "DESCRIPTOR": settings.descriptor and aligned,
-        "UPCAST": INTERPRETED,
-        "PRECISION": precision(x.dtype),
-        "STAGES": settings.stages,
-        "num_warps": settings.warps,
-    }
-
-
-@launches
-def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, keep_h: bool) -> tuple[Tensor, Tensor]:
-    """Launch our product that contains the GELU: return h = x w^T + bias, and a = gelu(h).
-
-    x (M, K) and w (N, K) are contiguous. h is empty unless `keep_h` is set.
-    """
-    from var_kernels.mlp import triton as kernels
-
-    (M, K), N = x.shape, w.shape[0]
-    a = x.new_empty(M, N)
-    h = torch.empty_like(a) if keep_h else a
-    operands, settings = _product_arguments(x, w, w_by_row=True)
-    tiles = -(-M // settings["BLOCK_M"]) * -(-N // settings["BLOCK_N"])
-    kernels.linear_gelu[(min(tiles, multiprocessors(x.device)),)](
-        *operands,
-        bias.contiguous(),
-        h,
-        a,
-        M,
-        N,
-        K,
-        x.stride(0),
-        w.stride(0),
-        KEEP_H=keep_h,
-        **settings,
-    )
-    return h if keep_h else x.new_empty(0), a
-
-
-@launches
-def linear_gelu_backward(
-    dy: Tensor, w: Tensor, h: Tensor, want_a: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch our product dy w that contains the gradient of the GELU.
-
-    Returns dh, a, and the column sums of dh, for dy (M, K), w (K, N), h (M, N). a is empty unless
-    `want_a` is set.
-    """
-    from var_kernels.mlp import triton as kernels
-
-    (M, K), N = dy.shape, w.shape[1]
-    dh, a = torch.empty_like(h), torch.empty_like(h) if want_a else h.new_empty(0)
-    operands, settings = _product_arguments(dy, w, w_by_row=False)
-    down = -(-M // settings["BLOCK_M"])
-    partial = torch.empty(down, N, dtype=torch.float32, device=h.device)
-    programs = min(down * -(-N // settings["BLOCK_N"]), multiprocessors(h.device))
-    kernels.linear_gelu_backward[(programs,)](
-        *operands, h, dh, a, partial, M, N, K, dy.stride(0), w.stride(0), WRITE_A=want_a, **settings
-    )
-    return dh, a, partial.sum(0)
-
-
-def _ours(x: Tensor, hidden: int) -> bool:
-    """Return whether our own products run."""
-    return (
-        _kernels(x)
-        and choice(x.device, x.dtype, x.shape[-1], hidden, x.numel() // x.shape[-1]) == "triton"
-    )
-
-
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, h, a); h and a are empty unless they are kept."""
     with torch.autocast(x.device.type, enabled=False):
-        if _ours(x, w1.shape[0]):
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            h, a = linear_gelu(
-                rows, w1.to(x.dtype).contiguous(), b1.to(x.dtype), keep_h=save != "input"
-            )
-            h, a = h.view(*x.shape[:-1], -1) if h.numel() else h, a.view(*x.shape[:-1], -1)
-        else:
-            h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
-            a = _gelu(h)
+        h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
+        a = _gelu(h)
         y = F.linear(a, w2.to(x.dtype), b2.to(x.dtype))
     nothing = x.new_empty(0)
     return y, nothing if save == "input" else h, a if save == "both" else nothing.clone()
@@ -251,12 +151,7 @@ def _backward(
         if h.numel() == 0:
             h = F.linear(x, w1.to(x.dtype), b1.to(x.dtype))
         h = h.reshape(-1, h.shape[-1])
-        if _ours(x, w1.shape[0]):
-            dh, again, db1 = linear_gelu_backward(
-                dy_NC.contiguous(), w2.to(x.dtype).contiguous(), h, want_a=a.numel() == 0
-            )
-        else:
-            dh, again, db1 = _gelu_backward(dy_NC @ w2.to(x.dtype), h, want_a=a.numel() == 0)
+        dh, again, db1 = _gelu_backward(dy_NC @ w2.to(x.dtype), h, want_a=a.numel() == 0)
         kept = again if a.numel() == 0 else a.reshape(h.shape)
         dx = (dh @ w1.to(x.dtype)).view(x.shape) if needs[0] else None
         dw1 = (dh.t() @ rows).to(w1.dtype) if needs[1] else None
