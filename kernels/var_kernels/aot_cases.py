@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 from var_kernels import dispatch
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+PATCHES = {
+    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+"""The official scales by their number of tokens."""
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float16: "*fp16",
@@ -169,41 +175,30 @@ def calls() -> Iterator[Call]:
 def adaln() -> Iterator[Call]:
     """Yield the passes with a gate; without one for the first block; a float32 residual stream; and
     the widest row."""
+    bf16 = torch.bfloat16
+    for C in (1024, 1536, 1920, 2304):
+        yield f"C={C}", partial(_adaln, C, bf16, True)
+        yield f"C={C} no gate", partial(_adaln, C, bf16, False)
+    yield "C=2304 float32", partial(_adaln, 2304, torch.float32, True)
+    yield "C=4096", partial(_adaln, 4096, bf16, True)
+
+
+def _adaln(C: int, dtype: torch.dtype, gated: bool) -> None:
     from var_kernels.adaln import launch
 
-    for C, kind, gated in (
-        *((C, torch.bfloat16, gated) for C in (1024, 1536, 1920, 2304) for gated in (True, False)),
-        (2304, torch.float32, True),
-        (4096, torch.bfloat16, True),
-    ):
-        x, dh = (random(32, 680, C, dtype=kind) for _ in range(2))
-        y = random(32, 680, C, dtype=kind) if gated else None
-        scale, shift, gamma = random(32, 6, C, dtype=kind).unbind(1)[:3]
-        gate = (gamma, random(32, dtype=torch.float32)) if gated else (None, None)
-        mean, rstd = (random(32 * 680, dtype=torch.float32) for _ in range(2))
-
-        def both(x=x, y=y, gate=gate, scale=scale, shift=shift, dh=dh, m=mean, r=rstd) -> None:  # type: ignore[no-untyped-def]
-            launch.launch_forward(x, y, *gate, scale, shift, 1e-6, x.dtype)
-            launch.launch_backward(dh, x, x, y, *gate, scale, scale.dtype, m, r)
-
-        yield f"C={C}{'' if gated else ' no gate'}{named(kind)}", both
-
-
-def named(kind: torch.dtype) -> str:
-    """Return the data type as part of a label; nothing for bfloat16."""
-    return "" if kind == torch.bfloat16 else f" {str(kind).removeprefix('torch.')}"
+    x, y, dh = (random(32, 680, C, dtype=dtype) for _ in range(3))
+    gamma, scale, shift = random(32, 6, C, dtype=dtype).unbind(1)[:3]
+    mean, rstd = (random(32 * 680, dtype=torch.float32) for _ in range(2))
+    keep = random(32, dtype=torch.float32)
+    branch: tuple[Tensor | None, Tensor | None, Tensor | None]
+    branch = (y, gamma, keep) if gated else (None, None, None)
+    launch.launch_forward(x, *branch, scale, shift, 1e-6, dtype)
+    launch.launch_backward(dh, x, x, *branch, scale, dtype, mean, rstd)
 
 
 def attention() -> Iterator[Call]:
     """Yield training at 256 and 512 pixels, other data types, wide heads, and sampling, whose keys
     are normalised when they enter the cache."""
-    from var_kernels.attention import launch
-    from var_kernels.attention.schedule import everything, scales
-
-    patches = {
-        680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    }
     for kind, D, L in (
         (torch.bfloat16, 64, 680),
         (torch.bfloat16, 64, 2240),
@@ -211,43 +206,47 @@ def attention() -> Iterator[Call]:
         (torch.float32, 64, 680),
         (torch.bfloat16, 128, 680),
     ):
-        for norm in (True, False) if D == 64 and kind == torch.bfloat16 else (True,):
-            qkv, grads = (random(32, L, 3, 16, D, dtype=kind) for _ in range(2))
-            log_scale = random(16, dtype=torch.float32) if norm else None
+        # The data type comes first: KNOWN_STACK reads it there.
+        label = f"{str(kind).removeprefix('torch.')} D={D} L={L}"
+        yield label, partial(_attention, kind, D, L, True)
+        if D == 64 and kind == torch.bfloat16:
+            yield f"{label} no norm", partial(_attention, kind, D, L, False)
+    yield "bfloat16 D=64 cache", partial(_sampling, True)
+    yield "bfloat16 D=64 cache no norm", partial(_sampling, False)
 
-            def both(qkv=qkv, grads=grads, log_scale=log_scale, L=L) -> None:  # type: ignore[no-untyped-def]
-                (q, k, v), visible = qkv.unbind(2), scales(patches[L])
-                out = launch.launch_forward(q, k, v, log_scale, visible, 1.0)
-                o = out[0]
-                launch.launch_backward(o, q, k, v, *out, log_scale, visible, 1.0, *grads.unbind(2))
 
-            # The data type comes first: KNOWN_STACK reads it there.
-            kind_of = str(kind).removeprefix("torch.")
-            yield f"{kind_of} D={D} L={L}{'' if norm else ' no norm'}", both
-    for norm in (True, False):
-        qkv, cache = random(32, 256, 3, 16, 64), random(2, 32, 16, 680, 64)
-        log_scale = random(16, dtype=torch.float32) if norm else None
+def _attention(dtype: torch.dtype, D: int, L: int, norm: bool) -> None:
+    from var_kernels.attention import launch
+    from var_kernels.attention.schedule import scales
 
-        def sample(qkv=qkv, cache=cache, log_scale=log_scale) -> None:  # type: ignore[no-untyped-def]
-            q = launch.launch_append(qkv, cache, 424, log_scale)
-            k, v = cache.transpose(2, 3).unbind(0)
-            launch.launch_forward(q, k, v, None, everything(256, 680), 1.0)
+    qkv, gradient = (random(32, L, 3, 16, D, dtype=dtype) for _ in range(2))
+    log_scale = random(16, dtype=torch.float32) if norm else None
+    (q, k, v), visible = launch.split(qkv), scales(PATCHES[L])
+    out = launch.launch_forward(q, k, v, log_scale, visible, 1.0)
+    dq, dk, dv = launch.split(gradient)
+    launch.launch_backward(out[0], q, k, v, *out, log_scale, visible, 1.0, dq, dk, dv)
 
-        yield f"bfloat16 D=64 cache{'' if norm else ' no norm'}", sample
+
+def _sampling(norm: bool) -> None:
+    from var_kernels.attention import launch
+    from var_kernels.attention.schedule import everything
+
+    cache = random(2, 32, 16, 680, 64)
+    log_scale = random(16, dtype=torch.float32) if norm else None
+    q = launch.launch_append(random(32, 256, 3, 16, 64), cache, 424, log_scale)
+    k, v = cache.transpose(2, 3).unbind(0)
+    launch.launch_forward(q, k, v, None, everything(256, 680), 1.0)
 
 
 def cross_entropy() -> Iterator[Call]:
     """Yield the official vocabulary and the largest one."""
     from var_kernels.cross_entropy import op
 
+    target = random(21760, dtype=torch.int64)
     for V in (4096, 16384):
-        logits, target = random(21760, V), random(21760, dtype=torch.int64)
-        yield (
-            f"V={V}",
-            lambda logits=logits, target=target: op.launch(logits, target, 0.1, 0.0, True),
-        )
-    x, factor = random(21760, 1920), random(21760, dtype=torch.float32)
-    yield "C=1920", lambda: op.scale_rows(x, factor)
+        yield f"V={V}", partial(op.launch, random(21760, V), target, 0.1, 0.0, True)
+    factor = random(21760, dtype=torch.float32)
+    yield "C=1920", partial(op.scale_rows, random(21760, 1920), factor)
 
 
 def mlp() -> Iterator[Call]:
@@ -255,7 +254,8 @@ def mlp() -> Iterator[Call]:
     from var_kernels.mlp import op
 
     h, da = random(21760, 7680), random(21760, 7680)
-    yield "C=1920", lambda: (op.gelu(h), op.gelu_backward(da, h, True))
+    yield "C=1920", partial(op.gelu, h)
+    yield "C=1920", partial(op.gelu_backward, da, h, True)
 
 
 def group_norm() -> Iterator[Call]:
@@ -264,7 +264,7 @@ def group_norm() -> Iterator[Call]:
 
     x = random(8, 640, 16, 16).to(memory_format=torch.channels_last)
     w = random(640)
-    yield "C=640", lambda: op.launch(x, w, w, 32, 1e-6, True)
+    yield "C=640", partial(op.launch, x, w, w, 32, 1e-6, True)
 
 
 def vq() -> Iterator[Call]:
@@ -273,4 +273,4 @@ def vq() -> Iterator[Call]:
 
     z, codes = random(21760, 32, dtype=torch.float32), random(4096, 32, dtype=torch.float32)
     for precision in config.PRECISIONS:
-        yield precision, lambda precision=precision: op.launch(z, codes, precision)
+        yield precision, partial(op.launch, z, codes, precision)
