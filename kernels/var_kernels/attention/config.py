@@ -50,13 +50,16 @@ def config_for(D: int, generation: int, itemsize: int = 2, keys: int = 0) -> Att
     Tiles of 64 rows end where scales end: at L = 680 1.13 pairs are computed for each useful one,
     with 128 rows 1.29 to 1.60. Wide heads and float32 get smaller pipelines, so that tiles and
     accumulators fit, also into the 99 KiB of shared memory of small GPUs. Without wgmma and tcgen05
-    (Ampere, Ada, sm_120) the operands of a product are in registers, and 64 inner rows spill. A
-    tile of 64 float32 queries spills 368 bytes, one of 32 none.
+    (Ampere, Ada, sm_120) the operands of a product are in registers, and larger tiles spill. A tile
+    of 64 float32 queries spills 368 bytes, one of 32 none.
     """
     if D > 64 or itemsize > 2:
         small = Tile(rows=32, inner=32, warps=8, stages=1)
         queries = small if itemsize > 2 else Tile(inner=32, warps=8, stages=1)
         return AttentionConfig(Tile(inner=32, warps=8), small, queries)
     if generation not in (9, 10):
-        return AttentionConfig(Tile(inner=32, stages=3), Tile(inner=32), Tile(inner=32, stages=1))
-    return AttentionConfig(Tile(inner=128, stages=3)) if keys >= LONG else AttentionConfig()
+        queries = Tile(inner=32, stages=1)
+        return AttentionConfig(Tile(inner=32, stages=3), Tile(rows=32), queries)
+    # On Blackwell 128 keys at a time spill 32 bytes.
+    many = Tile(inner=128 if generation == 9 else 64, stages=3)
+    return AttentionConfig(many) if keys >= LONG else AttentionConfig()
