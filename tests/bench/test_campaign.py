@@ -196,7 +196,7 @@ def test_the_values_of_gpu_stages() -> None:
     results: dict[str, Any] = {
         "launches": {"microseconds": dict.fromkeys(("plain", "triton", "operator", "autograd"), 3)},
         "train-d16-b32": step | {"memory_bytes": 2**30, "images_per_second": 400.0},
-        "official-d16": {"ratio": 2.9},
+        "official-d16": {"ratio": 2.9, "ratio_from_tokens": 1.8},
         "attention-680": kernels("block_attention", 4.0, {}),
         "adaln": kernels("gate_adaptive_layer_norm", 1.0, {"compile": time(4.0)}),
         "head": kernels("linear_cross_entropy", 1.0, {"compile": {"failed": "no"}}),
@@ -218,6 +218,7 @@ def test_the_values_of_gpu_stages() -> None:
     assert found["adaln", "time, times compile"] == ("0.5", "met")
     assert found["head", "time, times compile"] == ("no such value", "")
     assert found["mlp", "time, times products"] == ("1.05", "met")
+    assert found["official-d16", "both from tokens, times official"] == ("1.8", "")
     assert found["sample-d16", "batch 64: times official"] == ("1.5", "MISSED")
     assert found["save-d30", "training waits, ms"] == ("1", "")
     assert all(cells[0] != "no such value" for key, cells in found.items() if key[0] != "head")

@@ -6,11 +6,13 @@ precision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """The device of the tests. Without a GPU the kernels run in Triton's interpreter."""
@@ -97,3 +99,17 @@ def check(
             factor * max(2 * relative(same, truth), ROOM[inputs[0].dtype]),
         )
         assert error <= allowed, f"result {number}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def eager_attention(
+    qkv: torch.Tensor, log_scale: torch.Tensor | None, seen: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """Attention as a model without the kernels computes it, at the precision of its input: norms in
+    float32, then PyTorch's attention with a mask."""
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    if log_scale is not None:
+        factor = log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)
+        q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
+        k, scale = F.normalize(k.float(), dim=-1).to(v.dtype), 1.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return out.transpose(1, 2).flatten(2)

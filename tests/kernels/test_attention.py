@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.kernels.compare import DEVICE, ROOM, check, relative
+from tests.kernels.compare import DEVICE, ROOM, check, eager_attention, relative
 from var_kernels.attention import Visible, mask, op, reference, scales
 from var_kernels.attention.schedule import counts, tile_rows
 
@@ -324,3 +324,20 @@ def test_append_to_cache(dtype: torch.dtype, l2_norm: bool) -> None:
 def test_a_scale_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ValueError, match="not positive"):
         op.block_attention(torch.randn(1, 5, 3, 1, 16, device=DEVICE), (1, 2), None, -1.0)
+
+
+@pytest.mark.parametrize("D", [32, 96, 128])
+@pytest.mark.parametrize("hottest", [4.0, 60.0])
+def test_other_widths_and_hot_heads(D: int, hottest: float) -> None:
+    """Heads of other widths match, and so do heads with a factor above 40 in bfloat16, which need
+    the maximum of the logits."""
+    patch_nums, H = (1, 2, 3), 2
+    log_scale = torch.tensor([math.log(hottest), 0.3], device=DEVICE)
+    check(
+        lambda qkv, s: op.block_attention(qkv, patch_nums, s),
+        lambda qkv, s: reference.attention(*qkv.unbind(2), scales(patch_nums), s, 1.0).flatten(2),
+        [torch.randn(1, 14, 3, H, D, device=DEVICE).to(torch.bfloat16), log_scale],
+        [torch.randn(1, 14, H * D, device=DEVICE)],
+        lambda qkv, s: eager_attention(qkv, s, mask(scales(patch_nums), DEVICE)),
+        sums=[2],
+    )

@@ -167,3 +167,26 @@ def test_without_a_gradient_nothing_is_kept() -> None:
     assert loss.requires_grad and not ce.requires_grad
     with pytest.raises(ValueError, match="larger than 16384"):
         op.linear_cross_entropy(x, torch.empty(16385, 16, device=DEVICE), None, target)
+
+
+def test_without_a_gradient_a_part_of_the_logits_is_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The results in parts are those of the whole, and no product has more logits than allowed."""
+    x, w, b = torch.randn(37, 16), torch.randn(100, 16), torch.randn(100)
+    target = torch.randint(100, (37,))
+    inputs = [t.to(DEVICE) for t in (x, w, b, target)]
+    whole = op.linear_cross_entropy(*inputs, 0.1)
+    sizes: list[int] = []
+
+    def logits(*given: torch.Tensor) -> torch.Tensor:
+        made = F.linear(*given)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(op, "MOST_LOGITS", 1050)
+    monkeypatch.setattr(op, "_logits", logits)
+    parts = op.linear_cross_entropy(*inputs, 0.1)
+    assert sizes == [1000, 1000, 1000, 700]
+    for part, all_at_once in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, all_at_once)

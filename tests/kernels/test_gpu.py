@@ -5,13 +5,11 @@ The other files test smaller and odd sizes, and they also use the GPU.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.kernels.compare import check
+from tests.kernels.compare import check, eager_attention
 from var_kernels import (
     adaptive_layer_norm,
     block_attention,
@@ -82,19 +80,7 @@ def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype
         return attention.attention(*qkv.unbind(2), visible, log_scale, 0.125).flatten(2)
 
     def eager(qkv, log_scale=None):
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        if log_scale is not None:
-            q = (
-                F.normalize(q.float(), dim=-1)
-                * log_scale.clamp_max(math.log(100)).exp().view(1, -1, 1, 1)
-            ).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        scale = 0.125 if log_scale is None else 1.0
-        return (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        return eager_attention(qkv, log_scale, seen, 0.125)
 
     def ours(qkv, log_scale=None):
         return block_attention(qkv, PATCHES[L], log_scale, 0.125, pattern)

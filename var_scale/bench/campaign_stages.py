@@ -46,7 +46,10 @@ def _train(depth: int, batch: int, seconds: int, step: float, mfu: float, questi
 
 
 def _ratio(predicted: float, target: float | None) -> tuple[Value, ...]:
-    return (Value("images/s, times official", lambda r: r["ratio"], predicted, target),)
+    return (
+        Value("images/s, times official", lambda r: r["ratio"], predicted, target),
+        Value("both from tokens, times official", lambda r: r["ratio_from_tokens"]),
+    )
 
 
 def _floor(of: str, operator: str, tokens: int) -> tuple[Value, ...]:

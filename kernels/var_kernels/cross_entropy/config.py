@@ -6,6 +6,10 @@ MAX_V = 16384
 """The largest vocabulary. One program holds a row of logits: 16384 float32 numbers take 16
 registers per thread with 32 warps."""
 
+MOST_LOGITS = 1 << 26
+"""Logits in memory at a time where no gradient is needed: 256 MiB in float32. Products of this size
+run at the full rate: at V = 4096 they have 16,384 rows."""
+
 SCALE_BLOCK = 2048
 """Channels of a row that a program of 4 warps multiplies, which is 16 per thread."""
 

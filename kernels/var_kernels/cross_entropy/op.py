@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from var_kernels.cross_entropy import reference
-from var_kernels.cross_entropy.config import MAX_V, SCALE_BLOCK, warps_for
+from var_kernels.cross_entropy.config import MAX_V, MOST_LOGITS, SCALE_BLOCK, warps_for
 from var_kernels.dispatch import INTERPRETED, compute_dtype, eager, launches, require, use_triton
 from var_kernels.numerics import upcast
 
@@ -154,9 +154,17 @@ def _forward(
     z_loss: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _logits(x, weight, bias)
-    loss, ce, best = launch(logits, target, smoothing, z_loss, gradient)
-    return loss, ce, best, logits if gradient else logits.new_empty(0)
+    if gradient:
+        logits = _logits(x, weight, bias)
+        return *launch(logits, target, smoothing, z_loss, gradient), logits
+    # The logits are not kept, so a part of them at a time is enough.
+    rows = max(1, MOST_LOGITS // weight.shape[0])
+    parts = [
+        launch(_logits(x_nC, weight, bias), target_n, smoothing, z_loss, gradient)
+        for x_nC, target_n in zip(x.split(rows), target.split(rows), strict=True)
+    ]
+    loss, ce, best = (torch.cat(column) for column in zip(*parts, strict=True))
+    return loss, ce, best, x.new_empty(0)
 
 
 def _backward(

@@ -94,18 +94,22 @@ def guard(
     clip: float,
     scaler: LossScale | None,
 ) -> StepStats:
-    """Remove the loss scale, clip the gradients to the total norm `clip` (0: no clipping), and tell
-    the fused optimiser to skip the step if the norm is not finite. Nothing waits for the GPU."""
-    held = [p for p in parameters if p.grad is not None]
-    if scaler:
-        local = [g.to_local() if sharded(g) else g for p in held if (g := p.grad) is not None]
-        torch._foreach_mul_(local, 1 / scaler.scale)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
-    # An infinite limit leaves the gradients unchanged.
-    torch.nn.utils.clip_grads_with_norm_(held, clip if clip > 0 else float("inf"), norm)
+    """Make the fused optimiser remove the loss scale, clip the gradients to the total norm `clip`
+    (0: no clipping), and skip the step if the norm is not finite.
+
+    The optimiser divides the gradients by one number as it reads them, so that clipping needs no
+    pass of its own. Nothing waits for the GPU.
+    """
+    norm = torch.nn.utils.get_total_norm([g for p in parameters if (g := p.grad) is not None])
     norm = norm.full_tensor() if sharded(norm) else norm
+    scale = scaler.scale if scaler else torch.ones_like(norm)
+    norm = norm / scale
+    # As torch.nn.utils.clip_grads_with_norm_ does.
+    excess = ((norm + 1e-6) / clip).clamp_min(1.0) if clip > 0 else torch.ones_like(norm)
     skipped = (~torch.isfinite(norm)).float()
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+    # As torch.amp.GradScaler does.
+    optimizer.grad_scale = scale * excess  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     if scaler:
         scaler.update(skipped)
     return StepStats(norm, skipped)
