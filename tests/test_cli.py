@@ -124,7 +124,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
             ("depth 2", "train.clib", "clip"),
         ),
         ("model.depth=8", "config.value", ("model.depth", "study.depths")),
-        ("model.heads=5", "config.value", ("5 heads",)),
+        ("model.heads=3", "config.value", ("3 heads",)),
         ("tokenizer.weights=nothing.pth", "study.weights-missing", ("nothing.pth",)),
         ("data.shapes.train_images=8", "study.too-few-samples", ("8", "16")),
         ("data.tokens_train=x", "study.sources-conflict", ("data.shapes", "tokens")),

@@ -76,6 +76,7 @@ CODES: dict[str, str] = {
     "records.wandb-server": "wandb refused the request, or is unreachable",
     "records.wandb-foreign": "another program recorded the run on wandb",
     "records.wandb-configs": "attempts of one run on wandb have different configs",
+    "records.counts-differ": "two studies count other parameters as N, so their laws of N differ",
     "records.fit-floor": "--floor is given for a form that fits the floor itself",
     "records.fit-variables": "--x has too few or too many columns for the form",
     "records.fit-weights": "--weights is given for runs, which have no weights",

@@ -205,10 +205,10 @@ def test_saved_config_is_the_same_run(tmp_path: Path) -> None:
 HASHES = [
     ("model/d16", None, "187562b52da2f5de5a5083acaa667082d0c3f1b4a7c41328424e6a110b032143"),
     ("model/d36-512", None, "fa0c0f999464af5a7bce845f8c37fb368b77de6574c24e544441f418083d551e"),
-    ("study/tiny", None, "2e6153fe733791e1b985c8c07c82500b4900c28d4b70707334070589f9b0d147"),
+    ("study/tiny", None, "a6e9ab37978ac4fa74e7e82efee05af2e93e77f1ebed4e19026be841b26c33cf"),
     ("study/isoflop", None, "b8afa2ba8353d878dfdd2366710ec03bcbb8ea8f662ad602fd33de593e8b02b5"),
     ("study/var_paper", None, "e40ae9a2ab7920c65f37e337cd6832b593ceb2ee5371f20685259727f05bcae1"),
-    ("study/tiny", 5, "1fb03d7e5e0528c2ef6a60f18e3ab1a88a5a979700bee8882b0d81a77e99cabe"),
+    ("study/tiny", 5, "b1639bf48271abb256ae7c260eb5f625b5162cc7b2c4b4c1830f6c3ad8af2ea1"),
     ("study/var_paper", 30, "1f525265c6ff803742319bc393b64394f387863cc7cd9ac3d6a307d598798627"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.raises import raises
 from tests.synthetic_study import record
 from var_scale.records.analyse import fit_study
+from var_scale.records.compare_tables import fit_tables
 from var_scale.records.record import RunRecord
 from var_scale.records.runs_csv import write_runs_csv
 from var_scale.records.table import FitOptions, fit_table
@@ -110,7 +112,7 @@ def test_what_contradicts_a_law_is_printed(
     assert bound in printed(steeper, "power_floor") and bound not in printed(floor, "power_floor")
 
 
-def test_n_is_what_the_study_counts(tmp_path: Path) -> None:
+def test_n_is_what_the_study_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fit and report take the parameters that the study counts as N."""
     runs = [replace(run, counted="params_total") for run in grid()]
     write_runs_csv(runs, tmp_path / "runs.csv")
@@ -122,5 +124,12 @@ def test_n_is_what_the_study_counts(tmp_path: Path) -> None:
     assert law.x == reported.x == tuple(sorted({float(run.params_total) for run in runs}))
     assert result.holdouts["loss_avg", "power"].n == max(law.x)
     assert result.to_json()["size"] == "params_total"
+    assert "N is params_total" in capsys.readouterr().out
     with raises("records.table-column", "N"):
         fit_table(tmp_path / "runs.csv", "N", "N", "power", 0.0)
+    write_runs_csv(grid(), tmp_path / "paper.csv")
+    tables = [tmp_path / "runs.csv", tmp_path / "paper.csv"]
+    given: dict[str, Any] = {"floor": 0.0, "out": None, "outliers": True, "seed": 0}
+    with raises("records.counts-differ", "params_total", "params_paper"):
+        fit_tables(tables, "N", "loss_avg", "power", **given)
+    fit_tables(tables, "params_total", "loss_avg", "power", **given)

@@ -24,6 +24,8 @@ def test_run_folder_becomes_the_record(tmp_path: Path) -> None:
     assert read_run(tmp_path / "study" / run.name) == run
     write_folder(record(2), tmp_path / "study" / "d2")
     assert [r.depth for r in read_study(tmp_path / "study")] == [2, 4]
+    (tmp_path / "study" / "study.yaml").write_text("study: {count: total}\n")
+    assert {r.n - r.params_total for r in read_study(tmp_path / "study")} == {0}
 
 
 def test_run_without_an_end_has_a_record(tmp_path: Path) -> None:

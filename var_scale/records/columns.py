@@ -11,7 +11,7 @@ from var_scale.errors import UserError
 from var_scale.records.cells import number, shown
 from var_scale.records.gate import Exclusion, best_of_variants, gate
 from var_scale.records.record import METRICS, RunRecord
-from var_scale.records.runs_csv import FIELDS, read_rows, read_runs_csv, require_column
+from var_scale.records.runs_csv import FIELDS, is_runs_csv, read_rows, read_runs_csv, require_column
 
 N = "N"
 """Name of the column of records that their study takes as N."""
@@ -75,6 +75,14 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
 def _count(run: RunRecord, name: str) -> float:
     """A column of a record, or what its study takes as N."""
     return float(run.n if name == N else getattr(run, name))
+
+
+def of_n(table: Path) -> str:
+    """The column that N is in a study or a table of records; N itself in any other CSV."""
+    path = table / "report" / "runs.csv" if table.is_dir() else table
+    if not path.exists() or not is_runs_csv(path):
+        return N
+    return next((run.counted for run in read_runs_csv(path)), N)
 
 
 def _require_one_size(study: Path, runs: Sequence[RunRecord], x: str) -> None:

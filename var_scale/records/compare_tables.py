@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from var_scale.errors import UserError
 from var_scale.files import read_json, write_json
 from var_scale.laws.compare import Comparison, compare
 from var_scale.laws.forms import Form
 from var_scale.laws.law import plain
 from var_scale.progress import say
+from var_scale.records.columns import N, of_n
 from var_scale.records.table import PLAIN, FitOptions, fit_table
 
 
@@ -30,6 +32,7 @@ def fit_tables(
 
     Args: see `fit_table`; `out` gets the law of the first table and the comparison.
     """
+    _require_one_count(tables, x)
     first = fit_table(tables[0], x, y, form, floor, out, outliers, seed, options)
     if len(tables) == 1:
         return
@@ -39,6 +42,21 @@ def fit_tables(
     if out:
         compared = {"table": str(tables[1]), **plain(asdict(result))}
         write_json(out, read_json(out) | {"compare": compared})
+
+
+def _require_one_count(tables: Sequence[Path], x: str) -> None:
+    """Refuse to compare laws of N that count other parameters.
+
+    Raises:
+        UserError: code `records.counts-differ`.
+    """
+    counts = [of_n(table) for table in tables] if N in x.split(",") else []
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"{tables[0]} and {tables[1]}: N is {counts[0]} in the first and {counts[1]} in the "
+            f"second; give --x {counts[0]} or --x {counts[1]}",
+            code="records.counts-differ",
+        )
 
 
 def comparison_sentence(result: Comparison, one: str, two: str, form: Form = "power") -> str:

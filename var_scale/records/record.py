@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from var_scale.config.load import read_tree
 from var_scale.cost.flops import count_flops
 from var_scale.cost.params import count_params
 from var_scale.cost.shape import ModelShape
@@ -216,7 +217,14 @@ def read_run(folder: Path) -> RunRecord:
         sems=sems,
         peak_lr=float(run.get("peak_lr") or 0),
         blocks=tuple(_number(value) for value in last.get("loss_avg_blocks", ())),
+        counted=_counted(folder.parent / "study.yaml"),
     )
+
+
+def _counted(study: Path) -> str:
+    """The field that a study takes as N; that of the paper for a run without a study."""
+    count = (read_tree(study).get("study") or {}).get("count") if study.exists() else None
+    return "params_total" if count == "total" else "params_paper"
 
 
 def read_study(study_dir: Path) -> list[RunRecord]:

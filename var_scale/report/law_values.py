@@ -98,7 +98,7 @@ def bends(result: StudyResult) -> dict[str, Any] | None:
         "largest": [
             f"{metric} {100 * value:+.2f} % at {name}" for metric, (value, name) in worst.items()
         ],
-        "tests": [f"{metric} p = {p:.2f}" for metric, p in tests.items() if math.isfinite(p)],
+        "tests": [f"{metric} p = {p:.2g}" for metric, p in tests.items() if math.isfinite(p)],
         "bent": [metric for metric, p in tests.items() if p < 0.05],
         "freedom": fits[0].freedom - 1,
     }
@@ -122,7 +122,7 @@ def forms(result: StudyResult) -> dict[str, Any] | None:
     names = list(next(iter(result.rivals.values())))
     rows = []
     for metric, fits in result.rivals.items():
-        found = values[metric]
+        found = values[metric] if len(values[metric]) > 1 else {}  # one form is not a comparison
         best = min(found.values(), default=math.nan)
         cells = [
             f"{found[form] - best:.1f}" if form in found else fits[form].reason or "too few sizes"

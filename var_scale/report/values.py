@@ -306,7 +306,7 @@ def run_rows(result: StudyResult) -> list[list[object]]:
         [
             run.name,
             short(run.n),
-            short(run.params_total),
+            short(run.params_paper if run.counted == "params_total" else run.params_total),
             short(run.images),
             f"{run.flops_exact:.3g}",
             *(number(run.metric(metric)) for metric in METRICS),

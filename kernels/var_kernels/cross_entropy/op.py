@@ -106,15 +106,15 @@ def launch(
     best = torch.empty(N, dtype=torch.int64, device=logits.device)
     block = 1 << (V - 1).bit_length()
     kernels.cross_entropy[(N,)](
-        logits,
-        target.contiguous(),
-        loss,
-        ce,
-        best,
-        V,
-        logits.stride(0),
-        smoothing,
-        z_loss,
+        logits=logits,
+        target=target.contiguous(),
+        loss=loss,
+        ce=ce,
+        best=best,
+        V=V,
+        row_stride=logits.stride(0),
+        smoothing=smoothing,
+        z_loss=z_loss,
         SMOOTH=smoothing != 0,
         GRADIENT=gradient,
         BLOCK_V=block,
@@ -135,7 +135,13 @@ def scale_rows(x: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
     out = x if in_place and x.is_contiguous() else torch.empty(N, C, dtype=x.dtype, device=x.device)
     block = min(SCALE_BLOCK, 1 << (C - 1).bit_length())
     kernels.scale_rows[(N, -(-C // block))](
-        x, factor.contiguous(), out, C, x.stride(0), BLOCK_C=block, num_warps=4
+        x=x,
+        factor=factor.contiguous(),
+        out=out,
+        C=C,
+        x_stride=x.stride(0),
+        BLOCK_C=block,
+        num_warps=4,
     )
     return out
 

@@ -61,25 +61,40 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, sil
     affine = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     kernels.sums[(splits, B)](
-        x, partial, rows, C, group, R=R, BLOCK_C=block_c, num_warps=config.WARPS
+        x=x,
+        partial=partial,
+        rows=rows,
+        C=C,
+        group=group,
+        R=R,
+        BLOCK_C=block_c,
+        num_warps=config.WARPS,
     )
     width = C // groups
     kernels.finish[(groups, B)](
-        x,
-        partial,
-        weight.contiguous(),
-        bias.contiguous(),
-        affine,
-        rows,
-        C,
-        splits,
-        width,
-        eps,
+        x=x,
+        partial=partial,
+        weight=weight.contiguous(),
+        bias=bias.contiguous(),
+        affine=affine,
+        rows=rows,
+        C=C,
+        splits=splits,
+        width=width,
+        eps=eps,
         BLOCK_S=1 << (splits - 1).bit_length(),
         BLOCK_W=1 << (width - 1).bit_length(),
         num_warps=4,
     )
     kernels.apply[(-(-rows // R), B)](
-        x, affine, y, rows, C, SILU=silu, R=R, BLOCK_C=block_c, num_warps=config.WARPS
+        x=x,
+        affine=affine,
+        y=y,
+        rows=rows,
+        C=C,
+        SILU=silu,
+        R=R,
+        BLOCK_C=block_c,
+        num_warps=config.WARPS,
     )
     return y
