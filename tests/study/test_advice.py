@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.study.mini import mini
+from tests.synthetic_study import record
 from var_scale.config.load import parse_override
 from var_scale.laws.design import Advice, Candidate
-from var_scale.study.advice import _candidate, settings_of
+from var_scale.records.analyse import fit_study
+from var_scale.study.advice import _candidate, hours_spent, settings_of
 from var_scale.study.study import Study
 
 
@@ -58,3 +61,13 @@ def test_a_seed_costs_all_points_of_the_grid(tmp_path: Path) -> None:
     single, whole = _candidate(one, 2, rate), _candidate(grid, 2, rate)
     assert whole.cost == pytest.approx(single.cost * (24 + 12 + 12000) / 24)
     assert whole.x == single.x and whole.name == "d02"
+
+
+def test_runs_that_share_the_machine_share_its_hours(tmp_path: Path) -> None:
+    """Two runs at a time on one machine for an hour are one hour of the machine."""
+    records = [replace(record(depth), seconds=3600.0) for depth in (1, 2)]
+    for parallel in (1, 2):
+        study = mini(tmp_path, "study.depths=[1,2]", f"study.parallel={parallel}")
+        names = [config.name for config, _ in study.runs()]
+        runs = [replace(run, name=name) for run, name in zip(records, names, strict=True)]
+        assert hours_spent(study, fit_study(runs)) == pytest.approx(2 / parallel)

@@ -81,13 +81,13 @@ def hours_spent(study: Study, result: StudyResult) -> float:
 
 
 def _started(study: Study, result: StudyResult) -> Iterator[tuple[Config, RunRecord, float]]:
-    """The runs that have started, with their device-hours; without GPUs the machine is the
-    device."""
+    """The runs that have started, with their device-hours; without GPUs the machine is the device,
+    which `study.parallel` runs share."""
     records = {record.name: record for record in result.records}
     for config, run in study.runs():
         if record := records.get(config.name):
             gpus = config.cluster.gpus_per_node > 0 and run.env.exists()
-            devices = int(read_json(run.env)["world_size"]) if gpus else 1
+            devices = int(read_json(run.env)["world_size"]) if gpus else 1 / study.spec.parallel
             yield config, record, record.seconds * devices / 3600
 
 
