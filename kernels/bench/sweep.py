@@ -56,16 +56,19 @@ def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def attention(small: bool) -> Iterator[Try]:
     """Yield the settings of the forward kernel and of the two backward kernels of attention.
 
-    They are the rows of a tile, the rows of the tiles in its loop, the warps and the stages.
+    They are the rows of a tile, the rows of the tiles in its loop, the warps, the stages, and for
+    some the most registers per thread.
     """
     from var_kernels.attention import config, launch, scales
     from var_kernels.dispatch import generation
 
-    tries = {
+    tries: dict[str, list[tuple[int, ...]]] = {
         "forward": [
             (64, 32, 4, 3),
+            (64, 32, 4, 3, 96),
             (64, 64, 4, 2),
             (64, 64, 4, 3),
+            (64, 64, 4, 3, 128),
             (64, 64, 4, 4),
             (64, 128, 4, 2),
             (64, 128, 4, 3),
@@ -75,6 +78,7 @@ def attention(small: bool) -> Iterator[Try]:
         ],
         "keys": [
             (64, 64, 4, 1),
+            (64, 64, 4, 1, 168),
             (64, 64, 4, 2),
             (64, 64, 4, 3),
             (64, 32, 4, 2),
@@ -85,6 +89,7 @@ def attention(small: bool) -> Iterator[Try]:
         "queries": [
             (64, 32, 4, 2),
             (64, 32, 4, 3),
+            (64, 32, 4, 3, 128),
             (64, 64, 4, 1),
             (64, 64, 4, 2),
             (64, 64, 4, 3),
@@ -108,7 +113,8 @@ def attention(small: bool) -> Iterator[Try]:
                 new = replace(
                     launch.config_for(64, generation(DEVICE), 2, L), **{name: config.Tile(*setting)}
                 )
-                text = "{} rows, {} inner, {} warps, {} stages".format(*setting)
+                names = ("rows", "inner", "warps", "stages", "registers")
+                text = ", ".join(f"{n} {name}" for n, name in zip(setting, names, strict=False))
                 yield Try(
                     f"attention.{name}",
                     f"B={B} L={L} H={H}",

@@ -110,6 +110,11 @@ def main_loop(code: str, tensor_core: str) -> dict[str, int]:
     return best
 
 
+def loop_text(loop: dict[str, int]) -> str:
+    """Return the counts of the main loop as text."""
+    return "main loop: " + ", ".join(f"{n} {what}" for what, n in loop.items())
+
+
 def _inspect(cubin: bytes) -> tuple[str, str]:
     """Return the resource usage and the machine code of a cubin."""
     import triton
@@ -136,6 +141,12 @@ def main(arguments: list[str]) -> None:
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("error: Triton does not compile with TRITON_INTERPRET=1; unset it")
+    if "--json" not in arguments:
+        print(
+            "registers per thread, stack and shared memory in bytes, loads of 128 bits (wide) and "
+            "of 16 bits (narrow), instructions on tensor cores (matrix); in the main loop loads of "
+            "up to 32 bits are narrow"
+        )
     for architecture in chosen:
         for case in cases(architecture):
             result = build(case, architecture)
@@ -155,8 +166,8 @@ def main(arguments: list[str]) -> None:
                 print(
                     f"{architecture:7} {result.name:48} {result.registers:4} registers "
                     f"{result.stack:4} stack {result.shared:7} shared {result.wide_loads:3} wide "
-                    f"{result.narrow_loads:3} narrow {result.tensor_core:4} matrix; main loop: "
-                    + ", ".join(f"{n} {what}" for what, n in result.loop.items()),
+                    f"{result.narrow_loads:3} narrow {result.tensor_core:4} matrix"
+                    + (f"; {loop_text(result.loop)}" if result.loop["instructions"] else ""),
                     flush=True,
                 )
 
