@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shlex
 import signal
@@ -171,7 +172,10 @@ def test_the_commands_of_all_stages_exist() -> None:
             continue
         given = parser.parse_args([word.replace("{out}", "o.json") for word in words[1:]])
         if hasattr(given, "config"):
-            load(given.config, given.overrides)
+            config = load(given.config, given.overrides)
+            for key, _, value in (text.partition("=") for text in given.overrides):
+                if "." in key:
+                    assert str(operator.attrgetter(key)(config)).lower() == value, s.name
         for kind, names in (("operators", OPERATORS), ("shapes", [one.name for one in SHAPES])):
             for start in getattr(given, kind, ()) if "--sweep" not in words else ():
                 assert any(name.startswith(start) for name in names), (s.name, start)

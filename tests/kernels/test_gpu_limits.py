@@ -6,6 +6,7 @@ and several processes on one GPU.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -160,3 +161,16 @@ def test_engines_on_one_gpu(name: str, tmp_path: Path) -> None:
         assert code == 0
         found[engine] = losses(folder)
     assert found[name] == pytest.approx(found["single"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_recorded_steps(precision: str, tmp_path: Path) -> None:
+    """Steps whose passes are recorded as CUDA graphs have the losses of plain ones."""
+    found = {}
+    for graphs in (False, True):
+        config = small_config(tmp_path, engine={"graphs": graphs}, train={"precision": precision})
+        code, folder = run(config, tmp_path / f"run-{graphs}")
+        assert code == 0
+        found[graphs] = losses(folder)
+    assert json.loads(folder.env.read_text())["choices"]["graphs"] == "on"
+    assert found[True] == pytest.approx(found[False], rel=1e-5)

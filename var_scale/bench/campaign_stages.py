@@ -13,7 +13,9 @@ from var_kernels.bench.targets import FLOOR, MLP
 
 from var_scale.bench.campaign import Stage, Value
 
-TRAIN = "var-scale bench train model/{} engine=single train.batch_size={} --out {{out}}"
+TRAIN = "var-scale bench train model/{} engine=single train.batch_size={}{} --out {{out}}"
+"""A size, a batch, and further settings, which follow `engine=single` because it sets all of
+engine."""
 OFFICIAL = (
     "var-scale bench official {{checkout}} model/{} engine=single train.batch_size=32 --out {{out}}"
 )
@@ -31,7 +33,7 @@ def _train(depth: int, batch: int, seconds: int, step: float, mfu: float, questi
     return Stage(
         f"train-d{depth}-b{batch}",
         seconds,
-        TRAIN.format(f"d{depth}", batch),
+        TRAIN.format(f"d{depth}", batch, ""),
         question,
         (
             Value("step, ms", lambda r: r["step_ms"], step),
@@ -135,6 +137,17 @@ STAGES: tuple[Stage, ...] = (
         "are the kernels and a d16 step right on this GPU?",
     ),
     _train(16, 32, 60, 69.7, 0.42, "how fast is a step at d16?"),
+    Stage(
+        "train-d16-b32-graphs",
+        60,
+        TRAIN.format("d16", 32, " engine.graphs=true"),
+        "how much does a step at d16 gain from CUDA graphs?",
+        (
+            Value("in a row, ms", lambda r: r["in_a_row_ms"]),
+            Value("images/s", lambda r: 32e3 / r["in_a_row_ms"]),
+            Value("peak, GiB", lambda r: r["memory_bytes"] / 2**30),
+        ),
+    ),
     _train(30, 32, 120, 376, 0.49, "how fast is a step at d30?"),
     Stage(
         "official-d16",
@@ -201,14 +214,14 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "train-d16-compiled",
         120,
-        TRAIN.format("d16 engine.compile=true", 32),
+        TRAIN.format("d16", 32, " engine.compile=true"),
         "does torch.compile of the blocks help?",
         (STEP,),
     ),
     Stage(
         "save-d30",
         150,
-        TRAIN.format("d30", 32) + " --steps 3 --save",
+        TRAIN.format("d30", 32, "") + " --steps 3 --save",
         "how long does training wait for a checkpoint of d30?",
         (
             Value("training waits, ms", lambda r: r["save"]["stall_ms"]),

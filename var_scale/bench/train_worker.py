@@ -182,7 +182,7 @@ def measure(stepper: Stepper, job: dict[str, Any], folder: Path) -> dict[str, An
         "world": world.size,
         "precision": module.precision,
         "engine": config.engine.model_dump(mode="json"),
-        "choices": module.var.choices(),
+        "choices": module.var.choices() | stepper.engine.choices(),
         "batch": batch,
         "accumulate": config.train.accumulate,
         "data": stepper.data.name,

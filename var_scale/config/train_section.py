@@ -155,6 +155,11 @@ class EngineConfig(Section):
     )
     recompute_every: Positive = setting(1, "recompute only in every n-th block")
     compile: bool = setting(False, "torch.compile every block; not with ZeRO stage 3")
+    graphs: bool = setting(
+        False,
+        "record forward and backward pass as a CUDA graph, for steps that wait for the host; only "
+        "engine single, bf16 or fp32, and neither recompute nor compile",
+    )
     deepspeed: dict[str, Any] = setting(
         {},
         "DeepSpeed's own configuration, passed to it as it is: a map, or a JSON file such as "

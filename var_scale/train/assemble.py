@@ -22,6 +22,7 @@ from var_scale.scales import length
 from var_scale.train.checkpoint import Checkpoint, checkpoints, damaged_message
 from var_scale.train.engine.base import AveragedWeights, Engine
 from var_scale.train.fault import Faults
+from var_scale.train.graphs import StepGraphs, why_no_graphs
 from var_scale.train.inputs import Images, Tokens, open_data, open_images
 from var_scale.train.schedule import Schedule
 from var_scale.train.step import TrainStep
@@ -51,6 +52,15 @@ def build_engine(engine: EngineConfig, train: TrainConfig, module: TrainStep) ->
         built.average = AveragedWeights(built, train.ema)
     built.module.train()
     return built
+
+
+def record_passes(engine: Engine, config: Config, module: TrainStep) -> None:
+    """Let the engine record its passes as CUDA graphs where the config asks for it and nothing
+    stands against it."""
+    if config.engine.graphs:
+        engine.no_graphs = why_no_graphs(config, engine.device, module.precision)
+        if not engine.no_graphs:
+            engine.graphs = StepGraphs(module, engine.scaled)
 
 
 def _wrap(engine: EngineConfig, train: TrainConfig, module: TrainStep) -> Engine:
@@ -128,6 +138,7 @@ def assemble(folder: RunFolder, world: World, beat: Callable[[], None] = lambda:
         # Before the engine exists: a sharded engine takes its parts from the weights of the module.
         resume.load_into(module.var)
     engine = build_engine(config.engine, c, module.to(world.device))
+    record_passes(engine, config, module)
     if resume:
         resume.load_state(engine)
     batches = Ahead(data.loader(c))
@@ -231,6 +242,7 @@ def untrained(config: Config, world: World, random_data: bool = False) -> Steppe
         vae = new_tokenizer(config.tokenizer).eval().requires_grad_(False).to(world.device)
         module = build_module(config, vae, world.device).to(world.device)
     engine = build_engine(config.engine, c, module)
+    record_passes(engine, config, module)
     batches: Batches
     if random_data or not (data.online or data.tokens_train):
         tokens: Tokens = (random := RandomTokens(config, world))

@@ -70,6 +70,7 @@ class Recorder:
             "zero_stage": c.engine.zero_stage if c.engine.name == "deepspeed" else None,
             "precision": parts.precision,
             **parts.stepper.engine.train_step_module().var.choices(),
+            **parts.stepper.engine.choices(),
         }
         env = environment(parts.world, choices)
         chosen = " ".join(f"{key}={value}" for key, value in choices.items() if value is not None)

@@ -91,7 +91,7 @@ class Stepper:
             engine.prepare(last=micro == engine.accumulate - 1)
             inputs = (*self.data.tensors(batch), *noise.of(batch, self.world))
             begin("forward")
-            loss, ce_BL, _ = engine.module(*inputs, stage, newest)
+            loss, ce_BL = engine.forward(inputs, stage, newest)
             if self.faults:
                 loss = self.faults.after_forward(step + 1, loss)
             begin("backward")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from var_scale.config.schema import TrainConfig
+from var_scale.train.graphs import StepGraphs
 from var_scale.train.optim import set_rates
 from var_scale.train.step import TrainStep
 
@@ -161,6 +162,9 @@ class Engine(ABC):
         self.accumulate, self.clip, self.betas = train.accumulate, train.clip, train.adam_betas
         self.device = next(step_module.parameters()).device
         self.average: AveragedWeights | None = None
+        self.graphs: StepGraphs | None = None
+        # Why passes are not recorded although the config asks for it.
+        self.no_graphs = ""
         self.skipped = torch.zeros((), device=self.device)
         self.scaler = LossScale(self.device) if step_module.half_dtype == torch.float16 else None
 
@@ -170,6 +174,16 @@ class Engine(ABC):
         `last` marks the last micro-batch of the step, with which gradients are exchanged.
         """
         self.last = last
+
+    def forward(
+        self, inputs: Sequence[Tensor | None], stage: int, newest: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch and its cross-entropy (see `TrainStep.forward`). Where the
+        passes are recorded, this adds the gradient, too, and `backward` does nothing."""
+        if self.graphs:
+            return self.graphs(tuple(inputs), stage, newest)
+        loss, ce_BL, _ = self.module(*inputs, stage, newest)
+        return loss, ce_BL
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -233,6 +247,12 @@ class Engine(ABC):
         self.skipped.fill_(state["skipped_steps"])
         if self.scaler and "loss_scale" in state:
             self.scaler.load(state["loss_scale"])
+
+    def choices(self) -> dict[str, str]:
+        """What was chosen for the passes, with the reason where it is not what the config asks."""
+        asked = self.graphs or self.no_graphs
+        off = f"off ({self.no_graphs})"
+        return {"graphs": off if self.no_graphs else "on"} if asked else {}
 
     def set_rates(self, lr: float, weight_decay: float) -> None:
         """Set the rates of the next step."""

@@ -49,12 +49,14 @@ class SingleEngine(Engine):
         self.optimizer = build_optimizer(self.names(), self.betas)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.scaled(loss).backward()
+        if not self.graphs:
+            self.scaled(loss).backward()
 
     def step(self) -> StepStats:
         stats = guard([p for _, p in self.names()], self.optimizer, self.clip, self.scaler)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # A recorded pass adds to the same memory in every step.
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
         return stats
 
     def held(self) -> list[Piece]:
