@@ -22,12 +22,9 @@ from var_kernels import (
     nearest_code,
 )
 from var_kernels.attention import mask, scales
+from var_kernels.attention.schedule import OFFICIAL_SCALES
 
-PATCHES = {
-    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    30: (1, 2, 3, 4),
-}
+PATCHES = {**OFFICIAL_SCALES, 30: (1, 2, 3, 4)}
 
 
 @dataclass(frozen=True)

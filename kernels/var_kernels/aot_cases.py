@@ -19,11 +19,6 @@ from torch import Tensor
 from var_kernels import dispatch
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-PATCHES = {
-    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-}
-"""The official scales by their number of tokens."""
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float16: "*fp16",
@@ -217,11 +212,11 @@ def attention() -> Iterator[Call]:
 
 def _attention(dtype: torch.dtype, D: int, L: int, norm: bool) -> None:
     from var_kernels.attention import launch
-    from var_kernels.attention.schedule import scales
+    from var_kernels.attention.schedule import OFFICIAL_SCALES, scales
 
     qkv, gradient = (random(32, L, 3, 16, D, dtype=dtype) for _ in range(2))
     log_scale = random(16, dtype=torch.float32) if norm else None
-    (q, k, v), visible = launch.split(qkv), scales(PATCHES[L])
+    (q, k, v), visible = launch.split(qkv), scales(OFFICIAL_SCALES[L])
     out = launch.launch_forward(q, k, v, log_scale, visible, 1.0)
     dq, dk, dv = launch.split(gradient)
     launch.launch_backward(out[0], q, k, v, *out, log_scale, visible, 1.0, dq, dk, dv)

@@ -21,6 +21,7 @@ from var_kernels import (
 from var_kernels.adaln import reference as norm
 from var_kernels.attention import mask, scales
 from var_kernels.attention import reference as attention
+from var_kernels.attention.schedule import OFFICIAL_SCALES
 from var_kernels.cross_entropy import reference as ce
 from var_kernels.mlp import reference as two_layers
 from var_kernels.vq import reference as vq
@@ -36,7 +37,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-PATCHES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -70,7 +70,7 @@ def test_adaln(B: int, L: int, C: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("L", "pattern"), [(680, "full"), (680, "own"), (2240, "full"), (2240, 2)])
 def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype) -> None:
     B, H, D = 1, 3, 64
-    visible = scales(PATCHES[L], pattern)
+    visible = scales(OFFICIAL_SCALES[L], pattern)
     seen = mask(visible, "cuda")
     inputs = [randn(B, L, 3, H, D, dtype=dtype)] + (
         [torch.tensor([1.4, 0.3, 3.0], device="cuda")] if l2_norm else []
@@ -83,7 +83,7 @@ def test_attention(L: int, pattern: str | int, l2_norm: bool, dtype: torch.dtype
         return eager_attention(qkv, log_scale, seen, 0.125)
 
     def ours(qkv, log_scale=None):
-        return block_attention(qkv, PATCHES[L], log_scale, 0.125, pattern)
+        return block_attention(qkv, OFFICIAL_SCALES[L], log_scale, 0.125, pattern)
 
     check(ours, reference_form, inputs, [randn(B, L, H * D)], eager, sums=[2])
 
@@ -186,7 +186,7 @@ def test_other_back_ends_train(backend: str, dtype: torch.dtype) -> None:
     """The other back-ends that train give the output and gradients of the back-end with a mask."""
     skip_unless_usable(backend)
     L, H, D = 680, 2, 64
-    scale_mask = ScaleMask(PATCHES[L], block_causal_bias(PATCHES[L]).cuda(), dtype)
+    scale_mask = ScaleMask(OFFICIAL_SCALES[L], block_causal_bias(OFFICIAL_SCALES[L]).cuda(), dtype)
     log_scale, g = torch.tensor([1.4, 0.3], device="cuda"), randn(2, L, H * D, dtype=dtype)
     packed = randn(2, L, 3, H, D, dtype=dtype)
     results = []

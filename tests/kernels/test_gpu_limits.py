@@ -19,6 +19,7 @@ from var_kernels import adaptive_layer_norm, block_attention, linear_cross_entro
 from var_kernels.adaln import reference as norm
 from var_kernels.attention import mask, scales
 from var_kernels.attention import reference as attention
+from var_kernels.attention.schedule import OFFICIAL_SCALES
 from var_kernels.cross_entropy import reference as ce
 from var_scale.config.schema import TrainConfig
 from var_scale.model import build_vae, build_var
@@ -36,34 +37,30 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
+def check_attention(patches: tuple[int, ...], B: int, D: int, log_scale: list[float]) -> None:
+    """Compare block-causal attention of heads with these factors in bfloat16."""
+    visible, H = scales(patches), len(log_scale)
+    L = len(visible.lo)
+    check(
+        lambda qkv, s: block_attention(qkv, patches, s),
+        lambda qkv, s: attention.attention(*qkv.unbind(2), visible, s, 1.0).flatten(2),
+        [randn(B, L, 3, H, D).to(torch.bfloat16), torch.tensor(log_scale, device="cuda")],
+        [randn(B, L, H * D)],
+        lambda qkv, s: eager_attention(qkv, s, mask(visible, "cuda")),
+        sums=[2],
+    )
+
+
 @pytest.mark.parametrize("D", [32, 96, 128])
 @pytest.mark.parametrize("hottest", [4.0, 60.0, 100.0])
 def test_heads(D: int, hottest: float) -> None:
     """Heads of other widths, also with a factor above 40, whose logits need a maximum."""
-    patches, H = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2
-    log_scale = torch.tensor([math.log(hottest), 0.3], device="cuda")
-    check(
-        lambda qkv, s: block_attention(qkv, patches, s),
-        lambda qkv, s: attention.attention(*qkv.unbind(2), scales(patches), s, 1.0).flatten(2),
-        [randn(2, 680, 3, H, D).to(torch.bfloat16), log_scale],
-        [randn(2, 680, H * D)],
-        lambda qkv, s: eager_attention(qkv, s, mask(scales(patches), "cuda")),
-        sums=[2],
-    )
+    check_attention(OFFICIAL_SCALES[680], 2, D, [math.log(hottest), 0.3])
 
 
 def test_the_longest_sequence() -> None:
     """One image of 1024 pixels: 9,451 tokens, of which each sees up to all."""
-    H, D = 2, 64
-    log_scale = torch.tensor([1.4, 0.3], device="cuda")
-    check(
-        lambda qkv, s: block_attention(qkv, UP_TO_64, s),
-        lambda qkv, s: attention.attention(*qkv.unbind(2), scales(UP_TO_64), s, 1.0).flatten(2),
-        [randn(1, 9451, 3, H, D).to(torch.bfloat16), log_scale],
-        [randn(1, 9451, H * D)],
-        lambda qkv, s: eager_attention(qkv, s, mask(scales(UP_TO_64), "cuda")),
-        sums=[2],
-    )
+    check_attention(UP_TO_64, 1, 64, [1.4, 0.3])
 
 
 def test_adaln_of_more_than_2_31_numbers() -> None:

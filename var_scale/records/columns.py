@@ -28,6 +28,8 @@ class Columns(NamedTuple):
     """Of the rows, (n,), where a column of weights was named."""
     training: tuple[str, ...] = ()
     """Runs whose values are of the training data."""
+    counted: str = ""
+    """The column that their study takes as N; empty for a CSV that is not a table of records."""
 
 
 def study_columns(study: Path, x: list[str], y: str) -> Columns:
@@ -69,6 +71,7 @@ def study_columns(study: Path, x: list[str], y: str) -> Columns:
         [run.name for run in kept],
         excluded,
         training=tuple(run.name for run in kept if run.split != "validation"),
+        counted=kept[0].counted if kept else "",
     )
 
 

@@ -133,10 +133,13 @@ def record_of(shape: ModelShape, images: int, **values: Any) -> RunRecord:
     return RunRecord(**(counts | values))
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path, counted: str = "") -> RunRecord:
     """Read a run folder: run.json (written at the start), metrics.jsonl and status.json.
 
     A run in any state has a record.
+
+    Args:
+        counted: the field that is N; "" asks the study that the folder belongs to.
 
     Raises:
         UserError: code `records.run-missing` or `records.run-incomplete`.
@@ -217,7 +220,7 @@ def read_run(folder: Path) -> RunRecord:
         sems=sems,
         peak_lr=float(run.get("peak_lr") or 0),
         blocks=tuple(_number(value) for value in last.get("loss_avg_blocks", ())),
-        counted=_counted(folder.parent / "study.yaml"),
+        counted=counted or _counted(folder.parent / "study.yaml"),
     )
 
 
@@ -239,7 +242,8 @@ def read_study(study_dir: Path) -> list[RunRecord]:
             f"{study_dir}: no run has started (there is no */run.json); launch the study first",
             code="records.study-empty",
         )
-    return by_size(read_run(folder) for folder in folders)
+    counted = _counted(Path(study_dir) / "study.yaml")
+    return by_size(read_run(folder, counted) for folder in folders)
 
 
 def by_size(records: Iterable[RunRecord]) -> list[RunRecord]:

@@ -20,7 +20,7 @@ from var_scale.laws.noise import GROWTH, noise_trend
 from var_scale.laws.surface_draws import sizes_tell
 from var_scale.laws.surface_objective import DELTA, ObjectiveName
 from var_scale.progress import say
-from var_scale.records.columns import Columns, N, of_n, read_columns, study_columns
+from var_scale.records.columns import Columns, N, read_columns, study_columns
 from var_scale.records.runs_csv import is_runs_csv
 
 VARIABLES = {
@@ -105,8 +105,8 @@ def fit_table(
             code="records.no-law",
             exit_code=EXIT_NO_LAW,
         )
-    if x == N and (column := of_n(table)) != N:
-        say(f"N is {column}")
+    if x == N and columns.counted:
+        say(f"N is {columns.counted}")
     of_held = held_lines(held) if held else []
     for line in (*of_held, *law_lines(law), *misfit_lines(law, columns)):
         say(line)

@@ -11,6 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+OFFICIAL_SCALES = {
+    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+"""The scales of the official models at 256 and 512 pixels, by their number of tokens."""
+
 Pattern = str | int
 """What a query sees. full: its own scale and all earlier ones (the paper); own: its own scale; a
 number k: its own scale and the k - 1 before it."""
