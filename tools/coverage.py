@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from var_scale.files import replace_between
 from var_scale.laws.curve import fit_law
 from var_scale.laws.forms import Array, law_value
+from var_scale.laws.groups import group
 from var_scale.laws.noise import noise_trend
 from var_scale.laws.surface import fit_surface
 from var_scale.laws.surface_draws import sizes_tell
@@ -25,7 +26,7 @@ FLOOR, BETA, ALPHA = 4.5, 2.0, 0.23
 """The paper's law of the last scale: 4.5 + (2.0 N / 1e9)^-0.23."""
 SURFACE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37}
 SPLIT = SURFACE["beta"] / (SURFACE["alpha"] + SURFACE["beta"])
-FEW = (6, 10, 14, 20, 30)
+FEW, SEEDS = (6, 10, 14, 20, 30), (3, 3, 3, 1, 1)
 
 
 class Noise(NamedTuple):
@@ -56,6 +57,8 @@ class Ladder(NamedTuple):
     noise: Noise
     depths: Sequence[int] = DEPTHS
     alpha: float = ALPHA
+    seeds: Sequence[int] = ()
+    """Runs of each depth; one of each unless given."""
 
 
 class Design(NamedTuple):
@@ -74,6 +77,10 @@ LADDERS = (
     Ladder("0.2 %, heavy tails", Noise(2e-3, heavy=True)),
     Ladder("0.2 % at d30, a tenth of it at d6", Noise(2e-3, growth=10)),
     Ladder("0.1 %, exponent 0.05", Noise(1e-3), DEPTHS, 0.05),
+    Ladder("0.2 %, seeds", Noise(2e-3), FEW, seeds=SEEDS),
+    Ladder("0.2 % and 0.1 % common to a size, seeds", Noise(2e-3, common=1e-3), FEW, seeds=SEEDS),
+    Ladder("0.2 % and 0.2 % common to a size, seeds", Noise(2e-3, common=2e-3), FEW, seeds=SEEDS),
+    Ladder("0.2 % and 0.4 % common to a size, seeds", Noise(2e-3, common=4e-3), FEW, seeds=SEEDS),
 )
 DESIGNS = (
     Design(3, 3, Noise(2e-3)),
@@ -99,7 +106,8 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
         largest size with E fitted; the share of fits that converged, and of those whose noise is
         reported to grow, or to be known not to.
     """
-    n = 73728.0 * np.asarray(ladder.depths, dtype=float) ** 3
+    depths = np.repeat(ladder.depths, ladder.seeds or 1)
+    n, names = 73728.0 * depths.astype(float) ** 3, [str(run) for run in range(len(depths))]
     ends = float(n.max()), float(n.min())
     ahead = np.array([2 * ends[0]])
     law, later = (FLOOR + (BETA * x / 1e9) ** -ladder.alpha for x in (n, ahead))
@@ -109,8 +117,10 @@ def coverage(ladder: Ladder, trials: int, seed: int = 0) -> Shares:
     for _ in range(trials):
         y = law * np.exp(ladder.noise.draw(rng, n, *ends))
         future = float((later * np.exp(ladder.noise.draw(rng, ahead, *ends)))[0])
-        fitted = fit_law("power_floor", n, y, noise_floor=0)
-        known = fit_law("power", n, y, floor=FLOOR, noise_floor=0)
+        points = group(names, n, y)
+        given: dict[str, Any] = {"noise_floor": 0, "repeats": points.repeats}
+        fitted = fit_law("power_floor", points.sizes, points.values, **given)
+        known = fit_law("power", points.sizes, points.values, floor=FLOOR, **given)
         held["alpha, E known"] += _inside(known.intervals["alpha"], ladder.alpha)
         if fitted.converged:
             converged += 1

@@ -205,10 +205,10 @@ def test_saved_config_is_the_same_run(tmp_path: Path) -> None:
 HASHES = [
     ("model/d16", None, "187562b52da2f5de5a5083acaa667082d0c3f1b4a7c41328424e6a110b032143"),
     ("model/d36-512", None, "fa0c0f999464af5a7bce845f8c37fb368b77de6574c24e544441f418083d551e"),
-    ("study/tiny", None, "a6e9ab37978ac4fa74e7e82efee05af2e93e77f1ebed4e19026be841b26c33cf"),
+    ("study/tiny", None, "0dabffe8c442b61bb8824d6e63688bea70f7abfea3a2f3752736f48a72deccbf"),
     ("study/isoflop", None, "b8afa2ba8353d878dfdd2366710ec03bcbb8ea8f662ad602fd33de593e8b02b5"),
     ("study/var_paper", None, "e40ae9a2ab7920c65f37e337cd6832b593ceb2ee5371f20685259727f05bcae1"),
-    ("study/tiny", 5, "b1639bf48271abb256ae7c260eb5f625b5162cc7b2c4b4c1830f6c3ad8af2ea1"),
+    ("study/tiny", 5, "e32c3a684b7780a8edd2b928bd8343f46e38d79475e6f7e36c476c392eed697a"),
     ("study/var_paper", 30, "1f525265c6ff803742319bc393b64394f387863cc7cd9ac3d6a307d598798627"),
 ]
 

@@ -14,14 +14,13 @@ X = np.geomspace(1e5, 1e8, 8)
 NOISE = 4e-3
 
 
-def means(exact: np.ndarray, repeats: list[int], rng: np.random.Generator) -> tuple[LawFit, tuple]:
-    """The power law of sizes with repeats, and what the tests need to know of the repeats."""
+def means(exact: np.ndarray, repeats: list[int], rng: np.random.Generator) -> LawFit:
+    """The power law of sizes with repeats."""
     x, y = np.repeat(X, repeats), np.repeat(exact, repeats)
     points = group(
         [str(k) for k in range(len(x))], x, y * np.exp(NOISE * rng.standard_normal(len(x)))
     )
-    law = fit_law("power", points.sizes, points.values, noise_floor=0)
-    return law, (points.counts, points.noise, points.freedom)
+    return fit_law("power", points.sizes, points.values, noise_floor=0, repeats=points.repeats)
 
 
 @pytest.mark.parametrize("repeats", [[3] * 8, [4, 4, 4, 2, 2, 1, 1, 1]])
@@ -31,23 +30,21 @@ def test_misfit_against_the_noise_between_repeats(repeats: list[int]) -> None:
     exact = 3 * (X / 1e6) ** -0.1
     odd = exact * np.exp(3 * NOISE * np.eye(8)[3])
     for _ in range(200):
-        law, noise = means(exact, repeats, rng)
-        alarms += adequacy(law, *noise).p_noise < 0.05
-        law, noise = means(odd, repeats, rng)
-        found += adequacy(law, *noise).p_noise < 0.05
+        alarms += adequacy(means(exact, repeats, rng)).p_noise < 0.05
+        found += adequacy(means(odd, repeats, rng)).p_noise < 0.05
     assert 3 <= alarms <= 20 and found > 100, (alarms, found)
 
 
 def test_without_repeats_there_is_no_noise_to_compare_with() -> None:
     law = fit_law("power", X, 3 * (X / 1e6) ** -0.1)
-    found = adequacy(law, [1] * 8, np.nan, 0)
+    found = adequacy(law)
     assert np.isnan(found.p_noise) and not found.rejected
 
 
 def judge(y: np.ndarray) -> Adequacy:
     """The tests of the power law through runs that were not repeated."""
     laws = [fit_law(form, X, y, noise_floor=0) for form in ("power", "power_floor")]
-    return adequacy(laws[0], [1] * len(X), np.nan, 0, laws[1])
+    return adequacy(laws[0], laws[1])
 
 
 @pytest.mark.parametrize("noise", [2e-3, 8e-3])

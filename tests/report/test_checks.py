@@ -15,7 +15,7 @@ from var_scale.records.analyse import FORMS, StudyResult
 from var_scale.records.gate import GateResult, best_of_variants, gate
 from var_scale.records.holdout import hold_out
 from var_scale.records.record import RunRecord
-from var_scale.records.sizes import noise_floor, seed_noise, size_means
+from var_scale.records.sizes import seed_noise, size_means
 from var_scale.report.values import NO, OPEN, YES, checks
 
 DEPTHS = (1, 2, 3, 4, 6, 8)
@@ -32,21 +32,14 @@ def ask(fitted_ladder: StudyResult):  # type: ignore[no-untyped-def]
         kept, beaten = best_of_variants(passed.kept)
         passed = GateResult(kept, (*passed.excluded, *beaten))
         points = size_means(passed.kept, "loss_avg")
-        noise = noise_floor(passed.kept, "loss_avg")
         fits = {
             ("loss_avg", form): fit_law(
-                form, points.sizes, points.values, rows=points.names, noise_floor=noise
+                form, points.sizes, points.values, rows=points.names, repeats=points.repeats
             )
             for form in FORMS
         }
         found = {
-            key: adequacy(
-                law,
-                points.counts,
-                points.noise,
-                points.freedom,
-                fits["loss_avg", "power_floor"] if key[1] == "power" else None,
-            )
+            key: adequacy(law, fits["loss_avg", "power_floor"] if key[1] == "power" else None)
             for key, law in fits.items()
             if law.converged
         }

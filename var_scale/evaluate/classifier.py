@@ -19,7 +19,7 @@ from var_scale.progress import progress
 
 LARGEST_SIDE = 64
 """Pixels; larger images need another network."""
-IMAGES, PASSES, BATCH, PEAK_LR = 8192, 4, 128, 3e-3
+IMAGES, PASSES, BATCH, PEAK_LR = 4096, 3, 128, 3e-3
 CHANNELS = (24, 48, 96)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,25 +46,16 @@ class Adequacy:
         return self.p_bend < SIGNIFICANT or self.power >= POWER
 
 
-def adequacy(
-    law: LawFit,
-    counts: Sequence[int],
-    noise: float,
-    freedom: int,
-    with_floor: LawFit | None = None,
-) -> Adequacy:
+def adequacy(law: LawFit, with_floor: LawFit | None = None) -> Adequacy:
     """Test the form of a converged `power` or `power_floor`.
 
     Args:
-        counts: repeats of each point, of which `law.y` is the mean, (n,).
-        noise: pooled standard deviation of ln y between repeats.
-        freedom: its degrees of freedom; 0 without repeats.
         with_floor: the form `power_floor` of the same points, for a `power`.
     """
     bend, p_bend = bend_test(law, with_floor)
     one_sided = with_floor is not None and with_floor.converged and law.params["E"] == 0
     power = _power(law, one_sided) if math.isfinite(p_bend) else math.nan
-    return Adequacy(bend, p_bend, power, _lack_of_fit(law, counts, noise, freedom))
+    return Adequacy(bend, p_bend, power, _lack_of_fit(law))
 
 
 def bend_test(law: LawFit, with_floor: LawFit | None) -> tuple[float, float]:
@@ -79,7 +69,7 @@ def bend_test(law: LawFit, with_floor: LawFit | None) -> tuple[float, float]:
     return bend, p
 
 
-def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int) -> float:
+def _lack_of_fit(law: LawFit) -> float:
     """p-value of F = residual variance of the means over that of repeats (Fisher 1922).
 
     The residual i of a law without misfit has the variance noise^2 (1 - leverage_i) / count_i, so
@@ -87,8 +77,8 @@ def _lack_of_fit(law: LawFit, counts: Sequence[int], noise: float, freedom: int)
     """
     from scipy.special import fdtrc
 
-    x = np.asarray(law.x)
-    if freedom < 1 or law.freedom < 1 or not noise > 0:
+    x, (counts, noise, freedom) = np.asarray(law.x), law.repeats
+    if not law.repeats.known or law.freedom < 1:
         return math.nan
     rows = information_rows(law, x)
     leverage = np.einsum("ij,ji->i", rows, np.linalg.pinv(rows))
@@ -113,6 +103,7 @@ def _power(law: LawFit, one_sided: bool) -> float:
     curved = np.log(lifted + np.exp(ends[0] - alpha * (u - u.min())) - floor)
     basis = np.stack([np.ones(n), u - u.mean(), (u - u.mean()) ** 2], axis=1) * root[:, None]
     q, _ = np.linalg.qr(basis)
-    shift = abs(float((q.T @ (curved * root))[2])) / law.sd
+    noise = law.noise_of(law.residual_sd, n - 3).point
+    shift = abs(float((q.T @ (curved * root))[2])) / noise.sd
     level = 2 * LEVEL - 1 if one_sided else LEVEL
-    return float(1 - nctdtr(n - 3, shift, t_factor(level, n - 3)))
+    return float(1 - nctdtr(noise.freedom, shift, t_factor(level, noise.freedom)))

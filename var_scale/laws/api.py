@@ -16,6 +16,7 @@ from var_scale.laws.groups import group, summed
 from var_scale.laws.law import NOISE_FLOOR, LawFit, plain
 from var_scale.laws.noise import noise_trend
 from var_scale.laws.outliers import find_outliers
+from var_scale.laws.repeats import NONE
 from var_scale.laws.surface import fit_surface
 from var_scale.laws.surface_objective import DELTA, OBJECTIVES, Objective, ObjectiveName
 
@@ -46,7 +47,8 @@ def fit(
     """Fit a law to points (x, y): sizes, compute or tokens, and losses or error rates.
 
     Rows of equal x are repeats of one size: a law of one variable takes their geometric mean, and
-    its intervals assume at least the noise between them. A surface takes every row.
+    its intervals use the noise between them beside the scatter about the law
+    (`laws.repeats.noise_of`). A surface takes every row.
 
     Rows whose y is not a positive finite number (runs that diverged) are left out, and unless
     `outliers` is false also those that a law of the others makes impossible (p < 0.001 among all
@@ -97,6 +99,7 @@ def fit(
         )
     labels = list(names) or [str(row) for row in range(len(ys))]
     kept: NDArray[np.bool_] = np.isfinite(ys) & (ys > 0)
+    repeats = NONE
     left = [
         (labels[row], "non_finite", f"{metric} is {ys[row]:g}, not a positive finite number")
         for row in np.flatnonzero(~kept).tolist()
@@ -110,7 +113,9 @@ def fit(
             ws = np.ones(len(joined.sizes))
         labels, columns, ys = joined.names, [np.array(joined.sizes)], np.array(joined.values)
         kept = np.ones(len(ys), dtype=bool)
-        if math.isfinite(joined.noise):
+        if weights is None:
+            repeats = joined.repeats
+        elif math.isfinite(joined.noise):
             noise_floor = max(noise_floor, joined.noise)
     # Rows of little weight may be far away, so they contradict nothing.
     if outliers and weights is None:
@@ -145,6 +150,7 @@ def fit(
         rows=rows,
         excluded=left,
         noise_floor=noise_floor,
+        repeats=repeats.of(kept),
         seed=seed,
         weights=ws[kept] if weights is not None else None,
         rising=rising,

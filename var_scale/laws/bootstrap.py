@@ -26,7 +26,7 @@ def span(sample: Array, estimate: float | None = None) -> Interval:
     return (low, high) if estimate is None else (min(low, estimate), max(high, estimate))
 
 
-def drawn_noise(rng: np.random.Generator, sd: float, freedom: int, draws: int) -> Array:
+def drawn_noise(rng: np.random.Generator, sd: float, freedom: float, draws: int) -> Array:
     """Standard deviations (draws,) that are possible, given an estimate `sd` from few residuals.
 
     sd sqrt(freedom / chi2): draws with these give tails as wide as Student's t. With one degree of

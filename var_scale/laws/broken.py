@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from var_scale.laws.bootstrap import drawn_noise, span
-from var_scale.laws.forms import PARAMETERS, Array
+from var_scale.laws.forms import Array
 from var_scale.laws.law import LawFit
+from var_scale.laws.repeats import Noise
 
 WIDTHS = np.geomspace(0.05, 1.5, 12)
 """Widths of the transition in ln x. A wider one cannot be told from a bend of the whole law."""
@@ -57,12 +59,15 @@ def fit_broken(points: LawFit, floor: float, seed: int) -> LawFit:
         if min(value - low, high - value) < 1e-4
     ]
     residuals = v - columns @ np.array([level, one, difference])
-    sd = math.sqrt(best / (len(u) - PARAMETERS["broken_power"]))
+    sd = math.sqrt(best / points.freedom)
     # The noise of this form is a share of y - E; that of a run is a share of y.
-    noise_floor = points.noise_floor * float(np.mean(y / (y - floor)))
+    ratio = float(np.mean(y / (y - floor)))
+    repeats = points.repeats._replace(noise=points.repeats.noise * ratio)
+    points = replace(points, noise_floor=points.noise_floor * ratio, repeats=repeats)
+    noise = points.noise_of(sd, points.freedom)
     points = replace(
         points,
-        noise_floor=noise_floor,
+        noise=noise,
         objective=best,
         residuals=tuple(residuals),
         residual_sd=sd,
@@ -97,14 +102,12 @@ def fit_broken(points: LawFit, floor: float, seed: int) -> LawFit:
         "x_break": math.exp(place),
         "width": width,
     }
-    draws = _draws((places, widths, q), u, v - residuals, max(sd, noise_floor), floor, seed)
+    draws = _draws((places, widths, q), u, v - residuals, noise, floor, seed)
     free = ("a", "alpha_1", "alpha_2", "x_break")
     intervals = {
         name: span(column, params[name]) for name, column in zip(free, draws[:, 1:5].T, strict=True)
     }
-    return points.solved(
-        params=params, intervals=intervals, draws=tuple(map(tuple, draws.tolist()))
-    )
+    return points.solved(params=params, intervals=intervals, draw=partial(np.asarray, draws))
 
 
 def _refined(
@@ -133,7 +136,12 @@ def _refined(
 
 
 def _draws(
-    grid: tuple[Array, Array, Array], u: Array, fitted: Array, sd: float, floor: float, seed: int
+    grid: tuple[Array, Array, Array],
+    u: Array,
+    fitted: Array,
+    noise: Noise,
+    floor: float,
+    seed: int,
 ) -> Array:
     """Refits on the grid to simulated logs: rows of NAMES["broken_power"] and the noise.
 
@@ -143,9 +151,8 @@ def _draws(
     """
     places, widths, q = grid
     rng = np.random.default_rng(seed)
-    freedom = len(u) - PARAMETERS["broken_power"]
-    noise = drawn_noise(rng, sd, freedom, DRAWS)
-    made = fitted + noise[:, None] * rng.standard_normal((DRAWS, len(u)))
+    sds = drawn_noise(rng, *noise.point, DRAWS)
+    made = fitted + sds[:, None] * rng.standard_normal((DRAWS, len(u)))
     # The bases of all cells side by side: one product projects every draw on every cell, and the
     # cell that explains most of a draw has the smallest residual.
     columns = q.reshape(len(places), len(u), 3).transpose(1, 0, 2).reshape(len(u), -1)
@@ -165,6 +172,6 @@ def _draws(
             solved[:, 1] + solved[:, 2],
             np.exp(places[cells]),
             widths[cells],
-            noise,
+            sds * noise.run.sd / noise.point.sd,
         ]
     )

@@ -47,7 +47,7 @@ class _Line(NamedTuple):
     """Of (level, slope), for a noise of 1: (2, 2)."""
     variance: float
     """Of the noise."""
-    freedom: int
+    freedom: float
     middle: float
     """Weighted mean of the sizes, at which level and slope are uncorrelated."""
 
@@ -55,7 +55,7 @@ class _Line(NamedTuple):
 def compare(one: LawFit, two: LawFit) -> Comparison:
     """Test two converged fits of one form by the method of Welch.
 
-    Each group has its own noise, at least its `noise_floor`; a pooled noise would call equal laws
+    Each group has its own noise (`repeats.noise_of`); a pooled noise would call equal laws
     different when the smaller group is the noisier one. Degrees of freedom are Satterthwaite's.
 
     Raises:
@@ -131,11 +131,11 @@ def _line(law: LawFit, middle: float) -> _Line:
     found = np.linalg.solve(r, q.T @ (root * v))
     rest = root * (v - found[0] - found[1] * u)
     inverse = np.linalg.inv(r)
-    freedom = len(x) - 2
-    variance = max(float(rest @ rest) / freedom, law.noise_floor**2)
+    sd = math.sqrt(float(rest @ rest) / law.freedom)
+    noise = law.noise_of(sd, law.freedom).point
     centre = float(weights @ u / weights.sum())
     level, slope = map(float, found)
-    return _Line(level, slope, inverse @ inverse.T, variance, freedom, centre)
+    return _Line(level, slope, inverse @ inverse.T, noise.sd**2, noise.freedom, centre)
 
 
 def _shift(lines: list[_Line], slopes: list[float]) -> tuple[float, float, float]:

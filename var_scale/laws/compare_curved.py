@@ -48,7 +48,7 @@ class _Found(NamedTuple):
 def compare_curved(one: LawFit, two: LawFit) -> Tests:
     """Test two converged fits of one form with a fitted floor, or of one surface.
 
-    Each group has its own noise, at least its `noise_floor`. The F tests have as many degrees of
+    Each group has its own noise (`repeats.noise_of`). The F tests have as many degrees of
     freedom in the denominator as Satterthwaite's method gives for the parameters together.
     """
     from scipy.special import fdtrc
@@ -57,11 +57,11 @@ def compare_curved(one: LawFit, two: LawFit) -> Tests:
     pairs = zip(one.points, two.points, strict=True)
     centres = [float(np.log(np.concatenate(pair)).mean()) for pair in pairs]
     alone = [_least(form, [law], [1.0], centres, [law.params], factor=False) for law in laws]
-    frees = [law.freedom for law in laws]
-    noises = [
-        max(math.sqrt(found.square / free), law.noise_floor)
-        for found, free, law in zip(alone, frees, laws, strict=True)
+    scatters = [
+        law.noise_of(math.sqrt(found.square / law.freedom), law.freedom).point
+        for found, law in zip(alone, laws, strict=True)
     ]
+    noises, frees = ([noise[i] for noise in scatters] for i in (0, 1))
     if max(noises) < 1e-12:  # residuals of 1e-12 are rounding
         return Tests(*[math.nan] * 5)
     noises = [max(noise, 1e-6 * max(noises)) for noise in noises]

@@ -12,6 +12,7 @@ from var_scale.laws.forms import PARAMETERS, Array, Form
 from var_scale.laws.law import NOISE_FLOOR, LawFit
 from var_scale.laws.power import fit_power
 from var_scale.laws.power_floor import fit_power_floor
+from var_scale.laws.repeats import NONE, Repeats
 
 
 def fit_law(
@@ -25,6 +26,7 @@ def fit_law(
     rows: Sequence[str] = (),
     excluded: Sequence[tuple[str, str, str]] = (),
     noise_floor: float = NOISE_FLOOR,
+    repeats: Repeats = NONE,
     seed: int = 0,
     weights: Sequence[float] | Array | None = None,
     rising: bool = False,
@@ -39,6 +41,7 @@ def fit_law(
         rows: names of the points.
         excluded: rows left out before, kept with the result.
         noise_floor: smallest relative noise per run that intervals assume.
+        repeats: runs of which each point is the mean, and the noise between them.
         seed: seed of the bootstrap.
         weights: of the points, (n,), for power and power_floor; the variance of the noise is taken
             to be inverse to them.
@@ -70,6 +73,7 @@ def fit_law(
         x=tuple(map(float, x)),
         y=tuple(map(float, y)),
         noise_floor=noise_floor,
+        repeats=repeats,
         rows=tuple(rows) or tuple(str(i) for i in range(len(x))),
         excluded=tuple(excluded),
         row_weights=() if scaled is None else tuple((scaled / scaled.mean()).tolist()),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from var_scale.errors import UserError
-from var_scale.laws.forms import LEVEL, PARAMETERS, Array, t_factor
+from var_scale.laws.forms import LEVEL, Array, t_factor
 from var_scale.laws.law import LawFit
 
 
@@ -62,24 +62,24 @@ def information_rows(law: LawFit, x: Array) -> Array:
     return np.stack([decay / value, -decay * logs / value], axis=1)
 
 
-def information(law: LawFit, x: Array) -> Array:
-    """J'J of the points x over the squared noise per run: (parameters, parameters)."""
+def information(law: LawFit, x: Array, sd: float) -> Array:
+    """J'J of points x with this noise over its square: (parameters, parameters)."""
     jacobian = information_rows(law, x)
-    return np.asarray(jacobian.T @ jacobian / law.sd**2)
+    return np.asarray(jacobian.T @ jacobian / sd**2)
 
 
-def half_width(law: LawFit, total: Array, points: int) -> float:
-    """Half the 95 % interval of alpha from the information matrix of `points` points.
+def half_width(law: LawFit, total: Array, more: int) -> float:
+    """Half the 95 % interval of alpha from the information matrix of the points and `more` runs.
 
-    Infinite where it does not bound alpha: too few points, or a matrix whose inverse would be
-    rounding errors (condition above 1e14).
+    Infinite where it does not bound alpha: its matrix has an inverse that would be rounding errors
+    (condition above 1e14).
     """
-    if np.linalg.cond(total) > 1e14 or points <= PARAMETERS[law.form]:
+    if np.linalg.cond(total) > 1e14:
         return math.inf
     variance = float(np.linalg.inv(total)[-1, -1])
     if variance <= 0:
         return math.inf
-    return t_factor(LEVEL, points - PARAMETERS[law.form]) * math.sqrt(variance)
+    return t_factor(LEVEL, law.noise.point.freedom + more) * math.sqrt(variance)
 
 
 def advise(law: LawFit, candidates: Sequence[Candidate], budget: float, at_most: int = 8) -> Advice:
@@ -104,12 +104,12 @@ def advise(law: LawFit, candidates: Sequence[Candidate], budget: float, at_most:
             "next: give at least one candidate, each with a cost above 0",
             code="laws.advise-candidates",
         )
-    each = {c: information(law, np.array([c.x])) for c in candidates}
-    so_far, points = information(law, np.asarray(law.x)), len(law.x)
+    each = {c: information(law, np.array([c.x]), law.noise.run.sd) for c in candidates}
+    so_far = information(law, np.asarray(law.x), law.noise.point.sd)
 
     def half(chosen: Chosen) -> float:
         total = so_far + sum((n * each[c] for c, n in chosen.items()), np.zeros_like(so_far))
-        return half_width(law, total, points + sum(chosen.values()))
+        return half_width(law, total, sum(chosen.values()))
 
     def fits(chosen: Chosen) -> bool:
         return _cost(chosen) <= budget and all(n <= at_most for n in chosen.values())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from var_scale.laws.forms import Array
+from var_scale.laws.repeats import Repeats
 
 
 class Groups(NamedTuple):
@@ -23,9 +24,9 @@ class Groups(NamedTuple):
     repeats."""
 
     @property
-    def freedom(self) -> int:
-        """Degrees of freedom of `noise`."""
-        return sum(self.counts) - len(self.counts)
+    def repeats(self) -> Repeats:
+        """What the fit of a law needs of them."""
+        return Repeats(tuple(self.counts), self.noise, sum(self.counts) - len(self.counts))
 
 
 def group(

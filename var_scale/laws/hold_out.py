@@ -121,6 +121,6 @@ def hold_out_rows(
 
 def _prediction(law: LawFit, x: float, place: dict[str, float]) -> Prediction:
     """A new run at x, without an interval where the fit has none."""
-    if law.form == "power" or law.draws:
+    if law.form == "power" or len(law.draws):
         return law.at(x, **place)
     return Prediction(x, float(law.predict(x, **place)), float("nan"), float("nan"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from var_scale.laws.forms import (
     law_value,
     t_factor,
 )
+from var_scale.laws.repeats import NONE, NOT_KNOWN, Noise, Repeats, noise_of
 
 Status = Literal["converged", "not-converged"]
 Values = float | Sequence[float] | Array
@@ -86,8 +88,14 @@ class LawFit:
     """ln measured - ln fitted in row order; of L - E for power and broken_power, otherwise of L."""
     residual_sd: float = math.nan
     """Relative error of a value: root of the (weighted) sum of squares over the degrees of freedom;
-    of L - E for broken_power. Intervals do not go below `noise_floor`."""
+    of L - E for broken_power."""
+    noise: Noise = NOT_KNOWN
+    """Relative noise that intervals use: that of the residuals, with what repeats of the sizes tell
+    (`repeats.noise_of`). For laws of one variable."""
     noise_floor: float = 0.0
+    """Smallest noise that intervals and tests assume."""
+    repeats: Repeats = NONE
+    """Of the points, which are means over them."""
     rows: tuple[str, ...] = ()
     excluded: Excluded = ()
     x: tuple[float, ...] = ()
@@ -101,9 +109,14 @@ class LawFit:
     weight. Empty where all are 1."""
     audit: dict[str, Any] = field(default_factory=dict)
     """Method, gradient norm, active bounds, agreement of starts."""
-    draws: tuple[tuple[float, ...], ...] = field(default=(), repr=False, compare=False)
-    """Bootstrap draws: rows of NAMES[form] and the noise per run. The form power has none because
-    its intervals are exact."""
+    draw: Callable[[], Array] | None = field(default=None, repr=False, compare=False)
+    """Makes `draws`, which only predictions need."""
+
+    @cached_property
+    def draws(self) -> Array:
+        """Bootstrap draws: rows of NAMES[form] and the noise per run. The form power has none
+        because its intervals are exact."""
+        return np.zeros((0, 0)) if self.draw is None else self.draw()
 
     def failed(self, code: str, reason: str, **values: Any) -> LawFit:
         """This result as a fit that did not converge; `values` are fields known nevertheless."""
@@ -114,15 +127,14 @@ class LawFit:
         """This result as a converged fit with these fields."""
         return replace(self, status="converged", **values)
 
+    def noise_of(self, residual_sd: float, freedom: int) -> Noise:
+        """The noise that residuals of these points show, with their repeats."""
+        return noise_of(residual_sd, freedom, self.repeats, self.noise_floor)
+
     @property
     def converged(self) -> bool:
         """Whether there is a law to use."""
         return self.status == "converged"
-
-    @property
-    def sd(self) -> float:
-        """Relative noise per run that intervals use."""
-        return max(self.residual_sd, self.noise_floor)
 
     @property
     def equation(self) -> str:
@@ -209,8 +221,8 @@ class LawFit:
 
         Returns:
             The coefficient of (ln x)^2 beside the straight line in ln (L - E), and its two-sided
-            p-value (Student's t with n - 3 degrees of freedom). NaN, NaN for other forms and with
-            fewer than four points.
+            p-value (Student's t with n - 3 degrees of freedom, and those of repeats). NaN, NaN for
+            other forms and with fewer than four points.
         """
         from scipy.special import stdtr
 
@@ -225,9 +237,10 @@ class LawFit:
         missed = np.asarray(self.residuals) * root
         weights = q.T @ missed
         left = missed - q @ weights
-        sd = max(math.sqrt(float(left @ left) / (n - 3)), self.noise_floor)
-        bend, error = weights[2] / r[2, 2], sd / abs(r[2, 2])
-        return float(bend), float(2 * stdtr(n - 3, -abs(bend) / error))
+        sd = math.sqrt(float(left @ left) / (n - 3))
+        noise = self.noise_of(sd, n - 3).point
+        bend, error = weights[2] / r[2, 2], noise.sd / abs(r[2, 2])
+        return float(bend), float(2 * stdtr(noise.freedom, -abs(bend) / error))
 
     def predict(self, x: Values, d: Values | None = None, unique: Values | None = None) -> Array:
         """The fitted law at x (parameters or FLOPs), for a surface at N = x, D = d, U = unique.
@@ -268,11 +281,12 @@ class LawFit:
         return Prediction(float(x), value, float(low[0]), float(high[0]), level)
 
     def _t_interval(self, at: Array, level: float, new_run: bool) -> tuple[Array, Array]:
-        """u +- t_{n-2} s sqrt([1/w(x)] + sum g_i^2 (1/G + (ln x - m) (ln x_i - m) / Sxx)^2 / w_i).
+        """u +- t sqrt([r^2/w(x)] + s^2 sum g_i^2 (1/G + (ln x - m) (ln x_i - m) / Sxx)^2 / w_i).
 
-        u = ln (L - E), w the precisions, g given weights with the sum G and weighted mean m and Sxx
-        of ln x, [] only for a new run. With E = 0 and equal g the root is that of
-        [1] + 1/n + (ln x - m)^2 / Sxx, exact for normal residuals.
+        u = ln (L - E), s and r the noise of a point and of a new run, w the precisions, g given
+        weights with the sum G and weighted mean m and Sxx of ln x, [] only for a new run. With
+        E = 0, equal g and no repeats it is s^2 ([1] + 1/n + (ln x - m)^2 / Sxx), exact for normal
+        residuals.
         """
         log_x, p, given = np.log(np.asarray(self.x)), self.params, self.given_weights()
         middle = float(given @ log_x / given.sum())
@@ -280,8 +294,9 @@ class LawFit:
         tilt = (np.log(at) - middle)[:, None] * apart[None, :] / float(given @ apart**2)
         pull = given * (1 / given.sum() + tilt)
         law_part = (pull**2 / self.precisions()[None, :]).sum(1)
-        scale = np.sqrt(float(new_run) / self.weights(at) + law_part)
-        half = t_factor(level, len(self.x) - 2) * self.sd * scale
+        own = self.noise.run.sd**2 / self.weights(at) if new_run else 0.0
+        freedom = (self.noise.run if new_run else self.noise.point).freedom
+        half = t_factor(level, freedom) * np.sqrt(own + self.noise.point.sd**2 * law_part)
         reducible = p["a"] * at ** -p["alpha"]
         with np.errstate(over="ignore"):  # an interval without a bound is infinite
             return p["E"] + reducible * np.exp(-half), p["E"] + reducible * np.exp(half)
@@ -290,12 +305,12 @@ class LawFit:
         self, places: list[Array], level: float, new_run: bool
     ) -> tuple[Array, Array]:
         """Percentiles over the bootstrap laws; a new run adds a relative error of the drawn sd."""
-        if not self.draws:
+        if not len(self.draws):
             raise UserError(
                 f"{self.metric}: this fit has no bootstrap draws, so it has no intervals",
                 code="laws.no-draws",
             )
-        *columns, sd = (column[:, None] for column in np.asarray(self.draws).T)
+        *columns, sd = (column[:, None] for column in self.draws.T)
         params = dict(zip(NAMES[self.form], columns, strict=True))
         values = law_value(self.form, params, *(place[None, :] for place in places))
         if new_run:
@@ -327,8 +342,10 @@ class LawFit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for fit.json; a number that is not finite becomes null."""
-        names = [item.name for item in fields(self) if item.name != "draws"]
-        return {name: plain(getattr(self, name)) for name in (*names, "aicc")}
+        left = ("draw", "noise", "repeats")
+        names = [item.name for item in fields(self) if item.name not in left]
+        value = {name: plain(getattr(self, name)) for name in (*names, "aicc")}
+        return value | {"noise": plain({k: v._asdict() for k, v in self.noise._asdict().items()})}
 
 
 def plain(value: Any) -> Any:

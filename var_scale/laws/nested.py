@@ -7,15 +7,14 @@ import math
 import numpy as np
 
 from var_scale.errors import UserError
-from var_scale.laws.forms import PARAMETERS
 from var_scale.laws.law import LawFit
 
 
 def floor_test(fit_power: LawFit, fit_floor: LawFit) -> float:
     """p-value of the power law within power_floor, for the same points.
 
-    F is the gain in the sum of squares of ln y over the noise of the law with the floor, which is
-    at least its `noise_floor`, with 1 and n - 3 degrees of freedom. Against E = 0 the test is
+    F is the gain in the sum of squares of ln y over the squared noise of the law with the floor,
+    with 1 degree of freedom and those of this noise. Against E = 0 the test is
     one-sided, because E cannot be negative: half the p-value of F. AICc needs more points for the
     same question.
 
@@ -43,10 +42,10 @@ def floor_test(fit_power: LawFit, fit_floor: LawFit) -> float:
         float(fit.given_weights() @ np.log(y / fit.predict(x)) ** 2)
         for fit in (fit_power, fit_floor)
     )
-    freedom = len(x) - PARAMETERS["power_floor"]
     # Residuals of 1e-12 are rounding.
-    variance = max(bent / freedom, fit_floor.noise_floor**2, 1e-24)
-    p = float(fdtrc(1, freedom, max(straight - bent, 0.0) / variance))
+    spread = max(math.sqrt(bent / fit_floor.freedom), 1e-12)
+    noise = fit_floor.noise_of(spread, fit_floor.freedom).point
+    p = float(fdtrc(1, noise.freedom, max(straight - bent, 0.0) / noise.sd**2))
     if fit_power.params["E"] > 0:
         return p
     return p / 2 if fit_floor.params["E"] > 0 else 1.0

@@ -9,7 +9,6 @@ could not have shown it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +47,7 @@ class NoiseTrend(NamedTuple):
         return not self.grows and self.power < POWER
 
 
-def noise_trend(law: LawFit, counts: Sequence[int] = ()) -> NoiseTrend:
+def noise_trend(law: LawFit) -> NoiseTrend:
     """Test the residuals of a law for noise that grows with size (Cook and Weisberg 1983).
 
     The correlation of the squared residuals with ln x, against its distribution for normal noise
@@ -58,21 +57,19 @@ def noise_trend(law: LawFit, counts: Sequence[int] = ()) -> NoiseTrend:
     NaN for broken_power, and for points on their law within the least noise that is assumed. With
     fewer than six points, and where the residuals are small beside the noise between seeds, the
     power is 0.
-
-    Args:
-        counts: runs of which each point is the mean; 1 unless given.
     """
     n = len(law.x)
     if law.form == "broken_power" or not law.converged:
         return NoiseTrend(math.nan, math.nan, math.nan)
     if law.residual_sd < max(0.5 * min(law.noise_floor, NOISE_FLOOR), 1e-10):
         return NoiseTrend(math.nan, math.nan, math.nan)
-    if n < LEAST_POINTS or law.residual_sd < 0.5 * law.noise_floor:
+    least = max(law.noise_floor, law.repeats.noise if law.repeats.known else 0)
+    if n < LEAST_POINTS or law.residual_sd < 0.5 * least:
         return NoiseTrend(math.nan, math.nan, 0.0)
     x, y = np.asarray(law.x), np.asarray(law.y)
     fitted = law.predict(*map(np.asarray, law.points))
     u = np.log(x) - np.log(x).mean()
-    weights = law.given_weights() * (np.asarray(counts) if len(counts) else 1)
+    weights = law.given_weights() * (np.asarray(law.repeats.counts) if law.repeats.counts else 1)
     root, slopes, rng = np.sqrt(weights), _derivatives(law), np.random.default_rng(n)
     q, _ = np.linalg.qr(root[:, None] * slopes)
     drawn = rng.standard_normal((DRAWS, n))

@@ -107,7 +107,7 @@ def _allowed(law: LawFit, sound: Array, x: float, level: float) -> tuple[float, 
     # Draws do not reach so far into the tails: Student's t about the law, with the leverage of x.
     jacobian, here = information_rows(law, sound), information_rows(law, np.array([x]))[0]
     leverage = float(here @ np.linalg.pinv(jacobian.T @ jacobian) @ here)
-    half = t_factor(level, law.freedom) * law.sd * math.sqrt(1 + leverage)
+    half = t_factor(level, law.noise.run.freedom) * law.noise.run.sd * math.sqrt(1 + leverage)
     middle = float(law.predict(x))
     return middle * math.exp(-half), middle * math.exp(half)
 

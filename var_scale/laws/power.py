@@ -36,11 +36,13 @@ def fit_power(points: LawFit, floor: float, rising: bool = False) -> LawFit:
     # E = 0 the weighted sum of these factors is n - 2.
     left = given * (1 - share - tilt * (u - middle))
     sd = math.sqrt(float(given @ residuals**2) / float(variance @ left))
+    scatter = points.noise_of(sd, n - 2)
     alpha, a = -slope, math.exp(intercept)
     result: dict[str, Any] = {
         "objective": float(given @ residuals**2),
         "residuals": tuple(residuals),
         "residual_sd": sd,
+        "noise": scatter,
         "r": pearson(u, v),
     }
     if (alpha >= 0) if rising else (alpha <= 0):
@@ -49,7 +51,7 @@ def fit_power(points: LawFit, floor: float, rising: bool = False) -> LawFit:
         return points.failed("no_decay", reason, **result)
     # Slope and intercept are weighted sums of the logs v_i, so their variances are the sums of the
     # squared weights times those of the logs.
-    noise = t_factor(LEVEL, n - 2) * max(sd, points.noise_floor)
+    noise = t_factor(LEVEL, scatter.point.freedom) * scatter.point.sd
     half = noise * math.sqrt(float(variance @ tilt**2))
     half_a = noise * math.sqrt(float(variance @ (share - middle * tilt) ** 2))
     params = {"E": floor, "a": a, "alpha": alpha}

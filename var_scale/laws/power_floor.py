@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from var_scale.laws.bootstrap import drawn_noise
 from var_scale.laws.forms import LEVEL, Array, t_factor
 from var_scale.laws.law import Interval, LawFit
 from var_scale.laws.power import named, pearson
+from var_scale.laws.repeats import Noise, Spread
 
 ALPHA_BOUNDS = (0.003, 4.0)
 """Exponents that are searched; at the lower end the law is a logarithm, at the upper end a step."""
@@ -51,10 +53,12 @@ def fit_power_floor(points: LawFit, seed: int) -> LawFit:
         "local_minima": [math.exp(place) for _, place in ends],
     }
     sd = math.sqrt(best / (len(x) - 3))
+    noise = points.noise_of(sd, len(x) - 3)
     result: dict[str, Any] = {
         "objective": best,
         "residuals": tuple(np.log(y / fitted)),
         "residual_sd": sd,
+        "noise": noise,
         "audit": audit,
     }
     # A floor of 0 is a result (the plain power law); every other bound means that the points leave
@@ -71,12 +75,11 @@ def fit_power_floor(points: LawFit, seed: int) -> LawFit:
     if abs(gradient) > 1e-2 * (best + 1e-8) + abs(kink):
         reason = f"the gradient at the end is {abs(gradient):.2g} at an objective of {best:.2g}"
         return points.failed("gradient", reason, **result)
-    noise = max(sd, points.noise_floor)
     return points.solved(
         params=named(floor, a, alpha, points.variable),
-        intervals=profile_intervals(x, y, best, (floor, a, log_alpha), noise, root),
+        intervals=profile_intervals(x, y, best, (floor, a, log_alpha), noise.point, root),
         r=pearson(np.log(x), np.log(y - floor)) if floor < y.min() else math.nan,
-        draws=tuple(map(tuple, floor_draws(x, fitted, noise, seed, root=root).tolist())),
+        draw=partial(floor_draws, x, fitted, noise, seed, root=root),
         **result,
     )
 
@@ -160,19 +163,19 @@ def profile_intervals(
     y: Array,
     best: float,
     at: tuple[float, float, float],
-    sd: float,
+    noise: Spread,
     root: Array | float = 1.0,
 ) -> dict[str, Interval]:
     """Profile likelihood intervals of E, alpha and a with unknown noise.
 
     A value is inside when the objective, with the other parameters at their best, is no further
-    above its minimum than (t sd)^2; t is Student's with n - 3 degrees of freedom. The usual
+    above its minimum than (t sd)^2; t is Student's with the degrees of freedom of sd. The usual
     interval from the curvature at the optimum is useless here: the ridge of E and alpha is bent.
     An end that the data do not bound is 0 or infinite; so is the upper end of E where any floor
     below the smallest value is inside.
     """
     floor, a, log_alpha = at
-    limit = best + t_factor(LEVEL, len(x) - 3) ** 2 * sd**2
+    limit = best + t_factor(LEVEL, noise.freedom) ** 2 * noise.sd**2
     low, high = (
         math.exp(_end(lambda log: _at_log(x, y, log, root), log_alpha, math.log(bound), limit))
         for bound in ALPHA_BOUNDS
@@ -233,9 +236,10 @@ def _interval_of_a(
 
 
 def _best_at(x: Array, y: Array, floor: float, root: Array | float) -> float:
-    """The objective at one floor, with exponent and b at their best: a grid refined five times."""
+    """The objective at one floor, with exponent and b at their best: a grid refined three times,
+    to 1e-5 of ln alpha."""
     low, high = map(math.log, ALPHA_BOUNDS)
-    for _ in range(6):
+    for _ in range(4):
         logs = np.linspace(low, high, 60)
         values = ridge(x, y, np.array([floor]), np.exp(logs), root)[0]
         place = int(values.argmin())
@@ -246,29 +250,30 @@ def _best_at(x: Array, y: Array, floor: float, root: Array | float) -> float:
 def _end(value: Callable[[float], float], start: float, bound: float, limit: float) -> float:
     """Where `value` crosses `limit` on the way from `start` to `bound`; `bound` if it does not.
 
-    Steps grow from a millionth of the way, because an interval can be that narrow, and the crossing
-    is then bisected.
+    Steps grow from a millionth of the way, because an interval can be that narrow.
     """
+    from scipy.optimize import brentq
+
     way = bound - start
     inside, step = 0.0, 1e-6
     while value(start + step * way) <= limit:
         if step == 1:
             return bound
-        inside, step = step, min(1.4 * step, 1.0)
-    outside = step
-    for _ in range(30):
-        middle = (inside + outside) / 2
-        if value(start + middle * way) <= limit:
-            inside = middle
-        else:
-            outside = middle
-    return start + inside * way
+        inside, step = step, min(2 * step, 1.0)
+
+    def excess(place: float) -> float:
+        return value(start + place * way) - limit
+
+    # At the estimate itself the objective may exceed its limit by rounding.
+    if excess(inside) >= 0:
+        return start + inside * way
+    return start + float(brentq(excess, inside, step, xtol=1e-9 * step)) * way
 
 
 def floor_draws(
     x: Array,
     fitted: Array,
-    sd: float,
+    noise: Noise,
     seed: int = 0,
     draws: int = DRAWS,
     root: Array | float = 1.0,
@@ -280,11 +285,12 @@ def floor_draws(
     stay in the cache.
 
     Returns:
-        Rows of (E, a, alpha, noise), shape (draws, 4).
+        Rows of (E, a, alpha, noise of a new run), shape (draws, 4).
     """
     rng = np.random.default_rng(seed)
     n = len(x)
-    sds = drawn_noise(rng, sd, max(n - 3, 1), draws)
+    sds = drawn_noise(rng, *noise.point, draws)
+    runs = sds * noise.run.sd / noise.point.sd
     y = fitted * np.exp(sds[:, None] * rng.standard_normal((draws, n)) / root)
     out = np.empty((draws, 4))
     coarse = np.linspace(np.log(ALPHA_BOUNDS[0]), np.log(ALPHA_BOUNDS[1]), COARSE)
@@ -296,6 +302,6 @@ def floor_draws(
         floors, bs, objective = profile(np.exp(fine), x, y[part, None, :], root)
         pick, row = objective.argmin(1), np.arange(len(part))
         alpha = np.exp(fine[row, pick])
-        out[part, 0], out[part, 2], out[part, 3] = floors[row, pick], alpha, sds[part]
+        out[part, 0], out[part, 2], out[part, 3] = floors[row, pick], alpha, runs[part]
         out[part, 1] = bs[row, pick] * np.exp(alpha * np.log(x).mean())
     return out

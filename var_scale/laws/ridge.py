@@ -28,7 +28,7 @@ def ridge_regions(fit: LawFit, floors: int = 600, alphas: int = 3000) -> Ridge:
     """Joint regions of E and alpha of a converged `power_floor`.
 
     A pair is inside when its objective is no further above the minimum than 2 F sd^2, with F the
-    quantile of the level with 2 and n - 3 degrees of freedom.
+    quantile of the level with 2 degrees of freedom and those of sd.
     """
     from scipy.special import fdtri
 
@@ -41,10 +41,10 @@ def ridge_regions(fit: LawFit, floors: int = 600, alphas: int = 3000) -> Ridge:
     margin = 0.4 * (e_high - e_low) + 1e-3 * e_high
     top = min(e_high + margin, 0.9999 * float(y.min()))
     es = np.linspace(max(0.0, e_low - margin), top, floors)
-    excess = np.maximum(ridge(x, y, es, exponents, root) - fit.objective, 0) / fit.sd**2
+    excess = np.maximum(ridge(x, y, es, exponents, root) - fit.objective, 0) / fit.noise.point.sd**2
 
     def ends(level: float) -> tuple[Array, Array]:
-        inside = excess <= 2 * float(fdtri(2, len(x) - 3, level))
+        inside = excess <= 2 * float(fdtri(2, fit.noise.point.freedom, level))
         some = inside.any(1)
         first, last = exponents[inside.argmax(1)], exponents[alphas - 1 - inside[:, ::-1].argmax(1)]
         return np.where(some, first, np.nan), np.where(some, last, np.nan)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def fit_surface(
     return points.solved(
         params=shown,
         intervals=intervals_of(form, made, shown, float(losses.min())),
-        draws=tuple(map(tuple, made.tolist())),
+        draw=partial(np.asarray, made),
     )
 
 

@@ -19,7 +19,7 @@ from var_scale.records.holdout import HoldOut, budget_curve, hold_out, hold_out_
 from var_scale.records.isoflop import IsoFlop, fit_isoflop
 from var_scale.records.optimum import Optimum, best_surface, fit_surfaces, optimum
 from var_scale.records.record import METRICS, RunRecord, by_size
-from var_scale.records.sizes import noise_floor, seed_noise, size_means
+from var_scale.records.sizes import seed_noise, size_means
 
 FORMS: tuple[Form, ...] = ("power", "power_floor")
 RIVALS: tuple[Form, ...] = ("power", "power_floor", "broken_power")
@@ -189,20 +189,17 @@ def fit_study(
         ns, values = points.sizes, points.values
         common: dict[str, Any] = {
             "metric": metric,
+            "repeats": points.repeats,
             "floor": floor,
             "rows": points.names,
             "seed": seed,
         }
-        noise = noise_floor(kept, metric)
         for form in FORMS:
-            fits[metric, form] = fit_law(
-                form, ns, values, excluded=left_out, noise_floor=noise, **common
-            )
-        repeats = (points.counts, points.noise, points.freedom)
+            fits[metric, form] = fit_law(form, ns, values, excluded=left_out, **common)
         for form in FORMS:
             if (law := fits[metric, form]).converged:
                 rival = fits[metric, "power_floor"] if form == "power" else None
-                tests[metric, form] = adequacy(law, *repeats, rival)
+                tests[metric, form] = adequacy(law, rival)
         broken[metric] = fit_law("broken_power", ns, values, **common)
         strips[metric] = floor_strip(ns, values) if values else []
     holdouts: dict[tuple[str, str], HoldOut] = {

@@ -13,7 +13,7 @@ from var_scale.laws.law import LawFit, Prediction, plain
 from var_scale.records import optimum
 from var_scale.records.optimum import surface_of
 from var_scale.records.record import RunRecord
-from var_scale.records.sizes import noise_floor, size_means
+from var_scale.records.sizes import size_means
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def hold_out(
         rows=points.names,
         excluded=[(record.name, "held_out", why) for record in held],
         seed=seed,
-        noise_floor=noise_floor(train, metric),
+        repeats=points.repeats,
     )
     return HoldOut(
         metric,

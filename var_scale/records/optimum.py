@@ -111,7 +111,7 @@ def optimum(surface: LawFit, records: Sequence[RunRecord], flops: float) -> Opti
     depths = np.exp(depths + outside / 3)
     unique = {run.unique_tokens for run in records}
     places = [n, d] + ([np.full_like(d, max(unique))] if surface.form == "repeated" else [])
-    draws = np.asarray(surface.draws)
+    draws = surface.draws
     columns = {name: draws[:, k, None] for k, name in enumerate(NAMES[surface.form])}
     drawn = law_value(surface.form, columns, *(place[None, :] for place in places))
     curve = law_value(surface.form, surface.params, *places)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from var_scale.laws.groups import Groups, group
-from var_scale.laws.law import NOISE_FLOOR
 from var_scale.records.record import RunRecord
 
 
@@ -22,10 +20,3 @@ def size_means(records: Sequence[RunRecord], metric: str, count: str = "n") -> G
 def seed_noise(records: Sequence[RunRecord], metric: str) -> float:
     """Pooled standard deviation of ln metric between runs of one size; NaN without repeats."""
     return size_means(records, metric).noise
-
-
-def noise_floor(records: Sequence[RunRecord], metric: str) -> float:
-    """Smallest relative noise per run that intervals assume: that between seeds where sizes were
-    repeated, never below NOISE_FLOOR."""
-    noise = seed_noise(records, metric)
-    return NOISE_FLOOR if math.isnan(noise) else max(NOISE_FLOOR, noise)

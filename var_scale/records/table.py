@@ -11,9 +11,9 @@ from var_scale.errors import UserError
 from var_scale.files import write_json
 from var_scale.laws.adequacy import SIGNIFICANT, adequacy, bend_test
 from var_scale.laws.api import fit, to_json
+from var_scale.laws.curve import fit_law
 from var_scale.laws.forms import SURFACES, Form
 from var_scale.laws.forms import VARIABLES as LAW_VARIABLES
-from var_scale.laws.groups import group
 from var_scale.laws.hold_out import Along, HeldOut, hold_out_rows
 from var_scale.laws.law import LawFit
 from var_scale.laws.noise import GROWTH, noise_trend
@@ -108,7 +108,7 @@ def fit_table(
     if x == N and columns.counted:
         say(f"N is {columns.counted}")
     of_held = held_lines(held) if held else []
-    for line in (*of_held, *law_lines(law), *misfit_lines(law, columns)):
+    for line in (*of_held, *law_lines(law), *misfit_lines(law)):
         say(line)
     return law
 
@@ -203,10 +203,15 @@ def law_lines(law: LawFit) -> list[str]:
             end = f"to {high:.6g}" if math.isfinite(high) else "upwards: the points do not bound it"
             value = f"{law.params[name]:.6g}" if name in law.params else ""
             lines.append(f"  {name:7} {value}   95 % interval {low:.6g} {end}")
-    if law.residual_sd < law.noise_floor:
+    run = law.noise.run
+    if law.repeats.known:
         lines.append(
-            f"  the intervals assume a noise of {law.noise_floor:.2g} per run; the scatter of "
-            "these points is smaller"
+            f"  noise of a run in the intervals: {run.sd:.2g} with {run.freedom:.1f} degrees of "
+            "freedom, from the scatter about the law and between repeats"
+        )
+    elif law.residual_sd < law.noise_floor:
+        lines.append(
+            f"  noise of a run in the intervals: {run.sd:.2g}, above the scatter of these points"
         )
     if law.form in SURFACES:
         audit = law.audit
@@ -234,15 +239,10 @@ def law_lines(law: LawFit) -> list[str]:
     return lines + _noise_lines(law) + _bend_lines(law)
 
 
-def misfit_lines(law: LawFit, columns: Columns) -> list[str]:
+def misfit_lines(law: LawFit) -> list[str]:
     """A warning if a law of one variable misses the sizes by more than the noise between their
     repeats."""
-    if law.form not in ("power", "power_floor") or columns.weights is not None:
-        return []
-    points = group(columns.names, columns.variables[0], columns.values)
-    if points.sizes != list(law.x):  # rows were left out
-        return []
-    p = adequacy(law, points.counts, points.noise, points.freedom).p_noise
+    p = adequacy(law).p_noise if law.form in ("power", "power_floor") else math.nan
     if not p < SIGNIFICANT:
         return []
     return [
@@ -283,8 +283,9 @@ def _bend(law: LawFit) -> tuple[float, float]:
     rival = None
     # The test for a floor is for falling laws of points of equal weight.
     if law.form == "power" and "exponent" not in law.params and len(set(law.given_weights())) == 1:
-        given: dict[str, Any] = {"noise_floor": law.noise_floor, "intervals": False}
-        rival = fit(law.x, law.y, "power_floor", outliers=False, **given)
+        rival = fit_law(
+            "power_floor", law.x, law.y, noise_floor=law.noise_floor, repeats=law.repeats
+        )
     return bend_test(law, rival)
 
 

@@ -6,14 +6,13 @@ can be fitted, whose E also contains what more data would still gain.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from var_scale.laws.curve import fit_law
 from var_scale.laws.groups import group
-from var_scale.laws.law import NOISE_FLOOR, LawFit, plain
+from var_scale.laws.law import LawFit, plain
 from var_scale.laws.surface import fit_surface
 from var_scale.records.optimum import DRAWS
 from var_scale.records.record import RunRecord
@@ -102,7 +101,6 @@ def _law(
             sizes, tokens, losses, rows=names, draws=draws, seed=seed, metric=f"loss of {name}"
         )
     points = group(names, sizes, losses)
-    noise = max(NOISE_FLOOR, points.noise) if math.isfinite(points.noise) else NOISE_FLOOR
     return fit_law(
         "power_floor",
         points.sizes,
@@ -110,5 +108,5 @@ def _law(
         rows=points.names,
         seed=seed,
         metric=f"loss of {name}",
-        noise_floor=noise,
+        repeats=points.repeats,
     )

@@ -100,7 +100,7 @@ def bends(result: StudyResult) -> dict[str, Any] | None:
         ],
         "tests": [f"{metric} p = {p:.2g}" for metric, p in tests.items() if math.isfinite(p)],
         "bent": [metric for metric, p in tests.items() if p < 0.05],
-        "freedom": fits[0].freedom - 1,
+        "sizes": len(fits[0].x),
     }
 
 
@@ -178,11 +178,17 @@ def holdouts(result: StudyResult) -> Rows:
         if held.prediction is None:
             rows.append([metric, form, *[""] * 7, verdict(held)])
             continue
-        freedom = held.fit.freedom if held.fit else ""
+        freedom = _freedom(held.fit) if held.fit else ""
         gain = percent(held.gain_fraction, 0)
         names = ", ".join(held.held)
         rows.append([metric, form, names, freedom, *prediction(held), gain, verdict(held)])
     return rows
+
+
+def _freedom(law: LawFit) -> str:
+    """Degrees of freedom of the noise in the intervals of a law."""
+    own = law.noise.run.freedom
+    return f"{law.freedom if math.isnan(own) else own:.2g}"
 
 
 def early(result: StudyResult) -> Rows:

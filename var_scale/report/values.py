@@ -17,7 +17,6 @@ from var_scale.records.analyse import StudyResult
 from var_scale.records.gate import CODES, DESIGNED, MAX_FINAL_LR
 from var_scale.records.holdout import HoldOut
 from var_scale.records.record import METRICS, RunRecord
-from var_scale.records.sizes import size_means
 
 YES, NO, OPEN = "yes", "**no**", "not known"
 WEAK = 2.0
@@ -117,7 +116,7 @@ def study_values(result: StudyResult, plan: Plan | None) -> dict[str, Any]:
         "failed_fits": [f"{f.metric} {f.form}" for f in result.fits.values() if not f.converged],
         "samples": " or ".join(f"{count:,}" for count in counts) or "no",
         "images": short(next(iter(budgets), 0)) if len(budgets) <= 1 else "",
-        "noise": noise_trend(fit, size_means(kept, "loss_avg").counts),
+        "noise": noise_trend(fit),
         "first_scale": first_scale(result),
         "runs": run_rows(result),
         "excluded": [[item.record.name, f"`{item.code}`", item.text] for item in excluded],
