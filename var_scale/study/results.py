@@ -158,13 +158,15 @@ def _facts(study: Study) -> dict[str, str]:
         shown = sorted({d["total_steps"] * d["global_batch"] / size for d in described})
         facts["Data"] = (
             f"{size:,} different training images, each shown "
-            f"{' or '.join(f'{s:.3g}' for s in shown)} times in a whole run"
+            + ("once" if shown == [1] else f"{' or '.join(f'{s:.3g}' for s in shown)} times")
+            + " in a whole run"
         )
     if environment := next((run.env for _, run in study.runs() if run.env.exists()), None):
         env = read_json(environment)
+        count = env["world_size"]
         facts["Machine"] = (
-            f"{env['processor']}, {env['cores']} cores, device {env['device']}, "
-            f"{env['world_size']} processes, precision {env['choices']['precision']}"
+            f"{env['processor']}, {env['cores']} cores, device {env['device']}, {count} "
+            f"process{'es' if count > 1 else ''} per run, precision {env['choices']['precision']}"
         )
     if baseline := _baseline(study):
         facts["Without a model"] = baseline
