@@ -203,16 +203,14 @@ def law_lines(law: LawFit) -> list[str]:
             end = f"to {high:.6g}" if math.isfinite(high) else "upwards: the points do not bound it"
             value = f"{law.params[name]:.6g}" if name in law.params else ""
             lines.append(f"  {name:7} {value}   95 % interval {low:.6g} {end}")
-    run = law.noise.run
+    noise = f"  noise of a run in the intervals: {100 * law.noise.run.sd:.2g} %"
     if law.repeats.known:
         lines.append(
-            f"  noise of a run in the intervals: {run.sd:.2g} with {run.freedom:.1f} degrees of "
-            "freedom, from the scatter about the law and between repeats"
+            f"{noise} with {law.noise.run.freedom:.1f} degrees of freedom, from the scatter about "
+            "the law and between repeats"
         )
     elif law.residual_sd < law.noise_floor:
-        lines.append(
-            f"  noise of a run in the intervals: {run.sd:.2g}, above the scatter of these points"
-        )
+        lines.append(f"{noise}, above the scatter of these points")
     if law.form in SURFACES:
         audit = law.audit
         lines.append(
